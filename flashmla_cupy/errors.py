@@ -1,0 +1,200 @@
+"""The errors: one class for each kind of mistake, each message a sentence that says what to do.
+
+    FlashMLAError
+    +- ArgumentError         also a ValueError or TypeError; .argument .expected .got .remedy
+    +- environment errors    also a RuntimeError, ImportError or ValueError
+    +- DeviceCheckError      found on the device: .request .column .reason
+    +- OutOfPagesError, SequenceError   of PagedKVCache
+
+No error is raised after a launch, an allocation or a change of state, except DeviceCheckError,
+which reports what an earlier call found in the values of block_table, cache_seqlens or metadata.
+"""
+
+from __future__ import annotations
+
+
+class FlashMLAError(Exception):
+    """Base of every error of this package."""
+
+
+class ArgumentError(FlashMLAError):
+    """An argument that cannot be used: which one, what was expected, what came, what to do."""
+
+    def __init__(
+        self,
+        argument: str,
+        expected: str,
+        got: str,
+        remedy: str,
+        function: str = "flash_mla_with_kvcache",
+    ) -> None:
+        # The parts are the args of the exception, so that it can be pickled and copied.
+        super().__init__(argument, expected, got, remedy, function)
+        self.argument = argument
+        self.expected = expected
+        self.got = got
+        self.remedy = remedy
+        self.function = function
+
+    def of(self, function: str) -> ArgumentError:
+        """The same error, as one of that function."""
+        return type(self)(self.argument, self.expected, self.got, self.remedy, function)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.function}(): {self.argument}: expected {self.expected}, got {self.got}. "
+            f"{self.remedy}"
+        )
+
+
+class ArgTypeError(ArgumentError, TypeError):
+    """Not the kind of object the argument takes."""
+
+
+class FrameworkMismatchError(ArgumentError, TypeError):
+    """Arrays of two frameworks in one call, or of a framework that is not supported."""
+
+
+class DTypeError(ArgumentError, TypeError):
+    """An array of another element type."""
+
+
+class ShapeError(ArgumentError, ValueError):
+    """An array of another rank or shape, or a size that is not supported."""
+
+
+class StrideError(ArgumentError, ValueError):
+    """A memory layout that the kernels cannot read or write."""
+
+
+class AlignmentError(ArgumentError, ValueError):
+    """An address, or a distance between rows, that is not a multiple of what the hardware needs."""
+
+
+class DeviceMismatchError(ArgumentError, ValueError):
+    """Arrays on two devices in one call, or on a device that is not supported."""
+
+
+class ScalarError(ArgumentError, ValueError):
+    """A number out of its range."""
+
+
+class OptionError(ArgumentError, ValueError):
+    """An option that is not supported, or that contradicts another."""
+
+
+class StaleMetadataError(ArgumentError, ValueError):
+    """Scheduling metadata that was made for another configuration."""
+
+
+class ReadOnlyError(ArgumentError, ValueError):
+    """An output array that may not be written."""
+
+
+class AliasingError(ArgumentError, ValueError):
+    """An output array that shares memory with another argument."""
+
+
+class NoDeviceError(FlashMLAError, RuntimeError):
+    """There is no CUDA GPU, or no driver."""
+
+
+class UnsupportedArchError(FlashMLAError, RuntimeError):
+    """The GPU is not of compute capability 9.0 (Hopper)."""
+
+
+class NVRTCVersionError(FlashMLAError, RuntimeError):
+    """The NVRTC library is too old for the kernels or too new for the driver."""
+
+
+class KernelCompileError(FlashMLAError, RuntimeError):
+    """NVRTC refused a kernel; `log` holds what it said."""
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(message, log)
+        self.log = log
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}\n{self.log}" if self.log else str(self.args[0])
+
+
+class KernelLoadError(FlashMLAError, RuntimeError):
+    """The driver cannot load a compiled kernel."""
+
+
+class ForkedProcessError(FlashMLAError, RuntimeError):
+    """The process was forked after the GPU had been used; CUDA cannot go on in the child."""
+
+
+class MissingDependencyError(FlashMLAError, ImportError):
+    """A package that this call needs is not installed."""
+
+
+class NVRTCNotFoundError(MissingDependencyError):
+    """The NVRTC library is not installed."""
+
+
+class CacheConfigError(FlashMLAError, ValueError):
+    """$FLASHMLA_CUPY_CACHE_DIR does not name a directory."""
+
+
+class CacheTrustWarning(UserWarning):
+    """The kernel cache cannot be trusted or used; kernels stay in memory."""
+
+
+_REASONS = {
+    "page id": (
+        "column {column} of its block_table row is not a page of k_cache",
+        "Every entry of the first ceil(cache_seqlens / page_size) columns must lie in"
+        " [0, num_pages).",
+    ),
+    "length": (
+        "its cache_seqlens entry is negative or exceeds block_table.shape[1] * page_size",
+        "Pass lengths that the table can hold.",
+    ),
+    "stale metadata": (
+        "the scheduling metadata was made for other cache_seqlens or another configuration",
+        "Call get_mla_metadata() again whenever the lengths change.",
+    ),
+}
+
+
+class DeviceCheckError(FlashMLAError, RuntimeError):
+    """A request that an earlier call refused because of a value in its arrays.
+
+    The request's rows of out and lse are NaN; those of the other requests are right. `request` is
+    its index in the batch, `reason` is "page id", "length" or "stale metadata", and `column` is
+    the column of block_table for "page id", else -1.
+    """
+
+    def __init__(self, request: int, column: int, reason: str) -> None:
+        super().__init__(request, column, reason)
+        self.request = request
+        self.column = column
+        self.reason = reason
+
+    def __str__(self) -> str:
+        what, remedy = _REASONS.get(self.reason, (self.reason, ""))
+        return (
+            f"An earlier flash_mla_with_kvcache() call refused request {self.request}: "
+            f"{what.format(column=self.column)}. Its out and lse are NaN. {remedy}"
+        ).rstrip()
+
+
+class OutOfPagesError(FlashMLAError, RuntimeError):
+    """The pool has fewer free pages than the call needs; nothing was changed."""
+
+    def __init__(self, needed: int, free: int) -> None:
+        super().__init__(needed, free)
+        self.needed = needed
+        self.free = free
+
+    def __str__(self) -> str:
+        return (
+            f"The call needs {self.needed} more pages but only {self.free} are free. "
+            "Release sequences, or make the pool with a larger num_pages. Nothing was changed."
+        )
+
+
+class SequenceError(FlashMLAError, RuntimeError):
+    """A sequence handle that is unknown to this cache, or already released."""

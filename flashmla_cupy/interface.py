@@ -1,0 +1,274 @@
+"""The public functions: checks, then the kernels for arrays on a GPU, NumPy for those on the host.
+
+A call whose signature was seen before goes to the launch after one look-up (see `plans`), which
+keeps the host time of a layer at a few microseconds.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from . import checks, plans, reference, scalars, schedule
+from .errors import ArgTypeError, DeviceCheckError
+from .frameworks import HOST, ArrayInfo, Framework
+from .geometry import NUM_SMS_CPU, Geometry, num_sm_parts
+from .layouts import DECODE
+from .metadata import SchedMeta, stale_requests
+
+if TYPE_CHECKING:
+    from .launch import Engine
+
+_engines: dict[int, Engine] = {}  # those used so far, for check()
+_host_violations: list[DeviceCheckError] = []  # at most one: what check() has yet to raise
+_bind_lock = threading.Lock()
+
+
+def get_mla_metadata(
+    cache_seqlens: Any = None,
+    num_q_tokens_per_head_k: int | None = None,
+    num_heads_k: int = 1,
+    num_heads_q: int | None = None,
+    is_fp8_kvcache: bool = False,
+    topk: int | None = None,
+) -> tuple[Any, Any]:
+    """The split of a batch over the multiprocessors, for flash_mla_with_kvcache().
+
+    With arguments: cache_seqlens [batch] int32, num_q_tokens_per_head_k = s_q * h_q // h_kv and
+    num_heads_k = h_kv give (tile_scheduler_metadata int32 [num_sm_parts, 8], num_splits int32
+    [batch + 1]) in the framework and on the device of cache_seqlens. They depend on the values of
+    cache_seqlens: make them once for each decoding step and share them between its layers. The
+    work is queued on the current stream, without synchronising, so it can be captured in a graph.
+
+    Without arguments: (SchedMeta, None), FlashMLA's newer style; the first call that uses the
+    object makes the metadata and binds it to its configuration.
+
+    num_heads_q is accepted for FlashMLA's sake and not needed. Raises an ArgumentError.
+    """
+    function = "get_mla_metadata"
+    scalars.dense_only(function, is_fp8_kvcache, topk=topk)
+    if cache_seqlens is None and num_q_tokens_per_head_k is None:
+        return SchedMeta(), None
+    if cache_seqlens is None or num_q_tokens_per_head_k is None:
+        missing = "cache_seqlens" if cache_seqlens is None else "num_q_tokens_per_head_k"
+        raise ArgTypeError(
+            missing,
+            "both of cache_seqlens and num_q_tokens_per_head_k, or neither",
+            "None",
+            "Pass get_mla_metadata(cache_seqlens, s_q * h_q // h_kv, h_kv), or no argument.",
+            function,
+        )
+    framework, infos = checks.describe({"cache_seqlens": cache_seqlens}, function)
+    checks.lengths(infos["cache_seqlens"], None, function)
+    rows = scalars.integer("num_q_tokens_per_head_k", num_q_tokens_per_head_k, function)
+    h_kv = scalars.integer("num_heads_k", num_heads_k, function, least=1)
+    if num_heads_q is not None:
+        scalars.integer("num_heads_q", num_heads_q, function)
+    return _make_metadata(framework, cache_seqlens, rows, h_kv)
+
+
+def flash_mla_with_kvcache(
+    q: Any,
+    k_cache: Any,
+    block_table: Any,
+    cache_seqlens: Any,
+    head_dim_v: int,
+    tile_scheduler_metadata: Any,
+    num_splits: Any = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: Any = None,
+    *,
+    out: Any = None,
+    lse: Any = None,
+) -> tuple[Any, Any]:
+    """MLA decode attention over a paged cache; `reference` holds the definition.
+
+    q                        [batch, s_q, h_q, 576] bfloat16 or float16
+    k_cache                  [num_pages, page_size, h_kv, 576] of q's dtype; page_size 16, 32, 64,
+                             128 or 256; V is its first 512 columns
+    block_table              [batch, max_pages] int32; entries past the length are never read
+    cache_seqlens            [batch] int32, tokens of each request, the s_q new ones included
+    head_dim_v               512
+    tile_scheduler_metadata, num_splits
+                             both results of get_mla_metadata(), of either style
+    softmax_scale            576 ** -0.5 by default
+    causal                   query i of s_q sees keys j <= cache_seqlens - s_q + i
+    out, lse                 contiguous arrays to write into, instead of new ones
+
+    Returns out [batch, s_q, h_q, 512] in q's dtype and lse [batch, h_q, s_q] float32 (natural
+    logarithm). A query that sees no key gives out = 0 and lse = +inf. All arrays are of one
+    framework and device, and so are the results. The work is queued on the framework's current
+    stream; nothing synchronises. There is no gradient.
+
+    Raises an ArgumentError before anything is allocated or launched, an environment error where
+    the GPU or its compiler is missing, and DeviceCheckError when an *earlier* call met a page
+    number, a length or metadata that it had to refuse (that request's rows are NaN; see check()).
+    """
+    if is_fp8_kvcache is not False or indices is not None:
+        scalars.dense_only(DECODE, is_fp8_kvcache, indices=indices)
+    lazy: SchedMeta | None = None
+    if type(tile_scheduler_metadata) is SchedMeta:
+        lazy, tile_scheduler_metadata = tile_scheduler_metadata, None
+    arrays = plans.Arrays(
+        q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, out, lse
+    )
+    options = plans.Options(head_dim_v, softmax_scale, causal, lazy is not None)
+    plan, infos, key = plans.find(arrays, options)
+    if plan is None or not plan.accepts(infos):
+        plan, infos = plans.make(arrays, options, key, _engine)
+    engine, geometry = plan.engine, plan.geometry
+    if engine is not None:
+        engine.raise_pending()
+    else:
+        _raise_host_violation()
+    if plan.is_empty:
+        with plan.framework.device_guard(plan.configuration.device):
+            return _outputs(plan, arrays)
+    if lazy is not None:
+        _bind(lazy, plan, arrays)
+    if engine is None or geometry is None:
+        return _on_host(plan, arrays, lazy)
+    return _on_device(engine, geometry, plan, arrays, infos, lazy)
+
+
+def check() -> None:
+    """Waits for the work queued so far; raises DeviceCheckError if a call since the last time had
+    to refuse a request, and then forgets it. The next call of flash_mla_with_kvcache() raises the
+    same, without waiting, as soon as the device has reported it."""
+    for engine in list(_engines.values()):
+        engine.check()
+    _raise_host_violation()
+
+
+def _on_device(
+    engine: Engine,
+    geometry: Geometry,
+    plan: plans.Plan,
+    arrays: plans.Arrays,
+    infos: list[ArrayInfo],
+    lazy: SchedMeta | None,
+) -> tuple[Any, Any]:
+    """Allocates what is missing and launches; nothing here waits for the device."""
+    framework, device = plan.framework, plan.configuration.device
+    q, k_cache, block_table, cache_seqlens, metadata, num_splits, out_info, lse_info = infos
+    if plan.plain_q is not None:
+        q = plan.plain_q._replace(ptr=q.ptr)
+    if plan.plain_k_cache is not None:
+        k_cache = plan.plain_k_cache._replace(ptr=k_cache.ptr)
+    with framework.device_guard(device):
+        out, lse = _outputs(plan, arrays)
+        scratch = 0
+        if plan.scratch_floats:  # freed at the end of this call, in the order of the stream
+            room = framework.empty((plan.scratch_floats,), "float32", device)
+            scratch = framework.pointer(room)
+        engine.decode(
+            framework.stream(device),
+            q,
+            k_cache,
+            block_table,
+            cache_seqlens.ptr,
+            metadata.ptr if lazy is None else lazy.pointers[0],
+            num_splits.ptr if lazy is None else lazy.pointers[1],
+            out_info.ptr or framework.pointer(out),
+            lse_info.ptr or framework.pointer(lse),
+            scratch,
+            geometry,
+            plan.softmax_scale,
+            plan.causal,
+        )
+    return out, lse
+
+
+def _on_host(plan: plans.Plan, arrays: plans.Arrays, lazy: SchedMeta | None) -> tuple[Any, Any]:
+    """The reference, on views of the arrays."""
+    view = plan.framework.to_numpy
+    out, lse = _outputs(plan, arrays)
+    lengths = view(arrays.cache_seqlens)
+    metadata = arrays.tile_scheduler_metadata if lazy is None else lazy.tile_scheduler_metadata
+    result = reference.decode(
+        view(arrays.q),
+        view(arrays.k_cache),
+        view(arrays.block_table),
+        lengths,
+        plan.softmax_scale,
+        plan.causal,
+        stale=stale_requests(view(metadata), lengths),
+        out=view(out),
+        lse=view(lse),
+    )
+    if result.violation is not None:
+        _host_violations[:] = [result.violation]
+    return out, lse
+
+
+def _outputs(plan: plans.Plan, arrays: plans.Arrays) -> tuple[Any, Any]:
+    """The caller's out and lse, or new ones."""
+    out, lse, device = arrays.out, arrays.lse, plan.configuration.device
+    if out is None:
+        out = plan.framework.empty(plan.out_shape, plan.dtype, device)
+    if lse is None:
+        lse = plan.framework.empty(plan.lse_shape, "float32", device)
+    return out, lse
+
+
+def _raise_host_violation() -> None:
+    if _host_violations:
+        raise _host_violations.pop()
+
+
+def _bind(lazy: SchedMeta, plan: plans.Plan, arrays: plans.Arrays) -> None:
+    """Makes the metadata of a SchedMeta at its first call; later, checks that it is for this."""
+    if lazy.bound is None:
+        with _bind_lock:
+            if lazy.bound is None:
+                bound = plan.configuration
+                rows = bound.s_q * bound.h_q // bound.h_kv
+                lazy.bind(
+                    bound,
+                    *_make_metadata(plan.framework, arrays.cache_seqlens, rows, bound.h_kv),
+                    plan.framework.pointer,
+                )
+    lazy.require(plan.configuration)
+
+
+def _make_metadata(
+    framework: Framework, cache_seqlens: Any, rows: int, h_kv: int
+) -> tuple[Any, Any]:
+    """(tile_scheduler_metadata, num_splits) for checked arguments, beside cache_seqlens."""
+    lengths = framework.describe(cache_seqlens)
+    device, batch, rows = lengths.device, lengths.shape[0], max(1, rows)
+    engine = None if device == HOST else _engine(device)
+    parts = num_sm_parts(NUM_SMS_CPU if engine is None else engine.num_sms, rows, h_kv)
+    with framework.device_guard(device):
+        metadata = framework.empty((parts, checks.METADATA_COLUMNS), "int32", device)
+        num_splits = framework.empty((batch + 1,), "int32", device)
+        if engine is None:
+            view = framework.to_numpy
+            view(metadata)[:], view(num_splits)[:] = schedule.plan(
+                view(cache_seqlens), parts, rows, h_kv
+            )
+        elif batch:
+            engine.schedule(
+                framework.stream(device),
+                lengths.ptr,
+                batch,
+                parts,
+                rows,
+                h_kv,
+                framework.pointer(metadata),
+                framework.pointer(num_splits),
+            )
+        else:  # nothing to plan, and no launch of nothing
+            metadata[...] = 0
+            num_splits[...] = 0
+    return metadata, num_splits
+
+
+def _engine(device: int) -> Engine:
+    """The engine of a CUDA device, remembered for check()."""
+    from . import launch  # not needed, and so not imported, without a GPU
+
+    engine = _engines[device] = launch.engine(device)
+    return engine

@@ -1,0 +1,726 @@
+"""PagedKVCache against a model, against the oracle, and against every misuse we could think of."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from oracle import assert_within_bound, oracle
+from problems import DTYPES, PAGE_SIZES
+
+from flashmla_cupy import (
+    PagedKVCache,
+    errors,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    paged_cache,
+)
+
+NAN = 0x7FFF  # the bits of one, in bfloat16 and in float16
+
+
+@pytest.fixture(params=["cpu", pytest.param(0, marks=pytest.mark.gpu, id="gpu")])
+def device(request):
+    return request.param
+
+
+def host(x):
+    """A copy in host memory."""
+    return x.get() if hasattr(x, "get") else np.array(x)
+
+
+def beside(cache, x):
+    """x where the pool of the cache is."""
+    return cache._xp.asarray(x)
+
+
+def bits(x):
+    return host(x).view(np.uint16)
+
+
+def latents(n, seed=0, dtype="bfloat16", h_kv=1):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((n, h_kv, 576), np.float32).astype(DTYPES[dtype])
+
+
+def poisoned(cache):
+    """The same cache, with NaN in every slot that holds no token."""
+    table, lengths = map(host, cache.tables())
+    unused = np.ones(cache.storage.shape[:2], bool)
+    for row, n in zip(table, lengths, strict=True):
+        token = np.arange(n)
+        unused[row[token // cache.page_size], token % cache.page_size] = False
+    cache.storage.view(np.uint16)[beside(cache, unused)] = NAN
+    return cache
+
+
+def read(cache, seq):
+    """The bits of a sequence's rows, [n, h_kv, 576]."""
+    table, lengths = map(host, cache.tables([seq]))
+    return bits(cache.storage)[table[0]].reshape(-1, *cache.storage.shape[2:])[: lengths[0]]
+
+
+def snapshot(cache):
+    """Everything a failed call must leave alone."""
+    seqs = cache.sequences
+    contents = [read(cache, seq).tobytes() for seq in seqs]
+    table, lengths = map(host, cache.tables())
+    return seqs, contents, table.tolist(), lengths.tolist(), cache.free_pages, repr(cache)
+
+
+# --- a model -----------------------------------------------------------------------------------
+
+
+class Model:
+    """Random operations on a small cache, and what it should hold: a list of row numbers for each
+    sequence. Row number i is the 576 values of numbered([i])."""
+
+    def __init__(self, device, seed):
+        self.rng = np.random.default_rng(seed)
+        self.cache = PagedKVCache(14, page_size=16, device=device)
+        self.held = {}
+        self.dead = []
+        self.next = 0
+        self.happened = dict.fromkeys(("add", "append", "batch", "free", "full", "dead"), 0)
+
+    def numbered(self, ids):
+        rows = np.repeat(np.asarray(ids, np.uint32)[..., None], 576, axis=-1)
+        rows[..., 0] >>= 16
+        return rows.astype(np.uint16).view(ml_dtypes.bfloat16)
+
+    def new_ids(self, *shape):
+        ids = np.arange(self.next, self.next + np.prod(shape)).reshape(shape)
+        self.next += ids.size
+        return ids
+
+    def pages(self, tokens):
+        return -(-tokens // 16)
+
+    def needed(self, seqs, n):
+        have = [len(self.held.get(seq, ())) for seq in seqs]
+        return sum(self.pages(k + n) - self.pages(k) for k in have)
+
+    def free_pages(self):
+        return 14 - sum(self.pages(len(ids)) for ids in self.held.values())
+
+    def attempt(self, what, needed, call):
+        """(done, result) of call(), which must fail if, and only if, pages are missing."""
+        free = self.free_pages()
+        if needed <= free:
+            self.happened[what] += 1
+            return True, call()
+        with pytest.raises(errors.OutOfPagesError) as caught:
+            call()
+        assert (caught.value.needed, caught.value.free) == (needed, free)
+        self.happened["full"] += 1
+        return False, None
+
+    def step(self):
+        rng, cache, seqs = self.rng, self.cache, list(self.held)
+        n = int(rng.choice([0, 1, 2, 15, 16, 17, 40]))
+        kind = rng.choice(["add", "append", "batch", "free", "dead"], p=[0.2, 0.3, 0.25, 0.2, 0.05])
+        if kind == "add" or not seqs:
+            ids = self.new_ids(n)
+            latent = None if n == 0 and rng.random() < 0.5 else self.numbered(ids)
+            done, seq = self.attempt("add", self.pages(n), lambda: cache.add(latent))
+            if done:
+                self.held[seq] = ids.tolist()
+        elif kind == "append":
+            seq, ids = seqs[rng.integers(len(seqs))], self.new_ids(n)
+            rows = self.numbered(ids)
+            if rng.random() < 0.5:
+                rows = beside(cache, rows)
+            done, _ = self.attempt("append", self.needed([seq], n), lambda: cache.append(seq, rows))
+            if done:
+                self.held[seq] += ids.tolist()
+        elif kind == "batch":
+            chosen = [seqs[i] for i in rng.permutation(len(seqs))[: rng.integers(len(seqs) + 1)]]
+            n = min(n, 3)
+            ids = self.new_ids(len(chosen), n)
+            rows = self.numbered(ids)
+            done, _ = self.attempt(
+                "batch", self.needed(chosen, n), lambda: cache.append_batch(chosen, rows)
+            )
+            for seq, row in zip(chosen, ids.tolist(), strict=True):
+                self.held[seq] += row if done else []
+        elif kind == "free":
+            seq = seqs[rng.integers(len(seqs))]
+            cache.free(seq)
+            del self.held[seq]
+            self.dead = [*self.dead[-20:], seq]
+            self.happened["free"] += 1
+        elif self.dead:
+            seq = self.dead[rng.integers(len(self.dead))]
+            row = self.numbered(self.new_ids(1, 1))
+            for call in (
+                lambda: cache.free(seq),
+                lambda: cache.append(seq, row[0]),
+                lambda: cache.append_batch([*seqs, seq], np.repeat(row, len(seqs) + 1, 0)),
+                lambda: cache.tables([*seqs, seq]),
+                lambda: cache.seqlen(seq),
+            ):
+                with pytest.raises(errors.SequenceError, match="was freed"):
+                    call()
+            self.happened["dead"] += 1
+
+    def verify(self):
+        """Invariants by what is public, then by the cache's own check()."""
+        cache = self.cache
+        assert list(cache.sequences) == list(self.held)
+        table, lengths = map(host, cache.tables())
+        assert table.dtype == lengths.dtype == np.int32
+        assert lengths.tolist() == [len(ids) for ids in self.held.values()]
+        used = np.arange(table.shape[1]) < self.pages(lengths)[:, None]
+        assert (table[~used] == 0).all()
+        pages = table[used].tolist()
+        assert len(set(pages)) == len(pages), "a page in two places"
+        assert set(pages) <= set(range(14))
+        assert len(pages) + cache.free_pages == 14
+        token = np.arange(table.shape[1] * 16)
+        live = token < lengths[:, None]
+        found = bits(cache.storage)[table[:, token // 16], token % 16, 0][live]
+        expected = self.numbered([i for ids in self.held.values() for i in ids])
+        assert np.array_equal(found, bits(expected)), "rows differ from the model"
+        cache.check()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_operations_agree_with_the_model(device, seed):
+    model = Model(device, seed)
+    for _ in range(2500 if device == "cpu" else 250):
+        model.step()
+        model.verify()
+    assert min(model.happened.values()) > (30 if device == "cpu" else 1), model.happened
+    for seq in list(model.held):
+        model.cache.free(seq)
+    assert model.cache.free_pages == 14
+    model.cache.check()
+
+
+def test_every_page_can_be_used_and_used_again(device):
+    cache = PagedKVCache(5, page_size=16, device=device)
+    for seed in range(3):
+        rows = latents(80, seed)
+        seq = cache.add(rows)
+        assert cache.free_pages == 0
+        assert np.array_equal(read(cache, seq), bits(rows))
+        cache.free(seq)
+    assert cache.free_pages == 5
+
+
+# --- all or nothing ----------------------------------------------------------------------------
+
+
+def nearly_full(device="cpu"):
+    """Two sequences, one of 3 pages with 1 slot left, one of exactly 1 page; 2 pages are free."""
+    cache = PagedKVCache(6, page_size=16, device=device)
+    return cache, cache.add(latents(47, 1)), cache.add(latents(16, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "needed"),
+    [
+        (lambda cache, a, b: cache.add(latents(33)), 3),
+        (lambda cache, a, b: cache.append(a, latents(34)), 3),
+        (lambda cache, a, b: cache.append(b, latents(33)), 3),
+        (lambda cache, a, b: cache.append_batch([a, b], np.stack([latents(18)] * 2)), 4),
+        (lambda cache, a, b: cache.append_batch([b, a], np.stack([latents(17)] * 2)[:, :, 0]), 3),
+    ],
+)
+def test_out_of_pages_leaves_no_trace(device, call, needed):
+    cache, a, b = nearly_full(device)
+    before = snapshot(cache)
+    with pytest.raises(errors.OutOfPagesError, match="only 2 are free") as caught:
+        call(cache, a, b)
+    assert (caught.value.needed, caught.value.free) == (needed, 2)
+    assert snapshot(cache) == before
+    cache.check()
+
+
+def test_the_last_page_can_be_had():
+    for call in (
+        lambda cache, a, b: cache.add(latents(32)),
+        lambda cache, a, b: cache.append(a, latents(33)),
+        lambda cache, a, b: cache.append(b, latents(32)),
+        lambda cache, a, b: cache.append_batch([a, b], np.stack([latents(16)] * 2)),
+    ):
+        cache, a, b = nearly_full()
+        call(cache, a, b)
+        assert cache.free_pages == 0
+        cache.check()
+
+
+def test_a_write_that_fails_leaves_no_trace(monkeypatch):
+    cache, a, b = nearly_full()
+    before = snapshot(cache)
+
+    def fails(page, slot, rows):
+        cache.storage[page, slot] = 7  # as far as it came
+        raise MemoryError
+
+    monkeypatch.setattr(cache, "_write", fails)
+    for call in (
+        lambda: cache.add(latents(20)),
+        lambda: cache.append(a, latents(5)),
+        lambda: cache.append_batch([a, b], np.stack([latents(16)] * 2)),
+    ):
+        with pytest.raises(MemoryError):
+            call()
+        assert snapshot(cache) == before
+        cache.check()
+    monkeypatch.undo()
+    cache.append_batch([b, a], np.stack([latents(16, 5), latents(16, 6)]))
+    assert np.array_equal(read(cache, a)[47:], bits(latents(16, 6)))
+    assert np.array_equal(read(cache, b)[16:], bits(latents(16, 5)))
+
+
+# --- handles -----------------------------------------------------------------------------------
+
+USES = {
+    "append": lambda cache, seq: cache.append(seq, latents(1)),
+    "append_batch": lambda cache, seq: cache.append_batch([seq], latents(1)[None]),
+    "free": lambda cache, seq: cache.free(seq),
+    "seqlen": lambda cache, seq: cache.seqlen(seq),
+    "tables": lambda cache, seq: cache.tables([seq]),
+    "attend": lambda cache, seq: cache.attend(latents(2).reshape(1, 1, 2, 576), [seq]),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_freed_handle_is_refused_even_when_its_room_is_taken(use):
+    cache = PagedKVCache(4, page_size=16, device="cpu")
+    seq = cache.add(latents(20))
+    cache.tables([seq])  # kept arrays must not answer for it either
+    cache.free(seq)
+    for _ in range(2):
+        with pytest.raises(errors.SequenceError, match=rf"{use}\(\): sequence 0 was freed"):
+            USES[use](cache, seq)
+        cache.add(latents(20, 1))  # takes the same pages, and the same row of the books
+    before = snapshot(cache)
+    with pytest.raises(errors.SequenceError, match="was freed"):
+        USES[use](cache, seq)
+    assert snapshot(cache) == before
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_foreign_handle_is_refused(use):
+    cache, other = (PagedKVCache(4, page_size=16, device="cpu") for _ in range(2))
+    cache.add(latents(20))
+    before = snapshot(cache)
+    with pytest.raises(errors.SequenceError, match=r"sequence 0 belongs to another PagedKVCache"):
+        USES[use](cache, other.add(latents(20)))
+    assert snapshot(cache) == before
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("seq", [0, None, "0", [0]])
+def test_what_is_no_handle_is_refused(use, seq):
+    cache = PagedKVCache(4, page_size=16, device="cpu")
+    cache.add(latents(20))
+    with pytest.raises(errors.ArgTypeError, match=r"seq: expected a sequence handle"):
+        USES[use](cache, seq)
+
+
+def test_a_single_handle_is_no_list():
+    cache = PagedKVCache(4, page_size=16, device="cpu")
+    seq = cache.add()
+    with pytest.raises(errors.ArgTypeError, match=r"list: \[seq\]"):
+        cache.tables(seq)
+
+
+def test_a_sequence_comes_once_in_an_append_but_as_often_as_it_likes_in_a_batch(device):
+    cache, a, b = nearly_full(device)
+    before = snapshot(cache)
+    with pytest.raises(errors.SequenceError, match=r"<sequence 1> comes 2 times"):
+        cache.append_batch([b, a, b], np.stack([latents(1)] * 3))
+    assert snapshot(cache) == before
+    q = beside(cache, np.repeat(latents(4, 3).reshape(1, 1, 4, 576), 3, axis=0))
+    out, _ = cache.attend(q, [b, a, b])
+    assert np.array_equal(bits(out[0]), bits(out[2]))
+    assert not np.array_equal(bits(out[0]), bits(out[1]))
+
+
+# --- attention ---------------------------------------------------------------------------------
+
+
+def compare(cache, q, seqs=None, **options):
+    """attend() against the oracle, which reads the pool through tables()."""
+    out, lse = cache.attend(beside(cache, q), seqs, **options)
+    table, lengths = map(host, cache.tables(seqs))
+    options.setdefault("causal", True)
+    expected = oracle(q, host(cache.storage), table, lengths, **options)
+    assert_within_bound(host(out), host(lse), expected)
+    return host(out), host(lse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_attention_over_reused_pages_sees_no_stale_row(device, page_size, dtype):
+    cache = PagedKVCache(12, page_size=page_size, dtype=dtype, device=device)
+    cache.storage.view(np.uint16)[...] = NAN
+    lengths = [1, 2 * page_size, page_size + 3, 0, page_size - 1, 2]
+    seqs = [cache.add(latents(n, n, dtype)) for n in lengths]
+    for i in (0, 2, 4):
+        cache.free(seqs[i])
+    seqs = [*cache.sequences, cache.add(latents(2 * page_size + 1, 9, dtype))]
+    seqs.insert(0, cache.add(latents(3, 10, dtype)))
+    cache.append_batch(seqs, np.stack([latents(2, 20 + i, dtype) for i in range(len(seqs))]))
+    poisoned(cache)
+    q = latents(len(seqs) * 2 * 8, 5, dtype).reshape(len(seqs), 2, 8, 576)
+    compare(cache, q, seqs)
+    compare(cache, q, seqs[::-1], causal=False, softmax_scale=0.1)
+    compare(cache, q)  # all, oldest first
+
+
+def test_rows_come_back_and_are_attended_to_as_they_were_given(device):
+    """The oracle on plain arrays that the cache never saw, so that a shuffle cannot hide."""
+    cache = PagedKVCache(20, page_size=16, device=device)
+    given = [latents(n, n) for n in (5, 33, 64)]
+    seqs = [cache.add(rows[:4]) for rows in given]
+    for i in (2, 0, 1):  # interleaved, in pieces that cross pages
+        cache.append(seqs[i], beside(cache, given[i][4:5]))
+        for start in range(5, len(given[i]), 19):
+            cache.append(seqs[i], given[i][start : start + 19])
+    q = latents(3 * 4, 1).reshape(3, 1, 4, 576)
+    out, lse = cache.attend(beside(poisoned(cache), q), seqs)
+    pages = np.zeros((3, 64, 1, 576), q.dtype)
+    for page, rows in zip(pages, given, strict=True):
+        page[: len(rows)] = rows
+    lengths = [5, 33, 64]
+    assert_within_bound(host(out), host(lse), oracle(q, pages, np.array([[0], [1], [2]]), lengths))
+
+
+def test_lengths_and_shapes_may_change_between_calls(device):
+    """Kept tables and scheduling metadata follow the sequences, s_q, h_q and causal."""
+    cache = PagedKVCache(60, page_size=16, device=device)
+    seqs = [cache.add(latents(n, n)) for n in (3, 150)]
+    for n in (1, 70, 140):
+        for s_q, h_q, causal in [(1, 4, True), (2, 4, True), (2, 4, False), (1, 200, True)]:
+            q = latents(2 * s_q * h_q, h_q).reshape(2, s_q, h_q, 576)
+            for _ in range(2):
+                compare(cache, q, seqs, causal=causal)
+        compare(cache, q[:1], seqs[1:])
+        cache.append_batch(seqs, np.stack([latents(n, 1), latents(n, 2)]))
+
+
+def test_several_kv_heads(device):
+    cache = PagedKVCache(8, page_size=16, num_heads_kv=3, device=device)
+    seqs = [cache.add(latents(n, n, h_kv=3)) for n in (20, 1)]
+    cache.append_batch(seqs, np.stack([latents(2, n, h_kv=3) for n in (7, 8)]))
+    compare(poisoned(cache), latents(2 * 2 * 6).reshape(2, 2, 6, 576), seqs)
+
+
+def test_no_sequences_and_empty_sequences(device):
+    cache = PagedKVCache(2, page_size=16, device=device)
+    out, lse = cache.attend(beside(cache, latents(0).reshape(0, 1, 4, 576)))
+    assert (out.shape, lse.shape) == ((0, 1, 4, 512), (0, 4, 1))
+    cache.append_batch([], latents(0).reshape(0, 1, 576))
+    cache.storage.view(np.uint16)[...] = NAN
+    seq = cache.add()
+    cache.append(seq, latents(0))
+    assert cache.seqlen(seq) == 0
+    out, lse = cache.attend(beside(cache, latents(4).reshape(1, 1, 4, 576)))
+    assert (host(out) == 0).all()
+    assert (host(lse) == np.inf).all()
+
+
+def test_storage_and_tables_serve_the_public_call(device):
+    cache, _, b = nearly_full(device)
+    q = beside(cache, latents(4).reshape(1, 1, 4, 576))
+    block_table, cache_seqlens = cache.tables([b])
+    metadata, num_splits = get_mla_metadata(cache_seqlens, 4, 1)
+    out, lse = flash_mla_with_kvcache(
+        q, cache.storage, block_table, cache_seqlens, 512, metadata, num_splits
+    )
+    again, lse_again = cache.attend(q, [b])
+    assert np.array_equal(bits(out), bits(again))
+    assert np.array_equal(host(lse), host(lse_again))
+
+
+def test_tables_are_kept_until_a_sequence_changes(device):
+    cache, a, b = nearly_full(device)
+    table, lengths = cache.tables([a, b])
+    assert host(lengths).tolist() == [47, 16]
+    assert table is cache.tables([a, b])[0] is cache.tables()[0]
+    assert host(cache.tables([b])[1]).tolist() == [16]
+    cache.append(b, latents(1))
+    assert host(cache.tables([a, b])[1]).tolist() == [47, 17]
+    assert host(lengths).tolist() == [47, 16], "what was handed out has changed"
+
+
+# --- storage -----------------------------------------------------------------------------------
+
+
+def test_one_layer_of_a_packed_pool(device):
+    xp = PagedKVCache(1, device=device)._xp
+    layers = xp.zeros((6, 2, 16, 1, 576), ml_dtypes.bfloat16)
+    cache = PagedKVCache.from_storage(layers[:, 1])
+    assert (cache.num_pages, cache.page_size, cache.num_heads_kv) == (6, 16, 1)
+    assert (cache.dtype, cache.device) == (ml_dtypes.bfloat16, device)
+    seqs = [cache.add(latents(n, n)) for n in (20, 30)]
+    assert (bits(layers[:, 0]) == 0).all()
+    assert np.array_equal(read(cache, seqs[1]), bits(latents(30, 30)))
+    assert np.array_equal(bits(layers[:2, 1]).reshape(32, 1, 576)[:20], bits(latents(20, 20)))
+    compare(poisoned(cache), latents(8).reshape(2, 1, 4, 576))
+
+
+def test_rows_may_be_strided_and_keep_their_bits(device):
+    cache = PagedKVCache(4, page_size=16, device=device)
+    wide = np.arange(9 * 1200, dtype=np.uint16).reshape(9, 1200)
+    wide[0, :600] = 0x7F81 + np.arange(600) % 100  # NaN payloads, infinities and all
+    rows = wide.view(ml_dtypes.bfloat16)[::-2, 1152::-2]
+    seqs = [cache.add(rows[:, :576]), cache.add(beside(cache, rows)[:, :576])]
+    for seq in seqs:
+        assert np.array_equal(read(cache, seq)[:, 0], wide[::-2, 1152::-2][:, :576])
+
+
+def test_rows_too_many_for_one_scatter(device, monkeypatch):
+    monkeypatch.setattr(paged_cache, "_SCATTER_ELEMENTS", 7 * 576)
+    cache, a, _ = nearly_full(device)
+    rows = latents(33, 8)
+    cache.append(a, rows)
+    assert np.array_equal(read(cache, a)[47:], bits(rows))
+
+
+def test_a_gpu_takes_part_only_if_it_can(monkeypatch):
+    def cupy(count, capability="90"):
+        return SimpleNamespace(
+            cuda=SimpleNamespace(
+                is_available=lambda: count > 0,
+                runtime=SimpleNamespace(getDeviceCount=lambda: count),
+                Device=lambda: SimpleNamespace(id=1, compute_capability=capability),
+            )
+        )
+
+    from flashmla_cupy.pool import _place
+
+    for module, place in [(None, -1), (cupy(0), -1), (cupy(2, "80"), -1), (cupy(2), 1)]:
+        monkeypatch.setitem(sys.modules, "cupy", module)
+        assert _place(None, "f") == place
+        assert _place("cpu", "f") == -1
+    assert _place(0, "f") == 0
+    with pytest.raises(errors.NoDeviceError, match="no CUDA device 2; CuPy sees 2"):
+        PagedKVCache(1, device=2)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(errors.MissingDependencyError, match="device 0 needs CuPy"):
+        PagedKVCache(1, device=0)
+    assert PagedKVCache(1).device == "cpu"
+
+
+def test_tables_made_on_one_stream_are_not_handed_out_on_another(monkeypatch):
+    cache, _, b = nearly_full()
+    table, _ = cache.tables([b])
+    monkeypatch.setattr(cache._framework, "stream", lambda device: 0x5EA)
+    other, lengths = cache.tables([b])
+    assert other is not table
+    assert (other.tolist(), lengths.tolist()) == ([[3]], [16])
+
+
+@pytest.mark.gpu
+def test_an_append_is_queued_on_the_current_stream():
+    """The rows appear on a side stream after a long delay; the append must wait for them, and the
+    host must not."""
+    import cupy
+
+    cache = PagedKVCache(8, device=0)
+    rows = cupy.asarray(latents(100, 2))
+    late = cupy.zeros_like(rows)
+    work = cupy.ones(2**26, cupy.float32)
+    cache.free(cache.add(late))  # compiles CuPy's own kernels
+    cupy.cuda.Device().synchronize()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        for _ in range(300):
+            cupy.sqrt(work, out=work)
+        late[...] = rows
+        seq = cache.add(late)
+        cache.tables([seq])
+        assert not stream.done, "the host has waited"
+        assert np.array_equal(read(cache, seq), bits(rows))
+
+
+# --- bad arguments -----------------------------------------------------------------------------
+
+E = errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"num_pages": 0}, E.ScalarError, "num_pages: expected an integer from 1"),
+        ({"num_pages": -1}, E.ScalarError, "got -1"),
+        ({"num_pages": 4.0}, E.ArgTypeError, "num_pages: expected an integer"),
+        ({"num_pages": True}, E.ArgTypeError, "num_pages"),
+        ({"num_pages": 2**25}, E.ScalarError, "at most 33554431 pages of 64 tokens"),
+        ({"page_size": 48}, E.ScalarError, "page_size: expected one of 16, 32, 64, 128, 256"),
+        ({"page_size": None}, E.ArgTypeError, "page_size"),
+        ({"num_heads_kv": 0}, E.ScalarError, "num_heads_kv"),
+        ({"dtype": "float32"}, E.DTypeError, "dtype: expected bfloat16 or float16"),
+        ({"dtype": np.float32}, E.DTypeError, "float32"),
+        ({"dtype": np.dtype(">f2")}, E.DTypeError, ">f2"),
+        ({"device": "cuda"}, E.OptionError, "device: expected a CUDA device number, 'cpu' or None"),
+        ({"device": -1}, E.ScalarError, "device"),
+        ({"device": 0.5}, E.ArgTypeError, "device"),
+        ({"device": 99}, (E.NoDeviceError, E.MissingDependencyError), "device"),
+    ],
+)
+def test_a_cache_that_cannot_be(arguments, error, words):
+    with pytest.raises(error) as caught:
+        PagedKVCache(**{"num_pages": 4, "device": "cpu", **arguments})
+    assert "PagedKVCache(): " in str(caught.value)
+    assert words in str(caught.value)
+
+
+def pool(shape=(4, 16, 1, 576), dtype=np.float16):
+    return np.zeros(shape, dtype)
+
+
+def readonly(x):
+    x.flags.writeable = False
+    return x
+
+
+@pytest.mark.parametrize(
+    ("storage", "error", "words"),
+    [
+        ([1, 2], E.ArgTypeError, "list"),
+        (pool(dtype=np.float32), E.DTypeError, "float32 (4, 16, 1, 576)"),
+        (pool(dtype=">f2"), E.DTypeError, "native byte order"),
+        (pool((4, 16, 576)), E.ShapeError, "[num_pages, page_size, h_kv, 576]"),
+        (pool((4, 16, 1, 512)), E.ShapeError, "[num_pages, page_size, h_kv, 576]"),
+        (pool((0, 16, 1, 576)), E.ShapeError, "no axis empty"),
+        (pool((4, 16, 0, 576)), E.ShapeError, "no axis empty"),
+        (pool((4, 24, 1, 576)), E.ShapeError, "a page_size (second axis) of 16"),
+        (readonly(pool()), E.ReadOnlyError, "writable"),
+        (pool((4, 16, 1, 1152))[..., ::2], E.StrideError, "contiguous last axis"),
+        (pool()[::-1], E.StrideError, "negative"),
+        (pool((4, 16, 1, 577))[..., :576], E.AlignmentError, "multiples of 16 bytes"),
+        (pool((4, 16, 1, 584))[..., 1:577], E.AlignmentError, "address"),
+    ],
+)
+def test_storage_that_cannot_serve(storage, error, words):
+    with pytest.raises(error) as caught:
+        PagedKVCache.from_storage(storage)
+    assert str(caught.value).startswith("PagedKVCache.from_storage(): storage: expected ")
+    assert words in str(caught.value)
+    assert "k_cache" not in str(caught.value)
+
+
+def test_a_tensor_is_no_storage_and_no_rows():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(errors.FrameworkMismatchError, match=r"cupy\.from_dlpack\(storage\)"):
+        PagedKVCache.from_storage(torch.zeros(4, 16, 1, 576, dtype=torch.float16))
+    cache = PagedKVCache(4, device="cpu")
+    with pytest.raises(errors.FrameworkMismatchError, match=r"add\(\): latent: expected a numpy"):
+        cache.add(torch.zeros(4, 576, dtype=torch.bfloat16))
+    seq = cache.add(latents(1))
+    with pytest.raises(errors.FrameworkMismatchError, match=r"attend\(\): q: expected a numpy"):
+        cache.attend(torch.zeros(1, 1, 4, 576, dtype=torch.bfloat16), [seq])
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "words"),
+    [
+        (latents(3).tolist(), E.ArgTypeError, "list"),
+        (latents(3).astype(np.float32), E.DTypeError, "bfloat16, the dtype of the cache"),
+        (latents(3, dtype="float16"), E.DTypeError, "float16 (3, 1, 576)"),
+        (latents(3)[..., :512], E.ShapeError, "[n, 576] or [n, 1, 576]"),
+        (latents(4).reshape(2, 2, 576), E.ShapeError, "got bfloat16 (2, 2, 576)"),
+        (latents(1)[0, 0], E.ShapeError, "got bfloat16 (576,)"),
+        (latents(2)[None], E.ShapeError, "got bfloat16 (1, 2, 1, 576)"),
+    ],
+)
+def test_rows_that_do_not_fit(rows, error, words):
+    cache, a, _ = nearly_full()
+    before = snapshot(cache)
+    for name, call in (
+        ("rows", lambda: cache.append(a, rows)),
+        ("latent", lambda: cache.add(rows)),
+    ):
+        with pytest.raises(error) as caught:
+            call()
+        assert f"(): {name}: expected " in str(caught.value)
+        assert words in str(caught.value)
+        assert snapshot(cache) == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (latents(2)[:, 0], "[batch, n, 576] or [batch, n, 1, 576], got bfloat16 (2, 576)"),
+        (latents(2)[:, None, None], "got bfloat16 (2, 1, 1, 1, 576)"),
+        (latents(3)[None], "a first axis of 2"),
+        (latents(6)[:, 0].reshape(3, 2, 576), "one of 3"),
+        (latents(0).reshape(0, 1, 576), "one of 0"),
+    ],
+)
+def test_batched_rows_that_do_not_fit(rows, words):
+    cache, a, b = nearly_full()
+    before = snapshot(cache)
+    with pytest.raises(errors.ShapeError) as caught:
+        cache.append_batch([a, b], rows)
+    assert words in str(caught.value)
+    assert snapshot(cache) == before
+
+
+def test_rows_without_heads_need_a_cache_with_one():
+    cache = PagedKVCache(4, num_heads_kv=2, device="cpu")
+    with pytest.raises(errors.ShapeError, match=r"expected \[n, 2, 576\], got bfloat16 \(2, 576\)"):
+        cache.add(latents(2)[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("q", "error", "words"),
+    [
+        (latents(12).reshape(3, 1, 4, 576), E.ShapeError, "a first axis of 2, the number of"),
+        (latents(8).reshape(2, 4, 576), E.ShapeError, "four axes"),
+        (latents(8, dtype="float16").reshape(2, 1, 4, 576), E.DTypeError, "k_cache"),
+        (latents(8)[..., :512].reshape(2, 1, 4, 512), E.ShapeError, "576"),
+        ([1], E.ArgTypeError, "attend(): q: expected a NumPy array"),
+    ],
+)
+def test_queries_that_do_not_fit(q, error, words):
+    cache, _, _ = nearly_full()
+    with pytest.raises(error) as caught:
+        cache.attend(q)
+    assert words in str(caught.value)
+
+
+def test_causal_is_a_flag():
+    cache, _, _ = nearly_full()
+    with pytest.raises(errors.ArgTypeError, match="causal: expected True or False"):
+        cache.attend(latents(8).reshape(2, 1, 4, 576), causal=1)
+
+
+# --- words and books ---------------------------------------------------------------------------
+
+
+def test_repr():
+    cache, a, _ = nearly_full()
+    assert repr(a) == "<sequence 0>"
+    assert repr(cache) == (
+        "PagedKVCache(6 pages of 16 tokens, bfloat16, cpu; 2 sequences, 63 tokens, 2 pages free)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda books: books._free.append(books._free[0]), "is free 2 times"),
+        (lambda books: books._free.pop(), "is free 0 times and held by 0"),
+        (lambda books: books._free.append(0), "page 0 is free 1 times and held by 1"),
+        (lambda books: books._refcount.__setitem__(1, 2), "page 1 .* but its count is 2"),
+        (lambda books: books._table.__setitem__((0, 1), 0), "sequence 0 holds a page twice"),
+        (lambda books: books._table.__setitem__((1, 0), 1), "page 1 .* held by 2 sequences"),
+        (lambda books: books._free.append(6), "outside the pool"),
+        (lambda books: books._free_rows.append(0), "row of the table"),
+    ],
+)
+def test_check_finds_broken_books(damage, words):
+    cache, _, _ = nearly_full()
+    cache.check()
+    damage(cache._pages)
+    with pytest.raises(errors.FlashMLAError, match=f"inconsistent: .*{words}"):
+        cache.check()
