@@ -1,17 +1,19 @@
 """The public functions: checks, then the kernels for arrays on a GPU, NumPy for those on the host.
 
 A call whose signature was seen before goes to the launch after one look-up (see `plans`), which
-keeps the host time of a layer at a few microseconds.
+keeps the host time of a layer at a few microseconds. Arrays without an address to launch with take
+another way (see `routes`).
 """
 
 from __future__ import annotations
 
+import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from . import checks, plans, reference, scalars, schedule
+from . import checks, plans, reference, routes, scalars, schedule
 from .errors import ArgTypeError, DeviceCheckError
-from .frameworks import HOST, ArrayInfo, Framework
+from .frameworks import HERE, HOST, Framework, is_foreign
 from .geometry import NUM_SMS_CPU, Geometry, num_sm_parts
 from .layouts import DECODE
 from .metadata import SchedMeta, stale_requests
@@ -19,6 +21,8 @@ from .metadata import SchedMeta, stale_requests
 if TYPE_CHECKING:
     from .launch import Engine
 
+METADATA = "get_mla_metadata"
+_modules = sys.modules
 _engines: dict[int, Engine] = {}  # those used so far, for check()
 _host_violations: list[DeviceCheckError] = []  # at most one: what check() has yet to raise
 _bind_lock = threading.Lock()
@@ -45,7 +49,7 @@ def get_mla_metadata(
 
     num_heads_q is accepted for FlashMLA's sake and not needed. Raises an ArgumentError.
     """
-    function = "get_mla_metadata"
+    function = METADATA
     scalars.dense_only(function, is_fp8_kvcache, topk=topk)
     if cache_seqlens is None and num_q_tokens_per_head_k is None:
         return SchedMeta(), None
@@ -58,12 +62,23 @@ def get_mla_metadata(
             "Pass get_mla_metadata(cache_seqlens, s_q * h_q // h_kv, h_kv), or no argument.",
             function,
         )
+    compiler = _modules.get("torch.compiler")
+    if (compiler is not None and compiler.is_compiling()) or routes.is_fake(cache_seqlens):
+        from . import torch_op
+
+        return torch_op.traced_metadata(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
+    if is_foreign(cache_seqlens):
+        cache_seqlens = routes.imported("cache_seqlens", cache_seqlens, function)
     framework, infos = checks.describe({"cache_seqlens": cache_seqlens}, function)
     checks.lengths(infos["cache_seqlens"], None, function)
     rows = scalars.integer("num_q_tokens_per_head_k", num_q_tokens_per_head_k, function)
     h_kv = scalars.integer("num_heads_k", num_heads_k, function, least=1)
     if num_heads_q is not None:
         scalars.integer("num_heads_q", num_heads_q, function)
+    if framework.name == "jax":
+        from . import jax_op
+
+        return jax_op.metadata(cache_seqlens, rows, h_kv)
     return _make_metadata(framework, cache_seqlens, rows, h_kv)
 
 
@@ -95,12 +110,14 @@ def flash_mla_with_kvcache(
                              both results of get_mla_metadata(), of either style
     softmax_scale            576 ** -0.5 by default
     causal                   query i of s_q sees keys j <= cache_seqlens - s_q + i
-    out, lse                 contiguous arrays to write into, instead of new ones
+    out, lse                 contiguous arrays to write into, instead of new ones (not in JAX)
 
     Returns out [batch, s_q, h_q, 512] in q's dtype and lse [batch, h_q, s_q] float32 (natural
     logarithm). A query that sees no key gives out = 0 and lse = +inf. All arrays are of one
-    framework and device, and so are the results. The work is queued on the framework's current
-    stream; nothing synchronises. There is no gradient.
+    framework and device, and so are the results: NumPy, CuPy, PyTorch or JAX, under torch.compile
+    and JAX's transformations too. Arrays of any other framework that has __dlpack__ count as CuPy
+    arrays, or NumPy's in host memory. The work is queued on the framework's current stream;
+    nothing synchronises. There is no gradient.
 
     Raises an ArgumentError before anything is allocated or launched, an environment error where
     the GPU or its compiler is missing, and DeviceCheckError when an *earlier* call met a page
@@ -108,29 +125,57 @@ def flash_mla_with_kvcache(
     """
     if is_fp8_kvcache is not False or indices is not None:
         scalars.dense_only(DECODE, is_fp8_kvcache, indices=indices)
+    compiler = _modules.get("torch.compiler")
+    if compiler is not None and compiler.is_compiling():
+        from . import torch_op
+
+        return torch_op.traced_decode(
+            q,
+            k_cache,
+            block_table,
+            cache_seqlens,
+            head_dim_v,
+            tile_scheduler_metadata,
+            num_splits,
+            softmax_scale,
+            causal,
+            out,
+            lse,
+        )
     lazy: SchedMeta | None = None
     if type(tile_scheduler_metadata) is SchedMeta:
         lazy, tile_scheduler_metadata = tile_scheduler_metadata, None
-    arrays = plans.Arrays(
+    arrays = (
         q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, out, lse
-    )
-    options = plans.Options(head_dim_v, softmax_scale, causal, lazy is not None)
-    plan, infos, key = plans.find(arrays, options)
-    if plan is None or not plan.accepts(infos):
-        plan, infos = plans.make(arrays, options, key, _engine)
-    engine, geometry = plan.engine, plan.geometry
-    if engine is not None:
-        engine.raise_pending()
-    else:
+    )  # fmt: skip
+    plan, pointers, key = plans.find(arrays, head_dim_v, softmax_scale, causal, lazy is not None)
+    if plan is None or not plan.accepts(pointers):
+        named = plans.Arrays(*arrays)
+        options = plans.Options(head_dim_v, softmax_scale, causal, lazy is not None)
+        results = routes.without_address(named, options, lazy, key)
+        if results is not None:
+            return results
+        plan, pointers = plans.make(named, options, key, _engine)
+    engine, framework = plan.engine, plan.framework
+    if engine is None:
         _raise_host_violation()
+    else:
+        engine.raise_pending()
     if plan.is_empty:
-        with plan.framework.device_guard(plan.configuration.device):
-            return _outputs(plan, arrays)
+        with framework.device_guard(plan.configuration.device):
+            return (
+                plan.new_out() if out is None else out,
+                plan.new_lse() if lse is None else lse,
+            )
     if lazy is not None:
-        _bind(lazy, plan, arrays)
-    if engine is None or geometry is None:
-        return _on_host(plan, arrays, lazy)
-    return _on_device(engine, geometry, plan, arrays, infos, lazy)
+        _bind(lazy, plan, cache_seqlens)
+    if engine is None:
+        return _on_host(plan, plans.Arrays(*arrays), lazy)
+    guard = framework.device_guard(plan.configuration.device)
+    if guard is HERE:  # the usual case; entering a context that does nothing takes time
+        return _launch(engine, plan, pointers, out, lse, lazy)
+    with guard:
+        return _launch(engine, plan, pointers, out, lse, lazy)
 
 
 def check() -> None:
@@ -142,49 +187,54 @@ def check() -> None:
     _raise_host_violation()
 
 
-def _on_device(
+def _launch(
     engine: Engine,
-    geometry: Geometry,
     plan: plans.Plan,
-    arrays: plans.Arrays,
-    infos: list[ArrayInfo],
+    pointers: tuple[int, ...],
+    out: Any,
+    lse: Any,
     lazy: SchedMeta | None,
 ) -> tuple[Any, Any]:
     """Allocates what is missing and launches; nothing here waits for the device."""
-    framework, device = plan.framework, plan.configuration.device
-    q, k_cache, block_table, cache_seqlens, metadata, num_splits, out_info, lse_info = infos
-    if plan.plain_q is not None:
-        q = plan.plain_q._replace(ptr=q.ptr)
-    if plan.plain_k_cache is not None:
-        k_cache = plan.plain_k_cache._replace(ptr=k_cache.ptr)
-    with framework.device_guard(device):
-        out, lse = _outputs(plan, arrays)
-        scratch = 0
-        if plan.scratch_floats:  # freed at the end of this call, in the order of the stream
-            room = framework.empty((plan.scratch_floats,), "float32", device)
-            scratch = framework.pointer(room)
-        engine.decode(
-            framework.stream(device),
-            q,
-            k_cache,
-            block_table,
-            cache_seqlens.ptr,
-            metadata.ptr if lazy is None else lazy.pointers[0],
-            num_splits.ptr if lazy is None else lazy.pointers[1],
-            out_info.ptr or framework.pointer(out),
-            lse_info.ptr or framework.pointer(lse),
-            scratch,
-            geometry,
-            plan.softmax_scale,
-            plan.causal,
-        )
+    framework = plan.framework
+    pointer = framework.pointer
+    q, k_cache, table, cache_seqlens, metadata, num_splits, out_pointer, lse_pointer = pointers
+    if lazy is not None:
+        metadata, num_splits = lazy.pointers
+    if out is None:
+        out = plan.new_out()
+        out_pointer = pointer(out)
+    if lse is None:
+        lse = plan.new_lse()
+        lse_pointer = pointer(lse)
+    room, scratch = None, 0
+    if plan.new_scratch is not None:  # freed at the end of this call, in the order of the stream
+        room = plan.new_scratch()
+        scratch = pointer(room)
+    q_at, k_cache_at, table_at = plan.inputs
+    engine.decode(
+        framework.stream(plan.configuration.device),
+        q_at[q],
+        k_cache_at[k_cache],
+        table_at[table],
+        cache_seqlens,
+        metadata,
+        num_splits,
+        out_pointer,
+        lse_pointer,
+        scratch,
+        cast("Geometry", plan.geometry),
+        plan.softmax_scale,
+        plan.causal,
+    )
     return out, lse
 
 
 def _on_host(plan: plans.Plan, arrays: plans.Arrays, lazy: SchedMeta | None) -> tuple[Any, Any]:
     """The reference, on views of the arrays."""
     view = plan.framework.to_numpy
-    out, lse = _outputs(plan, arrays)
+    out = plan.new_out() if arrays.out is None else arrays.out
+    lse = plan.new_lse() if arrays.lse is None else arrays.lse
     lengths = view(arrays.cache_seqlens)
     metadata = arrays.tile_scheduler_metadata if lazy is None else lazy.tile_scheduler_metadata
     result = reference.decode(
@@ -198,19 +248,21 @@ def _on_host(plan: plans.Plan, arrays: plans.Arrays, lazy: SchedMeta | None) -> 
         out=view(out),
         lse=view(lse),
     )
-    if result.violation is not None:
-        _host_violations[:] = [result.violation]
+    report(result.violation)
     return out, lse
 
 
-def _outputs(plan: plans.Plan, arrays: plans.Arrays) -> tuple[Any, Any]:
-    """The caller's out and lse, or new ones."""
-    out, lse, device = arrays.out, arrays.lse, plan.configuration.device
-    if out is None:
-        out = plan.framework.empty(plan.out_shape, plan.dtype, device)
-    if lse is None:
-        lse = plan.framework.empty(plan.lse_shape, "float32", device)
-    return out, lse
+def raise_pending() -> None:
+    """Raises what earlier calls are known to have refused, on any device; does not wait."""
+    for engine in list(_engines.values()):
+        engine.raise_pending()
+    _raise_host_violation()
+
+
+def report(violation: DeviceCheckError | None) -> None:
+    """Keeps what the reference refused, for the next call or check() to raise."""
+    if violation is not None:
+        _host_violations[:] = [violation]
 
 
 def _raise_host_violation() -> None:
@@ -218,7 +270,7 @@ def _raise_host_violation() -> None:
         raise _host_violations.pop()
 
 
-def _bind(lazy: SchedMeta, plan: plans.Plan, arrays: plans.Arrays) -> None:
+def _bind(lazy: SchedMeta, plan: plans.Plan, cache_seqlens: Any) -> None:
     """Makes the metadata of a SchedMeta at its first call; later, checks that it is for this."""
     if lazy.bound is None:
         with _bind_lock:
@@ -227,7 +279,7 @@ def _bind(lazy: SchedMeta, plan: plans.Plan, arrays: plans.Arrays) -> None:
                 rows = bound.s_q * bound.h_q // bound.h_kv
                 lazy.bind(
                     bound,
-                    *_make_metadata(plan.framework, arrays.cache_seqlens, rows, bound.h_kv),
+                    *_make_metadata(plan.framework, cache_seqlens, rows, bound.h_kv),
                     plan.framework.pointer,
                 )
     lazy.require(plan.configuration)

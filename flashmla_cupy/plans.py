@@ -1,13 +1,17 @@
 """Validated calls: the checks run once for each signature and leave a Plan for the next time.
 
 The signature of a call is all that the checks look at except addresses: framework, shapes,
-strides, dtypes, device and scalars. `find` describes the arguments and looks their Plan up; `make`
-runs every check and builds it. Addresses are looked at on every call: `Plan.accepts` tests their
+strides, dtypes, device and scalars. `find` takes the signature and looks its Plan up; `make` runs
+every check and builds it. Addresses are looked at on every call: `Plan.accepts` tests their
 alignment and that the outputs overlap nothing, and `make` says what is wrong with them.
+
+`find` and `accepts` run for every layer of every token, so they are written for speed: an adapter
+may offer `signature`, which reads the same facts as `describe` in fewer steps.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from .launch import Engine
 
 MAX_PLANS = 1024
+MAX_ADDRESSES = 4096  # of one array of one plan; a model has as many caches as layers
 ABSENT = ArrayInfo(0, (), (), "", HOST)  # stands for an array the call does not have
 
 
@@ -54,30 +59,29 @@ class Plan:
     configuration: Configuration
     engine: Engine | None  # None: arrays in host memory
     geometry: Geometry | None  # None: no engine, or nothing to do
-    scratch_floats: int
-    dtype: str
     softmax_scale: float
     causal: bool
-    out_shape: tuple[int, ...]
-    lse_shape: tuple[int, ...]
     is_empty: bool
-    plain_q: ArrayInfo | None  # what to launch with, but for its address, if not what came
-    plain_k_cache: ArrayInfo | None
     spans: tuple[tuple[int, int], ...]  # bytes that each array covers, relative to its address
+    new_out: Callable[[], Any]
+    new_lse: Callable[[], Any]
+    new_scratch: Callable[[], Any] | None  # None: the launch needs none
+    # The first three arrays as the launch wants them, by address.
+    inputs: tuple[_AtAddress, _AtAddress, _AtAddress]
 
-    def accepts(self, infos: list[ArrayInfo]) -> bool:
+    def accepts(self, pointers: tuple[int, ...]) -> bool:
         """Whether all addresses are aligned and the outputs overlap nothing."""
-        q, k_cache, block_table, cache_seqlens, metadata, num_splits, out, lse = infos
-        if (q.ptr | k_cache.ptr | metadata.ptr | out.ptr) & 15:
+        q, k_cache, block_table, cache_seqlens, metadata, num_splits, out, lse = pointers
+        if (q | k_cache | metadata | out) & 15:
             return False
-        if (block_table.ptr | cache_seqlens.ptr | num_splits.ptr | lse.ptr) & 3:
+        if (block_table | cache_seqlens | num_splits | lse) & 3:
             return False
-        return (out is ABSENT and lse is ABSENT) or not self._overlap(infos)
+        return not (out or lse) or not self._overlap(pointers)
 
-    def _overlap(self, infos: list[ArrayInfo]) -> bool:
+    def _overlap(self, pointers: tuple[int, ...]) -> bool:
         covered = [
-            (info.ptr + low, info.ptr + high)
-            for info, (low, high) in zip(infos, self.spans, strict=True)
+            (pointer + low, pointer + high)
+            for pointer, (low, high) in zip(pointers, self.spans, strict=True)
         ]
         (out_begin, out_end), (lse_begin, lse_end) = covered[6:]
         if out_begin < lse_end and lse_begin < out_end:
@@ -88,30 +92,65 @@ class Plan:
         )
 
 
+class _AtAddress(dict[int, ArrayInfo]):
+    """Address -> the ArrayInfo of an array that is otherwise like `info`."""
+
+    def __init__(self, info: ArrayInfo) -> None:
+        super().__init__()
+        self.info = info
+
+    def __missing__(self, pointer: int) -> ArrayInfo:
+        if len(self) >= MAX_ADDRESSES:
+            self.clear()
+        info = self[pointer] = self.info._replace(ptr=pointer)
+        return info
+
+
 _plans: dict[Any, Plan] = {}
 
 
-def find(arrays: Arrays, options: Options) -> tuple[Plan | None, list[ArrayInfo], Any]:
-    """(plan, infos, key): the plan if this signature was seen; key None: it cannot be kept."""
-    head_dim_v, softmax_scale, causal, _ = options
+def find(
+    arrays: tuple[Any, ...],
+    head_dim_v: Any,
+    softmax_scale: Any,
+    causal: Any,
+    is_lazy: bool,
+) -> tuple[Plan | None, tuple[int, ...], Any]:
+    """(plan, pointers, key): the plan if this signature was seen, and the addresses of `arrays`,
+    which are those of `Arrays`; key None: it cannot be kept."""
     # 1, 1.0 and True are equal as keys, so only the usual types may be keys.
     usual = type(causal) is bool and type(head_dim_v) is int
     if not usual or not (softmax_scale is None or type(softmax_scale) is float):
-        return None, [], None
+        return None, (), None
     try:
-        framework = framework_of(arrays.q, "q")
-        describe = framework.describe
-        infos = [ABSENT if array is None else describe(array) for array in arrays]
-        key = (framework, options, *[info[1:] for info in infos])
-        return _plans.get(key), infos, key
+        framework = framework_of(arrays[0], "q")
+        signature = getattr(framework, "signature", None)
+        if signature is not None:
+            facts, pointers = signature(*arrays)
+        else:
+            describe = framework.describe
+            infos = [ABSENT if array is None else describe(array) for array in arrays]
+            facts = framework, *[info[1:] for info in infos]
+            pointers = tuple([info[0] for info in infos])
+        key = facts, head_dim_v, softmax_scale, causal, is_lazy
+        return _plans.get(key), pointers, key
     except Exception:  # no array, or none of this framework: `make` will find out and say so
-        return None, [], None
+        return None, (), None
 
 
-def make(
-    arrays: Arrays, options: Options, key: Any, engine_of: Callable[[int], Engine]
-) -> tuple[Plan, list[ArrayInfo]]:
-    """Every check, then the plan, which is kept under the key, and the infos."""
+class Valid(NamedTuple):
+    """What the checks leave of a call's arguments."""
+
+    framework: Framework
+    infos: dict[str, ArrayInfo]  # of the arrays that the call has
+    softmax_scale: float
+    causal: bool
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+
+
+def validate(arrays: Arrays, options: Options) -> Valid:
+    """Every check but that of the metadata's size, which depends on the device."""
     scalars.head_dim_v(options.head_dim_v)
     softmax_scale = scalars.softmax_scale(options.softmax_scale)
     causal = scalars.causal(options.causal)
@@ -128,8 +167,7 @@ def make(
     checks.query(q)
     checks.cache(k_cache, q)
     batch, s_q, h_q, _ = q.shape
-    _, page_size, h_kv, _ = k_cache.shape
-    checks.table(block_table, batch, page_size)
+    checks.table(block_table, batch, k_cache.shape[1])
     checks.lengths(infos["cache_seqlens"], batch, layouts.DECODE)
     out_shape, lse_shape = (batch, s_q, h_q, HEAD_DIM_V), (batch, h_q, s_q)
     if "out" in infos:
@@ -137,6 +175,17 @@ def make(
     if "lse" in infos:
         checks.output("lse", infos["lse"], lse_shape, "float32")
     checks.aliasing(infos)
+    return Valid(framework, infos, softmax_scale, causal, out_shape, lse_shape)
+
+
+def make(
+    arrays: Arrays, options: Options, key: Any, engine_of: Callable[[int], Engine]
+) -> tuple[Plan, tuple[int, ...]]:
+    """Every check, then the plan, which is kept under the key, and the addresses of `arrays`."""
+    framework, infos, softmax_scale, causal, out_shape, lse_shape = validate(arrays, options)
+    q, k_cache, block_table = infos["q"], infos["k_cache"], infos["block_table"]
+    batch, s_q, h_q, _ = q.shape
+    _, page_size, h_kv, _ = k_cache.shape
 
     engine = None if q.device == HOST else engine_of(q.device)
     num_sms = NUM_SMS_CPU if engine is None else engine.num_sms
@@ -150,6 +199,14 @@ def make(
     if engine is not None and not is_empty:
         geometry = Geometry.of(plain_q, plain_k_cache, block_table, parts)
         scratch_floats = engine.scratch_floats(geometry)
+
+    def new(shape: tuple[int, ...], dtype: str) -> Callable[[], Any]:
+        allocator = getattr(framework, "allocator", None)
+        if allocator is None:
+            return functools.partial(framework.empty, shape, dtype, q.device)
+        made: Callable[[], Any] = allocator(shape, dtype, q.device)
+        return made
+
     found = [infos.get(name, ABSENT) for name in Arrays._fields]
     plan = Plan(
         framework=framework,
@@ -158,19 +215,17 @@ def make(
         ),
         engine=engine,
         geometry=geometry,
-        scratch_floats=scratch_floats,
-        dtype=q.dtype,
         softmax_scale=softmax_scale,
         causal=causal and s_q > 1,
-        out_shape=out_shape,
-        lse_shape=lse_shape,
         is_empty=is_empty,
-        plain_q=None if plain_q == q else plain_q,
-        plain_k_cache=None if plain_k_cache == k_cache else plain_k_cache,
         spans=tuple(layouts.span(info) for info in found),
+        new_out=new(out_shape, q.dtype),
+        new_lse=new(lse_shape, "float32"),
+        new_scratch=new((scratch_floats,), "float32") if scratch_floats else None,
+        inputs=(_AtAddress(plain_q), _AtAddress(plain_k_cache), _AtAddress(block_table)),
     )
     if key is not None:
         if len(_plans) >= MAX_PLANS:  # a bound, not a policy: a decoding loop needs a few
             _plans.clear()
         _plans[key] = plan
-    return plan, found
+    return plan, tuple(info.ptr for info in found)

@@ -41,14 +41,24 @@ class FlashMLASchedMeta:
     """By its name, FlashMLA's own metadata object."""
 
 
-class JaxArray:
-    """By its module, an array of JAX."""
+class VulkanArray:
+    """An array of an unknown framework, on a device that DLPack calls kDLVulkan."""
 
-    def __dlpack__(self):
+    def __dlpack_device__(self):
+        return 7, 0
+
+    def __dlpack__(self, **_):
         raise AssertionError("a bad argument was imported")
 
 
-JaxArray.__module__ = "jaxlib._jax"
+class ShyArray(VulkanArray):
+    """One in host memory that cannot be exported."""
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+    def __dlpack__(self, **_):
+        raise BufferError("it is being written")
 
 
 def arguments() -> dict:
@@ -123,7 +133,9 @@ BAD_ARRAYS = [
     ("q-list", {"q": lambda a: a["q"].tolist()}, ArgTypeError, "q", "list"),
     ("q-none", {"q": None}, ArgTypeError, "q", "None"),
     ("q-scalar", {"q": 1.5}, ArgTypeError, "q", "float 1.5"),
-    ("q-jax", {"q": JaxArray()}, FrameworkMismatchError, "q", "JAX"),
+    ("q-on-vulkan", {"q": VulkanArray()}, DeviceMismatchError, "q", "DLPack device type 7"),
+    ("q-not-exported", {"q": ShyArray()}, ArgTypeError, "q", "it is being written"),
+    ("table-on-vulkan", {"block_table": VulkanArray()}, DeviceMismatchError, "block_table", "GPU"),
     ("q-3d", {"q": lambda a: a["q"][:, 0]}, ShapeError, "q", "q[:, None]"),
     ("q-5d", {"q": lambda a: a["q"][None]}, ShapeError, "q", "four axes"),
     ("q-0d", {"q": lambda a: a["q"][0, 0, 0, 0, ...].reshape(())}, ShapeError, "q", "four axes"),
@@ -269,12 +281,22 @@ BAD_ARRAYS = [
     ),
     (
         "cache-page-stride",
-        {"k_cache": lambda a: strided(np.zeros(800000, BF16), (73729, 1152, 576, 1), (9, 64, 2, 576))},
+        {
+            "k_cache": lambda a: strided(
+                np.zeros(800000, BF16), (73729, 1152, 576, 1), (9, 64, 2, 576)
+            )
+        },
         AlignmentError,
         "k_cache",
         "16 bytes",
     ),
-    ("cache-address", {"k_cache": lambda a: shifted(a["k_cache"])}, AlignmentError, "k_cache", "16"),
+    (
+        "cache-address",
+        {"k_cache": lambda a: shifted(a["k_cache"])},
+        AlignmentError,
+        "k_cache",
+        "16",
+    ),
     (
         "cache-one-head-address",
         {"k_cache": lambda a: a["k_cache"][:, :, 1:, 4:]},
@@ -307,7 +329,13 @@ BAD_ARRAYS = [
         "block_table",
         "two axes",
     ),
-    ("table-3d", {"block_table": lambda a: a["block_table"][None]}, ShapeError, "block_table", "(3,"),
+    (
+        "table-3d",
+        {"block_table": lambda a: a["block_table"][None]},
+        ShapeError,
+        "block_table",
+        "(3,",
+    ),
     (
         "table-rows",
         {"block_table": lambda a: a["block_table"][:2]},
@@ -502,7 +530,13 @@ BAD_ARRAYS = [
         "num_splits",
         "int64",
     ),
-    ("splits-2d", {"num_splits": lambda a: a["num_splits"][None]}, ShapeError, "num_splits", "(4,)"),
+    (
+        "splits-2d",
+        {"num_splits": lambda a: a["num_splits"][None]},
+        ShapeError,
+        "num_splits",
+        "(4,)",
+    ),
     (
         "splits-batch",
         {"num_splits": lambda a: a["num_splits"][:3]},
@@ -582,10 +616,9 @@ BAD_ARRAYS = [
     (
         "out-is-metadata",
         {
-            "tile_scheduler_metadata": lambda a: a["out"]
-            .view(np.int32)
-            .ravel()[: 66 * 8]
-            .reshape(66, 8)
+            "tile_scheduler_metadata": lambda a: (
+                a["out"].view(np.int32).ravel()[: 66 * 8].reshape(66, 8)
+            )
         },
         AliasingError,
         "out",
@@ -871,7 +904,10 @@ def test_metadata_on_a_device_that_is_not_there(monkeypatch):
         {"k_cache": lambda a: np.zeros((9, 2, 64, 576), BF16).swapaxes(1, 2)},
         {"block_table": lambda a: np.zeros((3, 9), np.int32)[:, :5]},
         {"block_table": lambda a: np.broadcast_to(np.zeros(5, np.int32), (3, 5))},
-        {"q": lambda a: read_only(a["q"]), "cache_seqlens": lambda a: read_only(a["cache_seqlens"])},
+        {
+            "q": lambda a: read_only(a["q"]),
+            "cache_seqlens": lambda a: read_only(a["cache_seqlens"]),
+        },
         {"out": None, "lse": None},
     ],
     ids=lambda odd: "+".join(odd),

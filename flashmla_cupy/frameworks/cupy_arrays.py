@@ -1,0 +1,69 @@
+"""CuPy arrays: launched on CuPy's current stream, results from CuPy's memory pool."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from .base import HERE, ArrayInfo, dtype_names, element_strides, no_whole_strides, numpy_dtype
+
+
+class CuPy:
+    name = "cupy"
+
+    def __init__(self) -> None:
+        cupy: Any = importlib.import_module("cupy")
+        self._empty = cupy.empty
+        self._ndarray = cupy.ndarray
+        self._device = cupy.cuda.Device
+        self._current_device = cupy.cuda.runtime.getDevice
+        self._current_stream = cupy.cuda.get_current_stream
+
+    def describe(self, x: Any, argument: str = "array") -> ArrayInfo:
+        dtype = x.dtype
+        data = x.data
+        strides = element_strides[x.strides, dtype.itemsize]
+        if len(strides) != x.ndim:
+            raise no_whole_strides(x, argument)
+        return ArrayInfo(data.ptr, x.shape, strides, dtype_names[dtype], data.device_id)
+
+    def signature(self, *arrays: Any) -> tuple[Any, tuple[int, ...]]:
+        facts: list[Any] = [self]
+        pointers = []
+        for x in arrays:
+            if x is None:
+                facts.append(None)
+                pointers.append(0)
+            else:
+                data = x.data
+                facts.append((x.shape, x.strides, x.dtype, data.device_id))
+                pointers.append(data.ptr)
+        return tuple(facts), tuple(pointers)
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
+        return self._empty(shape, numpy_dtype(dtype))
+
+    def allocator(self, shape: tuple[int, ...], dtype: str, device: int) -> Callable[[], Any]:
+        return functools.partial(self._ndarray, shape, numpy_dtype(dtype))
+
+    def pointer(self, x: Any) -> int:
+        pointer: int = x.data.ptr
+        return pointer
+
+    def stream(self, device: int) -> int:
+        stream: int = self._current_stream(device).ptr
+        return stream
+
+    def device_guard(self, device: int) -> AbstractContextManager[Any]:
+        if self._current_device() == device:
+            return HERE
+        guard: AbstractContextManager[Any] = self._device(device)
+        return guard
+
+    def to_numpy(self, x: Any) -> np.ndarray:
+        raise TypeError("A CuPy array is not in host memory.")

@@ -1,0 +1,322 @@
+"""The adapters: facts without copies, mixed frameworks named, and other frameworks by DLPack."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import subprocess
+import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+from fake_device import FakeEngine
+from interop import decode, get, put, same_bits
+from problems import make_problem
+
+from flashmla_cupy import flash_mla_with_kvcache, frameworks, get_mla_metadata, interface, plans
+from flashmla_cupy.errors import (
+    ArgTypeError,
+    DeviceMismatchError,
+    FrameworkMismatchError,
+    MissingDependencyError,
+    OptionError,
+    ReadOnlyError,
+    StrideError,
+)
+from flashmla_cupy.frameworks import HOST, framework, framework_of, is_foreign
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+PROBLEM = make_problem([70, 5, 0], s_q=2, h_q=4, causal=True)
+
+
+class Foreign:
+    """An array of a framework the library has never heard of, in host memory."""
+
+    def __init__(self, array, device=(1, 0)):
+        self.array, self.device, self.exports = array, device, 0
+
+    def __dlpack_device__(self):
+        return self.device
+
+    def __dlpack__(self, **options):
+        self.exports += 1
+        return self.array.__dlpack__(**options)
+
+
+def foreign(x: np.ndarray) -> Foreign:
+    """x as a foreign array, bfloat16 with the help of torch."""
+    if x.dtype == BF16:
+        pytest.importorskip("torch")
+        return Foreign(put("torch", x, HOST))
+    return Foreign(x)
+
+
+# --- which framework ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["flashmla_cupy", "flashmla_cupy.interface"])
+def test_importing_the_package_imports_no_other_framework(first):
+    code = f"import sys, {first}; print([m for m in ('torch', 'jax', 'cupy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+def test_arrays_and_their_subclasses_are_found(name):
+    module = pytest.importorskip(name)
+    assert framework_of(put(name, np.zeros(3, np.float32), HOST), "q") is framework(name)
+    if name == "numpy":
+        assert framework_of(np.ma.zeros(3), "q") is framework(name)
+    if name == "torch":
+        assert framework_of(module.nn.Parameter(module.zeros(3)), "q") is framework(name)
+    if name == "jax":
+        seen = []
+        module.jit(lambda x: seen.append(framework_of(x, "q")) or x)(np.zeros(3))
+        assert seen == [framework(name)]
+
+
+@pytest.mark.parametrize("value", [None, 1.5, [1, 2], "q", object()])
+def test_what_is_no_array(value):
+    assert not is_foreign(value)
+    with pytest.raises(ArgTypeError, match="Put the data into an array first"):
+        framework_of(value, "q")
+
+
+# Every ordered pair of frameworks, and each array argument in turn as the odd one out.
+ODD = ("k_cache", "block_table", "cache_seqlens", "tile_scheduler_metadata", "num_splits", "out")
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize(("name", "other"), [*itertools.permutations(("numpy", "torch", "jax"), 2)])
+def test_mixed_frameworks_are_both_named(name, other, odd):
+    if odd == "out" and name == "jax":
+        odd = "num_splits"  # out is refused as such
+    pytest.importorskip(name)
+    pytest.importorskip(other)
+    metadata, num_splits = get_mla_metadata(PROBLEM.cache_seqlens, PROBLEM.rows, 1)
+    names = ("q", "k_cache", "block_table", "cache_seqlens")
+    arrays = dict(zip(names, PROBLEM.arrays(), strict=True))
+    arrays |= {"tile_scheduler_metadata": metadata, "num_splits": num_splits}
+    arrays["out"] = np.zeros((3, 2, 4, 512), BF16)
+    call = {k: put(other if k == odd else name, v, HOST) for k, v in arrays.items()}
+    if name == "jax":
+        del call["out"]
+    for _ in range(2):  # the pure call before must not let the mixed one through
+        with pytest.raises(FrameworkMismatchError) as caught:
+            flash_mla_with_kvcache(head_dim_v=512, causal=True, **call)
+        assert caught.value.argument == odd
+        assert f"a {name} array, as q is, got a {other} array" in str(caught.value)
+        pure = {k: put(name, arrays[k], HOST) for k in call}
+        flash_mla_with_kvcache(head_dim_v=512, causal=True, **pure)
+
+
+# --- facts -------------------------------------------------------------------------------------
+
+
+def test_a_field_of_a_structured_array_has_no_whole_strides():
+    x = np.zeros(4, [("a", np.int32), ("b", np.int16)])["a"]
+    with pytest.raises(StrideError, match="multiples of the itemsize"):
+        framework("numpy").describe(x, "cache_seqlens")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int32", "uint8", "int64"])
+def test_torch_facts(dtype):
+    torch = pytest.importorskip("torch")
+    x = torch.zeros(4, 6, dtype=getattr(torch, dtype))[1:, ::2]
+    info = framework("torch").describe(x, "q")
+    assert (info.ptr, info.shape, info.strides) == (x.data_ptr(), (3, 3), (6, 2))
+    assert (info.dtype, info.device, info.readonly) == (dtype, HOST, False)
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    """CuPy, as far as the adapter knows it: NumPy arrays whose memory lies on device 1."""
+
+    class ndarray:
+        def __init__(self, shape, dtype=np.float64):
+            self.array = np.zeros(shape, dtype)
+            self.data = SimpleNamespace(ptr=self.array.ctypes.data, device_id=1)
+
+        shape = property(lambda self: self.array.shape)
+        strides = property(lambda self: self.array.strides)
+        dtype = property(lambda self: self.array.dtype)
+        ndim = property(lambda self: self.array.ndim)
+
+    used = []
+    cuda = SimpleNamespace(
+        Device=lambda device: nullcontext(used.append(device)),
+        runtime=SimpleNamespace(getDevice=lambda: 0),
+        get_current_stream=lambda device: SimpleNamespace(ptr=100 + device),
+    )
+    fake = SimpleNamespace(ndarray=ndarray, empty=ndarray, cuda=cuda, used=used)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(frameworks, "_instances", dict(frameworks._instances))
+    monkeypatch.setattr(frameworks, "_by_type", dict(frameworks._by_type))
+    frameworks._instances.pop("cupy", None)
+    monkeypatch.setattr(plans, "_plans", {})
+    return fake
+
+
+def test_cupy_calls_run_on_the_device_and_the_stream_that_is_current_there(cupy, monkeypatch):
+    engine = FakeEngine()
+    monkeypatch.setattr(interface, "_engine", {1: engine}.__getitem__)
+    arrays = [cupy.ndarray(x.shape, x.dtype) for x in PROBLEM.arrays()]
+    metadata, num_splits = get_mla_metadata(arrays[3], PROBLEM.rows, 1)
+    for given in ({}, {}, {"out": cupy.ndarray((3, 2, 4, 512), BF16)}):
+        out, lse = flash_mla_with_kvcache(*arrays, 512, metadata, num_splits, **given)
+        assert isinstance(out, cupy.ndarray)
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (
+            (3, 2, 4, 512), BF16, (3, 4, 2), np.float32,
+        )  # fmt: skip
+        what, stream, q, k_cache, table, *pointers = engine.launches[-1]
+        assert (what, stream) == ("decode", 101)
+        assert [x.ptr for x in (q, k_cache, table)] == [x.data.ptr for x in arrays[:3]]
+        assert q.strides == (4608, 2304, 576, 1)
+        expected = [x.data.ptr for x in (arrays[3], metadata, num_splits, out, lse)]
+        assert pointers[:5] == expected
+        assert given.get("out", out) is out
+    assert [launch[:2] for launch in engine.launches] == [("schedule", 101)] + 3 * [("decode", 101)]
+    assert cupy.used == [1] * 4  # for each, since device 0 is current
+
+
+def test_cupy_with_another_framework_is_mixed(cupy):
+    arrays = [cupy.ndarray(x.shape, x.dtype) for x in PROBLEM.arrays()]
+    for kind in ("numpy", "torch"):
+        if importlib.util.find_spec(kind):
+            call = arrays[0], put(kind, PROBLEM.k_cache, HOST), *arrays[2:]
+            match = f"a cupy array, as q is, got a {kind} array"
+            with pytest.raises(FrameworkMismatchError, match=match):
+                flash_mla_with_kvcache(*call, 512, get_mla_metadata()[0])
+
+
+def test_torch_views_share_memory():
+    torch = pytest.importorskip("torch")
+    x = torch.zeros(4, 6, dtype=torch.bfloat16)
+    framework("torch").to_numpy(x[:, 1:])[2, 0] = 3
+    assert x[2, 1] == 3
+
+
+def test_torch_tensors_without_memory():
+    torch = pytest.importorskip("torch")
+
+    class Wrapper(torch.Tensor):
+        """As DTensor is: a tensor around others, at no address."""
+
+        @staticmethod
+        def __new__(cls, x):
+            return torch.Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype)
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            return NotImplemented
+
+    describe = framework("torch").describe
+    for x in (Wrapper(torch.zeros(3)), torch.zeros(3).to_sparse()):
+        with pytest.raises(ArgTypeError, match="memory of its own"):
+            describe(x, "q")
+    with pytest.raises(DeviceMismatchError, match="one on meta"):
+        describe(torch.zeros(3, device="meta"), "q")
+    assert describe(torch.zeros(0, 3), "q").ptr == 0  # an empty tensor has no address either
+
+
+def test_torch_gradients_are_refused_with_the_reason():
+    torch = pytest.importorskip("torch")
+    q, *rest = (put("torch", x, HOST) for x in PROBLEM.arrays())
+    expected = decode(q, *rest)
+    q.requires_grad_()
+    for _ in range(2):  # although this signature was seen
+        with pytest.raises(OptionError, match=r"q: .* no backward pass, .* q\.detach\(\)"):
+            decode(q, *rest)
+    for guard in (torch.no_grad(), torch.inference_mode()):
+        with guard:
+            assert same_bits(decode(q, *rest)[0], expected[0])
+    assert same_bits(decode(q.detach(), *rest)[0], expected[0])
+    with torch.inference_mode():
+        inputs = [x.clone() for x in (q, *rest)]
+    assert same_bits(decode(*inputs)[0], expected[0])
+
+
+# --- DLPack ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_foreign_arrays_give_numpy_results_without_a_copy(dtype):
+    p = make_problem([70, 5], h_q=4, dtype=dtype)
+    arrays = [foreign(x) for x in p.arrays()]
+    out, lse = decode_foreign(p, arrays)
+    expected = decode(*p.arrays())
+    assert type(out) is np.ndarray
+    assert same_bits(out, expected[0])
+    assert same_bits(lse, expected[1])
+    assert all(x.exports for x in arrays)
+    from flashmla_cupy.frameworks.dlpack import from_dlpack
+
+    view = from_dlpack(arrays[1], "k_cache")
+    source = arrays[1].array
+    address = source.data_ptr() if hasattr(source, "data_ptr") else source.ctypes.data
+    assert view.ctypes.data == address
+    assert view.dtype.name == dtype
+    assert not view.flags.writeable or dtype == "float16"
+
+
+def decode_foreign(p, arrays, **options):
+    metadata, num_splits = get_mla_metadata(arrays[3], p.rows, p.h_kv)
+    return flash_mla_with_kvcache(*arrays, 512, metadata, num_splits, **options)
+
+
+def test_foreign_and_numpy_arrays_may_mix_and_outputs_are_the_callers():
+    p = make_problem([70, 5], h_q=4, dtype="float16")
+    expected = decode(*p.arrays())
+    lse = Foreign(np.zeros((2, 4, 1), np.float32))
+    out, same = decode_foreign(p, [foreign(p.q), *p.arrays()[1:]], lse=lse)
+    assert same is lse
+    assert same_bits(out, expected[0])
+    assert same_bits(lse.array, expected[1])
+
+
+def test_foreign_outputs_that_are_read_only():
+    p = make_problem([70, 5], h_q=4, dtype="float16")
+    lse = np.zeros((2, 4, 1), np.float32)
+    lse.flags.writeable = False
+
+    class Unversioned(Foreign):
+        def __dlpack__(self, **_):
+            return self.array.__dlpack__(max_version=(1, 0))
+
+    with pytest.raises(ReadOnlyError, match="lse"):
+        decode_foreign(p, list(p.arrays()), lse=Unversioned(lse))
+
+
+def test_foreign_with_torch_is_mixed():
+    torch = pytest.importorskip("torch")
+    p = make_problem([70, 5], h_q=4, dtype="float16")
+    arrays = [foreign(p.q), *(torch.from_numpy(x) for x in p.arrays()[1:])]
+    with pytest.raises(FrameworkMismatchError, match="a numpy array, as q is, got a torch array"):
+        decode_foreign(p, arrays)
+
+
+def test_foreign_on_a_gpu_needs_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(MissingDependencyError, match="cache_seqlens lies on a GPU"):
+        get_mla_metadata(Foreign(np.zeros(3, np.int32), (2, 0)), 16, 1)
+
+
+def test_foreign_on_another_device():
+    with pytest.raises(DeviceMismatchError, match=r"get_mla_metadata\(\).* device type 8"):
+        get_mla_metadata(Foreign(np.zeros(3, np.int32), (8, 0)), 16, 1)
+
+
+def test_results_flow_on_through_dlpack():
+    """NumPy's float32 lse, torch's and JAX's bfloat16 out, into one another without a copy."""
+    torch = pytest.importorskip("torch")
+    jax = pytest.importorskip("jax")
+    out, lse = decode(*(put("torch", x, HOST) for x in PROBLEM.arrays()))
+    assert np.from_dlpack(lse).ctypes.data == lse.data_ptr()
+    assert same_bits(jax.dlpack.from_dlpack(out), out)
+    j_out, _ = decode(*(put("jax", x, HOST) for x in PROBLEM.arrays()))
+    t_out = torch.from_dlpack(j_out)
+    assert t_out.data_ptr() == j_out.unsafe_buffer_pointer()
+    assert get(t_out).tobytes() == get(out).tobytes()
