@@ -49,6 +49,7 @@ _LAZY = {
     "get_mla_metadata": "interface",
     "SchedMeta": "metadata",
     "PagedKVCache": "paged_cache",
+    "merge_partials": "merge",
     "Schedule": "schedule",
 }
 
