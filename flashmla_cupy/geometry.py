@@ -55,9 +55,7 @@ class Geometry:
     parts: int
 
     @classmethod
-    def of(
-        cls, q: ArrayInfo, k_cache: ArrayInfo, block_table: ArrayInfo, parts: int
-    ) -> Geometry:
+    def of(cls, q: ArrayInfo, k_cache: ArrayInfo, block_table: ArrayInfo, parts: int) -> Geometry:
         """The launch for these arrays; q and k_cache with plain strides (`layouts.plain`)."""
         batch, s_q, h_q, _ = q.shape
         num_pages, page_size, h_kv, _ = k_cache.shape

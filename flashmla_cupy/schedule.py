@@ -39,9 +39,7 @@ PARTIAL = 18000  # writing one partial result
 COMBINE = 40000  # a combine kernel with work to do
 GAIN = 1000  # a finer split must win so much
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)  # of the least piece, in tiles
-PARTIALS_PER_TILE = (
-    18  # 73728 bytes of a tile / 4096 to write and read one row of a partial
-)
+PARTIALS_PER_TILE = 18  # 73728 bytes of a tile / 4096 to write and read one row of a partial
 
 
 class _Cuts(NamedTuple):
@@ -62,9 +60,7 @@ def plan(cache_seqlens: Int32, parts: int, rows: int, h_kv: int) -> tuple[Int32,
         return metadata, np.zeros(1, np.int32)
     tiles = -(-np.maximum(cache_seqlens.astype(np.int64), 0) // TOKENS_PER_TILE)
     line = np.zeros(batch + 1, np.int64)
-    np.cumsum(
-        np.where(tiles > 0, tiles * UNITS_PER_TILE + UNITS_PER_REQUEST, 0), out=line[1:]
-    )
+    np.cumsum(np.where(tiles > 0, tiles * UNITS_PER_TILE + UNITS_PER_REQUEST, 0), out=line[1:])
     cuts = _best_cuts(tiles, line, parts, rows, h_kv)
 
     first, begin = cuts.request[:-1], cuts.tile[:-1]
@@ -123,18 +119,12 @@ def _cut(tiles: Int64, line: Int64, total: int, parts: int, least: int) -> _Cuts
     )
 
 
-def _modelled_time(
-    cuts: _Cuts, line: Int64, total: int, parts: int, rows: int, h_kv: int
-) -> int:
+def _modelled_time(cuts: _Cuts, line: Int64, total: int, parts: int, rows: int, h_kv: int) -> int:
     """Bound by memory until the average part ends, then by the longest part."""
     request, tile = cuts
     inside = tile > 0
-    begin = (
-        line[request[:-1]] + tile[:-1] * UNITS_PER_TILE
-    )  # a piece pays its request's cost
-    end = line[request[1:]] + np.where(
-        inside[1:], tile[1:] * UNITS_PER_TILE + UNITS_PER_REQUEST, 0
-    )
+    begin = line[request[:-1]] + tile[:-1] * UNITS_PER_TILE  # a piece pays its request's cost
+    end = line[request[1:]] + np.where(inside[1:], tile[1:] * UNITS_PER_TILE + UNITS_PER_REQUEST, 0)
     one_piece = inside[:-1] & (request[:-1] == request[1:])
     pieces = inside[:-1].astype(np.int64) + (inside[1:] & ~one_piece)
     works = end > begin
@@ -151,9 +141,7 @@ class Schedule:
 
     `tile_scheduler_metadata` and `num_splits` are what plan() returns; `tiles` [batch]."""
 
-    def __init__(
-        self, tile_scheduler_metadata: Any, num_splits: Any, cache_seqlens: Any
-    ) -> None:
+    def __init__(self, tile_scheduler_metadata: Any, num_splits: Any, cache_seqlens: Any) -> None:
         self.tile_scheduler_metadata = _host(tile_scheduler_metadata)
         self.num_splits = _host(num_splits)
         lengths = _host(cache_seqlens).astype(np.int64)

@@ -83,8 +83,10 @@ def worst_ratio(got, expected, bound) -> float:
 
 def assert_within_bound(out, lse, expected: Oracle, what: str = "") -> tuple[float, float]:
     """Fails, saying where, when an element of out or lse lies outside its bound."""
-    pairs = (("out", out, expected.out, expected.out_bound),
-             ("lse", lse, expected.lse, expected.lse_bound))
+    pairs = (
+        ("out", out, expected.out, expected.out_bound),
+        ("lse", lse, expected.lse, expected.lse_bound),
+    )
     worst = []
     for name, got, want, bound in pairs:
         worst.append(worst_ratio(got, want, bound))

@@ -27,9 +27,7 @@ def test_random_configurations_lie_within_the_bound(seed):
     assert violation is None
     assert out.dtype == problem.q.dtype
     assert lse.dtype == np.float32
-    assert_within_bound(
-        out, lse, oracle(*problem.arrays(), **problem.options()), f"seed {seed}"
-    )
+    assert_within_bound(out, lse, oracle(*problem.arrays(), **problem.options()), f"seed {seed}")
 
 
 def test_the_bound_refuses_a_wrong_answer():

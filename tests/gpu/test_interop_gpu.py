@@ -27,14 +27,14 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))  # the helpers lie beside the host tests
 
-from interop import CASES, decode, get, put, same_bits  # noqa: E402
-from oracle import assert_within_bound, oracle  # noqa: E402
-from problems import make_problem  # noqa: E402
+from interop import CASES, decode, get, put, same_bits
+from oracle import assert_within_bound, oracle
+from problems import make_problem
 
-import flashmla_cupy  # noqa: E402
-from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata, interface  # noqa: E402
-from flashmla_cupy.errors import DeviceMismatchError  # noqa: E402
-from flashmla_cupy.merge import merge_partials  # noqa: E402
+import flashmla_cupy
+from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata, interface
+from flashmla_cupy.errors import DeviceMismatchError
+from flashmla_cupy.merge import merge_partials
 
 pytestmark = pytest.mark.gpu
 cupy = pytest.importorskip("cupy")
