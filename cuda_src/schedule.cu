@@ -1,209 +1,281 @@
-// Sequence lengths -> the split of a batch over parts of the GPU: tile_scheduler_metadata and
-// num_splits. flashmla_cupy/schedule.py defines the result and documents the columns; this kernel
-// gives the same bits.
+// Sequence lengths -> tile_scheduler_metadata and num_splits, by one block of 1024 threads.
 //
-// One thread block. The costs of the requests are summed into `line`, one entry in shared memory
-// for every `stride` requests (1 for batches up to 16384). Every (candidate, part) pair is then
-// tried by a thread of its own, and the best candidate's parts are written out.
-
-typedef long long int64_t;
-
-namespace {
+// The algorithm, the columns and the constants are those of flashmla_cupy/schedule.py, which is
+// the oracle: every integer is equal. It runs once for each decoding step, so it is written for
+// latency: few barriers, and a thread for each cut of each candidate.
+//
+//   1. prefix  each warp scans a contiguous run of requests; one barrier; offsets of the warps are
+//              added. Above PREFIX_ENTRIES requests only every 2^k-th entry is kept, and a cut
+//              walks over the lengths between two entries.
+//   2. cut     thread (candidate, p) finds cut p of the candidate by binary search.
+//   3. rate    warp c estimates the time of candidate c; every thread picks the same best.
+//   4. record  thread p writes row p; then all write num_splits, from the cuts.
+//
+// Dynamic shared memory (schedule.shared_bytes):
+//   Cut cuts[CANDIDATES][parts + 1]     16 bytes each
+//   long long prefix[entries + 1]       cost of all requests before an entry
+//
+// Costs are 64-bit: lengths are whatever the caller's buffer holds, up to 2^31 - 1.
 
 constexpr int THREADS = 1024;
-constexpr int ENTRIES = 16384;  // of the line in shared memory
-constexpr int TOKENS_PER_TILE = 64;
-constexpr int UNITS_PER_TILE = 8, UNITS_PER_REQUEST = 4;
-// The time model, in units of 0.1 ns (see schedule.py).
-constexpr int TILE = 14500, TILE_MEMORY = 178, PARTIAL = 18000, COMBINE = 40000, GAIN = 1000;
-constexpr int CANDIDATES = 7;  // least pieces of 1, 2, 4 .. 64 tiles
-constexpr int PARTIALS_PER_TILE = 18;
+constexpr int PREFIX_ENTRIES = 8192;
 
-__device__ int64_t tiles_of(int length) {
-  return length > 0 ? ((int64_t)length + TOKENS_PER_TILE - 1) / TOKENS_PER_TILE : 0;
-}
-__device__ int64_t cost_of(int64_t tiles) {
-  return tiles > 0 ? tiles * UNITS_PER_TILE + UNITS_PER_REQUEST : 0;
+// The tuning constants of schedule.py.
+constexpr int UNIT = 8;
+constexpr int C_REQ = 4;
+constexpr int CANDIDATES = 7;
+constexpr int T_TILE = 14500;
+constexpr int T_TILE_MEM = 178;
+constexpr int T_SPLIT = 18000;
+constexpr int T_COMB = 40000;
+constexpr int T_GAIN = 1000;
+constexpr int PARTIAL_ROWS = 36;
+
+constexpr int WHOLE = 1 << 30;
+constexpr int WARPS = THREADS / 32;
+constexpr unsigned ALL = 0xffffffffu;
+static_assert(WARPS == 32, "the totals of the warps are scanned by one warp");
+static_assert(CANDIDATES <= WARPS, "a warp rates a candidate");
+
+struct alignas(16) Cut {
+    int request, tile;
+    long long at;  // cost of everything before it; the part that ends inside pays C_REQ more
+};
+
+__device__ __forceinline__ int tiles_of(int length) {
+    return length > 0 ? ((length - 1) >> 6) + 1 : 0;  // length + 63 could overflow
 }
 
-// Inclusive prefix sum over the block; `total` receives the sum. Uses `room` [33].
-template <typename T>
-__device__ T block_scan(T x, T& total, T* room) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const T y = __shfl_up_sync(~0u, x, d);
-    if (lane >= d) x += y;
-  }
-  __syncthreads();  // room may still be read
-  if (lane == 31) room[warp] = x;
-  __syncthreads();
-  if (warp == 0) {
-    T y = room[lane];
-#pragma unroll
+__device__ __forceinline__ int cost_of(int tiles) {
+    return tiles ? UNIT * tiles + C_REQ : 0;
+}
+
+__device__ __forceinline__ bool is_busy(Cut a, Cut b) {
+    return a.request < b.request || (a.request == b.request && a.tile < b.tile);
+}
+
+// Split pieces of the part between two cuts; a piece cut at both ends counts once.
+__device__ __forceinline__ int split_pieces(Cut a, Cut b) {
+    const bool middle = a.tile > 0 && b.tile > 0 && a.request == b.request;
+    return is_busy(a, b) ? (a.tile > 0) + (b.tile > 0) - middle : 0;
+}
+
+extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
+    const int* __restrict__ cache_seqlens,      // [batch], batch > 0
+    int batch,
+    int parts,                                  // <= THREADS
+    int rows,                                   // query rows of one kv head
+    int h_kv,
+    int* __restrict__ tile_scheduler_metadata,  // [parts, 8], 16-byte aligned
+    int* __restrict__ num_splits) {             // [batch + 1]
+    extern __shared__ __align__(16) unsigned char shared[];
+    __shared__ long long warp_tiles[WARPS];
+    __shared__ int warp_requests[WARPS];
+    __shared__ long long times[CANDIDATES];
+    __shared__ int warp_counts[WARPS];
+    __shared__ int inside[THREADS];
+
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    int shift = 0;
+    while (((batch - 1) >> shift) >= PREFIX_ENTRIES) ++shift;
+    const int entries = ((batch - 1) >> shift) + 1, spacing = (1 << shift) - 1;
+    Cut* cuts = reinterpret_cast<Cut*>(shared);
+    long long* prefix = reinterpret_cast<long long*>(cuts + CANDIDATES * (parts + 1));
+
+    asm volatile("griddepcontrol.wait;" ::: "memory");  // the lengths may be the work of a kernel
+
+    // ---- 1. prefix ---------------------------------------------------------------------------
+
+    // Whole groups of 32 requests, and of 2^shift where that is more, for each warp.
+    const int grain = shift > 5 ? 1 << shift : 32;
+    const int run = (batch + WARPS * grain - 1) / (WARPS * grain) * grain;
+    const int run_begin = warp * run, run_end = min(run_begin + run, batch);
+    long long tiles_sum = 0;  // of this warp's requests so far
+    int requests_sum = 0;     // those that have tiles
+    #pragma unroll 4
+    for (int base = run_begin; base < run_end; base += 32) {
+        const int request = base + lane;
+        const int tiles = request < batch ? tiles_of(cache_seqlens[request]) : 0;
+        const unsigned present = __ballot_sync(ALL, tiles > 0);
+        int sum = tiles;  // of 32 requests: at most 2^30
+        #pragma unroll
+        for (int d = 1; d < 32; d *= 2) {
+            const int below = __shfl_up_sync(ALL, sum, d);
+            if (lane >= d) sum += below;
+        }
+        if (request < batch && (request & spacing) == 0)
+            prefix[request >> shift] =
+                UNIT * (tiles_sum + sum - tiles) +
+                C_REQ * (requests_sum + __popc(present & ((1u << lane) - 1)));
+        tiles_sum += __shfl_sync(ALL, sum, 31);
+        requests_sum += __popc(present);
+    }
+    if (lane == 0) {
+        warp_tiles[warp] = tiles_sum;
+        warp_requests[warp] = requests_sum;
+    }
+    __syncthreads();
+
+    long long total_tiles = warp_tiles[lane];
+    int total_requests = warp_requests[lane];
+    #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-      const T z = __shfl_up_sync(~0u, y, d);
-      if (lane >= d) y += z;
+        const long long tiles = __shfl_up_sync(ALL, total_tiles, d);
+        const int requests = __shfl_up_sync(ALL, total_requests, d);
+        if (lane >= d) {
+            total_tiles += tiles;
+            total_requests += requests;
+        }
     }
-    room[lane] = y;
-  }
-  __syncthreads();
-  total = room[31];
-  return x + (warp ? room[warp - 1] : T(0));
-}
+    const long long up_to_here = UNIT * total_tiles + C_REQ * (long long)total_requests;
+    const long long offset =
+        __shfl_sync(ALL, up_to_here, warp) - (UNIT * tiles_sum + C_REQ * (long long)requests_sum);
+    total_tiles = __shfl_sync(ALL, total_tiles, 31);
+    const long long total_cost = __shfl_sync(ALL, up_to_here, 31);
 
-struct Cut {
-  int request;
-  int64_t tile;
-};
-
-struct Line {
-  const int* cache_seqlens;
-  int batch, stride, entries;
-  const int64_t* at;  // [entries + 1], shared
-
-  __device__ int64_t tiles(int request) const { return tiles_of(cache_seqlens[request]); }
-  // Cost of all requests before this one.
-  __device__ int64_t before(int request) const {
-    if (stride == 1) return at[request];
-    const int entry = request / stride;
-    int64_t x = at[entry];
-    for (int i = entry * stride; i < request; ++i) x += cost_of(tiles(i));
-    return x;
-  }
-  // Where part p of `used` begins, pieces of fewer than `least` tiles avoided.
-  __device__ Cut cut(int p, int used, int least) const {
-    if (p >= used) return {batch, 0};
-    const int64_t x = p == 0 ? 0 : at[entries] * p / used;
-    int low = 0, high = entries;
-    while (low + 1 < high) {
-      const int middle = (low + high) >> 1;
-      if (at[middle] <= x) low = middle; else high = middle;
+    if (run_begin < run_end) {
+        const int entry_end = ((run_end - 1) >> shift) + 1;
+        for (int i = (run_begin >> shift) + lane; i < entry_end; i += 32) prefix[i] += offset;
     }
-    int request = low * stride;
-    int64_t start = at[low];
-    while (stride > 1 && request + 1 < min(batch, (low + 1) * stride)) {
-      const int64_t next = start + cost_of(tiles(request));
-      if (next > x) break;
-      start = next;
-      ++request;
+    if (tid == 0) prefix[entries] = total_cost;
+    __syncthreads();
+
+    // ---- 2. cut ------------------------------------------------------------------------------
+
+    for (int i = tid; i < CANDIDATES * (parts + 1); i += THREADS) {
+        const int candidate = i / (parts + 1), p = i - candidate * (parts + 1);
+        const bool splits = candidate < CANDIDATES - 1;
+        const int limit = splits ? 1 << candidate : WHOLE;
+        const long long share = total_tiles >> (splits ? candidate : 0);
+        const int used = share < 1 ? 1 : share < parts ? (int)share : parts;
+        Cut cut = {0, 0, 0};
+        if (p >= used) {
+            cut.request = batch;
+            cut.at = total_cost;
+        } else if (p > 0) {
+            const unsigned long long x = (unsigned long long)total_cost * p / used;
+            int low = 0, high = entries;  // prefix[low] <= x < prefix[high]
+            while (low + 1 < high) {
+                const int middle = (low + high) >> 1;
+                if (prefix[middle] <= (long long)x) low = middle;
+                else high = middle;
+            }
+            int request = low << shift;
+            long long start = prefix[low];
+            int tiles;
+            if (shift == 0) {
+                tiles = (int)((prefix[low + 1] - start - C_REQ) / UNIT);
+            } else {
+                for (;;) {
+                    tiles = tiles_of(cache_seqlens[request]);
+                    if (start + cost_of(tiles) > (long long)x) break;
+                    start += cost_of(tiles);
+                    ++request;
+                }
+            }
+            const int tile = ((int)(x - start) - C_REQ / 2 + UNIT / 2) / UNIT;
+            if (tile < limit) {
+                cut = {request, 0, start};
+            } else if (tiles - tile < limit) {
+                cut = {request + 1, 0, start + cost_of(tiles)};
+            } else {
+                cut = {request, tile, start + UNIT * (long long)tile};
+            }
+        }
+        cuts[i] = cut;
     }
-    if (p == 0) return {0, 0};
-    int64_t tile = (x - start + (UNITS_PER_TILE - UNITS_PER_REQUEST) / 2) / UNITS_PER_TILE;
-    if (tile < least) return {request, 0};
-    if (tiles(request) - tile < least) return {request + 1, 0};
-    return {request, tile};
-  }
-};
+    __syncthreads();
 
-__device__ int parts_used(int64_t total, int least, int parts) {
-  const int64_t most = total / least;
-  return most < 1 ? 1 : most > parts ? parts : (int)most;
-}
+    // ---- 3. rate -----------------------------------------------------------------------------
 
-}  // namespace
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    schedule(const int* __restrict__ cache_seqlens,         // [batch]
-             int batch, int parts, int rows, int h_kv,      // parts <= THREADS
-             int* __restrict__ tile_scheduler_metadata,     // [parts, 8]
-             int* __restrict__ num_splits) {                // [batch + 1]
-  extern __shared__ int64_t at[];                           // [entries + 1]
-  __shared__ int64_t room[33];
-  __shared__ unsigned long long longest[CANDIDATES];
-  __shared__ int splits[CANDIDATES];
-  __shared__ int interior[THREADS];  // requests that a part begins inside, in order
-  const int thread = threadIdx.x;
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  if (thread < CANDIDATES) longest[thread] = 0, splits[thread] = 0;
-
-  const int stride = (batch + ENTRIES - 1) / ENTRIES;
-  const Line line{cache_seqlens, batch, stride, (batch + stride - 1) / stride, at};
-  int64_t carry = 0, total = 0;
-  for (int base = 0; base < line.entries; base += THREADS) {
-    const int entry = base + thread;
-    int64_t cost = 0, tiles = 0;
-    for (int i = entry * stride; i < min(batch, (entry + 1) * stride); ++i) {
-      const int64_t t = line.tiles(i);
-      tiles += t;
-      cost += cost_of(t);
+    if (warp < CANDIDATES) {
+        const Cut* mine = cuts + warp * (parts + 1);
+        long long longest = 0;
+        int split = 0;
+        for (int p = lane; p < parts; p += 32) {
+            const Cut a = mine[p], b = mine[p + 1];
+            const int pieces = split_pieces(a, b);
+            const long long load = is_busy(a, b) ? b.at + (b.tile > 0 ? C_REQ : 0) - a.at : 0;
+            const long long time = load * T_TILE / UNIT + (long long)pieces * T_SPLIT;
+            longest = time > longest ? time : longest;
+            split += pieces;
+        }
+        split = __reduce_add_sync(ALL, split);
+        #pragma unroll
+        for (int d = 16; d; d /= 2) {
+            const long long other = __shfl_xor_sync(ALL, longest, d);
+            longest = other > longest ? other : longest;
+        }
+        const long long partials = (long long)split * rows * h_kv * T_TILE_MEM / PARTIAL_ROWS;
+        const long long memory = total_tiles * h_kv * T_TILE_MEM + partials;
+        const long long mean = (long long)((unsigned long long)(total_tiles * T_TILE) / parts);
+        long long time = memory > mean ? longest + memory - mean : longest;
+        if (split) time += T_COMB + partials;
+        if (lane == 0) times[warp] = time;
     }
-    int64_t sum, tile_sum;
-    const int64_t end = carry + block_scan(cost, sum, room);
-    block_scan(tiles, tile_sum, room);
-    if (entry < line.entries) at[entry + 1] = end;
-    carry += sum;
-    total += tile_sum;
-  }
-  if (thread == 0) at[0] = 0;
-  __syncthreads();
+    __syncthreads();
 
-  for (int pair = thread; pair < CANDIDATES * parts; pair += THREADS) {
-    const int candidate = pair / parts, p = pair - candidate * parts;
-    const int least = 1 << candidate, used = parts_used(total, least, parts);
-    if (p >= used) continue;
-    const Cut a = line.cut(p, used, least), z = line.cut(p + 1, used, least);
-    const int64_t begin = line.before(a.request) + a.tile * UNITS_PER_TILE;
-    const int64_t end = line.before(z.request) +
-                        (z.tile ? z.tile * UNITS_PER_TILE + UNITS_PER_REQUEST : 0);
-    if (end <= begin) continue;
-    const bool one_piece = a.tile > 0 && a.request == z.request;
-    const int pieces = (a.tile > 0) + (z.tile > 0 && !one_piece);
-    const int64_t time = (end - begin) * TILE / UNITS_PER_TILE + (int64_t)pieces * PARTIAL;
-    atomicMax(&longest[candidate], (unsigned long long)time);
-    if (pieces) atomicAdd(&splits[candidate], pieces);
-  }
-  __syncthreads();
-  int least = 1;
-  int64_t best = 0;
-#pragma unroll
-  for (int candidate = 0; candidate < CANDIDATES; ++candidate) {
-    const int64_t time = longest[candidate];
-    const int64_t memory =
-        (total + (int64_t)splits[candidate] * rows / PARTIALS_PER_TILE) * h_kv * TILE_MEMORY;
-    const int64_t tail = time - total * TILE / parts;
-    const int64_t cost =
-        (time > memory + tail ? time : memory + tail) + (splits[candidate] ? COMBINE : 0);
-    if (candidate == 0 || cost < best - GAIN) best = cost, least = 1 << candidate;
-  }
+    int chosen = 0;
+    long long best = times[0];
+    #pragma unroll
+    for (int candidate = 1; candidate < CANDIDATES; ++candidate) {
+        const long long time = times[candidate];
+        if (time < best - T_GAIN) {
+            best = time;
+            chosen = candidate;
+        }
+    }
 
-  const int used = parts_used(total, least, parts);
-  int row[8] = {0, 0, -1, 0, 0, 0, 0, 0};
-  int split_pieces = 0, begins_inside = 0;
-  if (thread < parts) {
-    const Cut a = line.cut(thread, used, least), z = line.cut(thread + 1, used, least);
-    if (z.request > a.request || z.tile > a.tile) {
-      const int last = z.tile ? z.request : z.request - 1;
-      const int64_t last_tiles = line.tiles(last), end = z.tile ? z.tile : last_tiles;
-      const bool one = a.request == last, end_split = end < last_tiles;
-      split_pieces = (a.tile > 0 || (one && end_split)) + (!one && end_split);
-      begins_inside = a.tile > 0;
-      row[0] = a.request;
-      row[1] = (int)a.tile;
-      row[2] = last;
-      row[3] = (int)end;
-      row[5] = (int)line.tiles(a.request);
-      row[6] = (int)last_tiles;
+    // ---- 4. record ---------------------------------------------------------------------------
+
+    const Cut* mine = cuts + chosen * (parts + 1);
+    Cut a = {0, 0, 0}, b = {0, 0, 0};
+    if (tid < parts) {
+        a = mine[tid];
+        b = mine[tid + 1];
     }
-  }
-  int64_t sum;
-  const int64_t slots = block_scan((int64_t)split_pieces, sum, room);
-  const int rank = (int)block_scan((int64_t)begins_inside, sum, room);
-  const int count = (int)sum;
-  if (begins_inside) interior[rank - 1] = row[0];
-  if (thread < parts) {
-    if (row[2] >= 0) row[4] = (int)slots - split_pieces;
-    int4* out = (int4*)(tile_scheduler_metadata + thread * 8);
-    out[0] = make_int4(row[0], row[1], row[2], row[3]);
-    out[1] = make_int4(row[4], row[5], row[6], row[7]);
-  }
-  __syncthreads();
-  for (int request = thread; request <= batch; request += THREADS) {
-    int low = 0, high = count;  // how many requests in `interior` come before this one
-    while (low < high) {
-      const int middle = (low + high) >> 1;
-      if (interior[middle] < request) low = middle + 1; else high = middle;
+    const bool busy = is_busy(a, b);
+    // Two sums in one scan: split pieces (up to 2048) above, parts that begin inside a request
+    // (up to 1024) below.
+    const int count = split_pieces(a, b) << 16 | (busy && a.tile > 0);
+    int sum = count;
+    #pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const int below = __shfl_up_sync(ALL, sum, d);
+        if (lane >= d) sum += below;
     }
-    num_splits[request] = request + low;
-  }
+    if (lane == 31) warp_counts[warp] = sum;
+    __syncthreads();
+    sum += __reduce_add_sync(ALL, lane < warp ? warp_counts[lane] : 0);
+
+    inside[tid] = sum & 0xffff;
+    if (tid < parts) {
+        int4 range = {0, 0, -1, 0}, rest = {0, 0, 0, 0};
+        if (busy) {
+            const int last = b.tile > 0 ? b.request : b.request - 1;
+            const int first_tiles = tiles_of(cache_seqlens[a.request]);
+            const int last_tiles = tiles_of(cache_seqlens[last]);
+            range = {a.request, a.tile, last, b.tile > 0 ? b.tile : last_tiles};
+            rest = {(sum - count) >> 16, first_tiles, last_tiles, 0};
+        }
+        int4* row = reinterpret_cast<int4*>(tile_scheduler_metadata) + 2 * tid;
+        row[0] = range;
+        row[1] = rest;
+    }
+    __syncthreads();
+
+    // Before request r lie r requests, and the parts that begin inside one of them.
+    for (int request = tid; request <= batch; request += THREADS) {
+        int pieces = 0;
+        if (request > 0) {
+            int low = 0, high = parts;  // the last part that begins in an earlier request
+            while (low + 1 < high) {
+                const int middle = (low + high) >> 1;
+                if (mine[middle].request < request) low = middle;
+                else high = middle;
+            }
+            pieces = request + inside[low];
+        }
+        num_splits[request] = pieces;
+    }
 }

@@ -11,6 +11,8 @@ Importing this package imports none of CuPy, PyTorch and JAX.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .errors import (
     AliasingError,
     AlignmentError,
@@ -41,8 +43,53 @@ from .errors import (
     UnsupportedArchError,
 )
 
+if TYPE_CHECKING:
+    from .interface import check, flash_mla_with_kvcache, get_mla_metadata
+    from .merge import merge_partials
+    from .metadata import SchedMeta
+    from .paged_cache import PagedKVCache
+    from .schedule import Schedule
+
 __version__ = "0.1.0"
 
+__all__ = [
+    "AliasingError",
+    "AlignmentError",
+    "ArgTypeError",
+    "ArgumentError",
+    "CacheConfigError",
+    "CacheTrustWarning",
+    "DTypeError",
+    "DeviceCheckError",
+    "DeviceMismatchError",
+    "FlashMLAError",
+    "ForkedProcessError",
+    "FrameworkMismatchError",
+    "KernelCompileError",
+    "KernelLoadError",
+    "MissingDependencyError",
+    "NVRTCNotFoundError",
+    "NVRTCVersionError",
+    "NoDeviceError",
+    "OptionError",
+    "OutOfPagesError",
+    "PagedKVCache",
+    "ReadOnlyError",
+    "ScalarError",
+    "SchedMeta",
+    "Schedule",
+    "SequenceError",
+    "ShapeError",
+    "StaleMetadataError",
+    "StrideError",
+    "UnsupportedArchError",
+    "check",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
+    "merge_partials",
+]
+
+# The module of each name that is imported when it is first asked for: these need NumPy.
 _LAZY = {
     "check": "interface",
     "flash_mla_with_kvcache": "interface",
@@ -57,6 +104,12 @@ _LAZY = {
 def __getattr__(name: str) -> object:
     import importlib
 
-    if name in _LAZY:
-        return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value  # found at once the next time
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

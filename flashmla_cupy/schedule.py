@@ -1,151 +1,190 @@
-"""The split of a ragged batch over parts of the GPU, on the host; the definition of the device's.
+"""The split of a ragged batch over `parts` columns of thread blocks: on the host, and for people.
 
-All tiles (64 tokens) of all requests lie on one line, request by request, each request with a
-fixed cost in front. The line is cut into `parts` pieces of equal cost; a cut inside a request
-splits it, and the partial results are merged afterwards. A cut that would leave a piece of fewer
-than `least` tiles moves to the nearest boundary of the request; `least` is chosen by a small model
-of the time that the launch will take. All arithmetic is in integers, so that host and device agree.
+`plan` is the definition. cuda_src/schedule.cu computes the same integers on the device, where every
+decoding step makes its schedule, and is tested against it bit for bit.
 
-tile_scheduler_metadata int32 [parts, 8], a row a part; a part without work has last_request -1:
+The tiles of all requests, one after the other, form a line that is cut into `parts` ranges of
+equal cost, so that a long request is shared by many parts and many short ones share a part. A
+request that is cut has its pieces merged afterwards, which costs partial results and a second
+kernel. So cuts near the end of a request move to it, leaving no piece shorter than a limit; one of
+a few limits is chosen by estimating how long each would take.
 
-    0 first_request   1 begin_tile, in the first request
-    2 last_request    3 end_tile, in the last request, exclusive
-    4 slot            split pieces in all earlier parts: where partial results of this one begin
-    5, 6              tiles of the first and of the last request, to detect stale metadata
-    7                 0
+tile_scheduler_metadata [parts, 8] int32, one row a part:
 
-num_splits int32 [batch + 1]: prefix sum of the pieces of each request.
+    0  first_request   1  begin_tile: the first tile of first_request that this part computes
+    2  last_request    3  end_tile: one past the last tile of last_request
+    4  slot: split pieces in all earlier parts. A piece is split if it is not all of its request.
+       The first piece, if split, writes slot `slot`; the last one, if split and another piece,
+       the slot after it. So the pieces of one request have consecutive slots.
+    5  tiles of first_request   6  tiles of last_request: a later length differs from them, and the
+       decode kernel sees that the metadata is stale
+    7  0
+
+A part without work has last_request -1 and zeros. A request without tiles lies in the range of one
+part. num_splits [batch + 1] int32 is the prefix sum of the pieces of each request, at least one.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .geometry import TOKENS_PER_TILE, num_sm_parts
+from .geometry import NUM_SMS_CPU, TOKENS_PER_TILE, num_sm_parts
 
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
+# Launch facts of the schedule kernel.
+THREADS = 1024
+MAX_PARTS = 1024  # a thread each
+PREFIX_ENTRIES = 8192  # of the cost prefix in shared memory; larger batches keep every 2^k-th
 
-# Cost units on the line.
-UNITS_PER_TILE = 8
-UNITS_PER_REQUEST = 4
-# The time model, in units of 0.1 ns, measured on an H200.
-TILE = 14500  # one tile on one multiprocessor that waits for nothing
-TILE_MEMORY = 178  # one tile's 72 KB at the bandwidth of the whole GPU
-PARTIAL = 18000  # writing one partial result
-COMBINE = 40000  # a combine kernel with work to do
-GAIN = 1000  # a finer split must win so much
-CANDIDATES = (1, 2, 4, 8, 16, 32, 64)  # of the least piece, in tiles
-PARTIALS_PER_TILE = 18  # 73728 bytes of a tile / 4096 to write and read one row of a partial
+# Tuning constants. schedule.cu repeats them, and a test compares the two.
+UNIT = 8  # cost units of a tile
+C_REQ = 4  # cost units of a request that has tiles: loading q, the epilogue
+CANDIDATES = 7  # limits: pieces of at least 1, 2, 4, ... 32 tiles; the last: nothing is split
+T_TILE = 14500  # 0.1 ns: one tile of 64 rows on one multiprocessor, memory permitting
+T_TILE_MEM = 178  # 0.1 ns: the bytes of one tile at the memory bandwidth of the whole GPU
+T_SPLIT = 18000  # 0.1 ns: writing one partial result
+T_COMB = 40000  # 0.1 ns: a combine kernel with work to do
+T_GAIN = 1000  # 0.1 ns: a later candidate must be better by more than this
+PARTIAL_ROWS = 36  # rows of partial out, 2048 bytes each, in the bytes of one tile
+
+_WHOLE = 1 << 30  # more tiles than any piece has
+
+Ints = npt.NDArray[np.int64]
 
 
 class _Cuts(NamedTuple):
-    """Where each part begins, and where the last one ends: [parts + 1] each."""
+    """Part p computes from (request[p], tile[p]) up to, not including, (request, tile)[p + 1]."""
 
-    request: Int64
-    tile: Int64
+    request: Ints
+    tile: Ints
+
+    @property
+    def busy(self) -> npt.NDArray[np.bool_]:
+        """[parts]: which parts have a range that is not empty."""
+        step = np.diff(self.request)
+        busy: npt.NDArray[np.bool_] = (step > 0) | ((step == 0) & (np.diff(self.tile) > 0))
+        return busy
+
+    @property
+    def split_pieces(self) -> Ints:
+        """[parts]: split pieces of each part; a piece cut at both ends counts once."""
+        inside = self.tile > 0
+        both = inside[:-1] & inside[1:]
+        middle = both & (self.request[:-1] == self.request[1:])
+        count = inside[:-1].astype(np.int64) + inside[1:] - middle
+        return np.where(self.busy, count, 0)
 
 
-def plan(cache_seqlens: Int32, parts: int, rows: int, h_kv: int) -> tuple[Int32, Int32]:
-    """(tile_scheduler_metadata, num_splits) for cache_seqlens [batch].
+def shared_bytes(batch: int, parts: int = MAX_PARTS) -> int:
+    """Dynamic shared memory of the schedule kernel: the cost prefix, and the cuts."""
+    entries = batch
+    while entries > PREFIX_ENTRIES:
+        entries = (entries + 1) // 2
+    return 8 * (entries + 1) + 16 * CANDIDATES * (parts + 1)
 
-    `rows` is s_q * h_q // h_kv. Negative lengths count as 0; the decode refuses them itself."""
+
+def plan(
+    cache_seqlens: npt.NDArray[np.int32], parts: int, rows: int, h_kv: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """(tile_scheduler_metadata, num_splits) for lengths [batch], `rows` query rows of a kv head.
+
+    Negative lengths count as 0. Nothing overflows for lengths up to 2^31 - 1 and 65536 requests."""
+    batch = len(cache_seqlens)
+    tiles = -(-np.maximum(cache_seqlens.astype(np.int64), 0) // TOKENS_PER_TILE)
+    starts = np.zeros(batch + 1, np.int64)  # cost of all requests before each
+    np.cumsum(UNIT * tiles + C_REQ * (tiles > 0), out=starts[1:])
     metadata = np.zeros((parts, 8), np.int32)
     metadata[:, 2] = -1
-    batch = len(cache_seqlens)
-    if batch == 0:
+    if not batch:
         return metadata, np.zeros(1, np.int32)
-    tiles = -(-np.maximum(cache_seqlens.astype(np.int64), 0) // TOKENS_PER_TILE)
-    line = np.zeros(batch + 1, np.int64)
-    np.cumsum(np.where(tiles > 0, tiles * UNITS_PER_TILE + UNITS_PER_REQUEST, 0), out=line[1:])
-    cuts = _best_cuts(tiles, line, parts, rows, h_kv)
+
+    best, cuts = 0, None
+    for candidate in range(CANDIDATES):
+        trial = _cut(tiles, starts, parts, candidate)
+        time = _estimate(tiles, starts, trial, rows, h_kv)
+        if cuts is None or time < best - T_GAIN:
+            best, cuts = time, trial
+    assert cuts is not None
 
     first, begin = cuts.request[:-1], cuts.tile[:-1]
-    last, end = cuts.request[1:].copy(), cuts.tile[1:].copy()
-    whole = end == 0  # the part ends with a request
-    last[whole] -= 1
-    end[whole] = tiles[np.maximum(last[whole], 0)]
-    works = (cuts.request[1:] > first) | (cuts.tile[1:] > begin)
-    first, begin, last, end = (np.where(works, x, 0) for x in (first, begin, last, end))
-    last_tiles = tiles[last]
-    one = first == last
-    first_split = works & ((begin > 0) | (one & (end < last_tiles)))
-    last_split = works & ~one & (end < last_tiles)
-    split_pieces = first_split.astype(np.int64) + last_split
-    slot = np.cumsum(split_pieces) - split_pieces
-    rows_of_metadata = (first, begin, last, end, slot, tiles[first], last_tiles)
-    for column, values in enumerate(rows_of_metadata):
-        metadata[works, column] = values[works]
+    last = np.where(cuts.tile[1:] > 0, cuts.request[1:], cuts.request[1:] - 1)
+    end = np.where(cuts.tile[1:] > 0, cuts.tile[1:], tiles[last])
+    slot = np.cumsum(cuts.split_pieces) - cuts.split_pieces
+    first_tiles = tiles[np.minimum(first, batch - 1)]  # empty parts may begin past the batch
+    columns = np.stack([first, begin, last, end, slot, first_tiles, tiles[last]], axis=1)
+    busy = cuts.busy
+    metadata[busy, :7] = columns[busy]
 
+    # A request is in one piece more than there are parts that begin inside it.
     pieces = np.ones(batch, np.int64)
-    np.add.at(pieces, first[works & (begin > 0)], 1)
-    num_splits = np.zeros(batch + 1, np.int32)
-    num_splits[1:] = np.cumsum(pieces)
-    return metadata, num_splits
+    np.add.at(pieces, first[busy & (begin > 0)], 1)
+    return metadata, np.concatenate([[0], np.cumsum(pieces)]).astype(np.int32)
 
 
-def _best_cuts(tiles: Int64, line: Int64, parts: int, rows: int, h_kv: int) -> _Cuts:
-    """The cuts of the candidate for the least piece with the smallest modelled time."""
-    total = int(tiles.sum())
-    best: tuple[int, _Cuts] | None = None
-    for least in CANDIDATES:
-        cuts = _cut(tiles, line, total, parts, least)
-        cost = _modelled_time(cuts, line, total, parts, rows, h_kv)
-        if best is None or cost < best[0] - GAIN:
-            best = cost, cuts
-    assert best is not None
-    return best[1]
-
-
-def _cut(tiles: Int64, line: Int64, total: int, parts: int, least: int) -> _Cuts:
-    used = min(max(total // least, 1), parts)
-    batch = len(tiles)
-    at = int(line[-1]) * np.arange(used, dtype=np.int64) // used
-    request = np.minimum(np.searchsorted(line, at, side="right") - 1, batch - 1)
-    request[0] = 0  # requests of no tiles in front belong to the first part
-    units = at - line[request] + (UNITS_PER_TILE - UNITS_PER_REQUEST) // 2
-    tile = units // UNITS_PER_TILE
-    tile[tile < least] = 0
-    skip = (tile > 0) & (tiles[request] - tile < least)
-    request[skip] += 1
-    tile[skip] = 0
-    pad = parts + 1 - used
+def _cut(tiles: Ints, starts: Ints, parts: int, candidate: int) -> _Cuts:
+    """Ranges of equal cost, their ends rounded to tiles and moved out of the reach of the limit."""
+    batch, total, cost = len(tiles), int(tiles.sum()), int(starts[-1])
+    splits = candidate < CANDIDATES - 1
+    limit = 1 << candidate if splits else _WHOLE
+    used = min(max(total >> (candidate if splits else 0), 1), parts)  # parts that get work
+    p = np.arange(1, used)
+    x = cost * p // used  # where the line is cut
+    # The request that x lies in has a cost, since cost[p] < cost: it is the last to start by x.
+    request = np.searchsorted(starts, x, side="right") - 1
+    tile = (x - starts[request] - C_REQ // 2 + UNIT // 2) // UNIT
+    near_start = tile < limit
+    near_end = ~near_start & (tiles[request] - tile < limit)
+    request += near_end
+    tile[near_start | near_end] = 0
+    ends = [batch] * (parts + 1 - used)
     return _Cuts(
-        np.append(request, np.full(pad, batch)).astype(np.int64),
-        np.append(tile, np.zeros(pad, np.int64)),
+        np.concatenate([[0], request, ends]).astype(np.int64),
+        np.concatenate([[0], tile, np.zeros_like(ends)]).astype(np.int64),
     )
 
 
-def _modelled_time(cuts: _Cuts, line: Int64, total: int, parts: int, rows: int, h_kv: int) -> int:
-    """Bound by memory until the average part ends, then by the longest part."""
-    request, tile = cuts
-    inside = tile > 0
-    begin = line[request[:-1]] + tile[:-1] * UNITS_PER_TILE  # a piece pays its request's cost
-    end = line[request[1:]] + np.where(inside[1:], tile[1:] * UNITS_PER_TILE + UNITS_PER_REQUEST, 0)
-    one_piece = inside[:-1] & (request[:-1] == request[1:])
-    pieces = inside[:-1].astype(np.int64) + (inside[1:] & ~one_piece)
-    works = end > begin
-    pieces = np.where(works, pieces, 0)
-    time = np.where(works, (end - begin) * TILE // UNITS_PER_TILE + pieces * PARTIAL, 0)
-    longest, splits = int(time.max()), int(pieces.sum())
-    memory = (total + splits * rows // PARTIALS_PER_TILE) * h_kv * TILE_MEMORY
-    tail = longest - total * TILE // parts
-    return max(longest, memory + tail) + (COMBINE if splits else 0)
+def _estimate(tiles: Ints, starts: Ints, cuts: _Cuts, rows: int, h_kv: int) -> int:
+    """How long decoding takes with these cuts, in 0.1 ns.
+
+    The multiprocessors work for the longest part. If memory is slower, it sets the pace until a
+    mean part ends, and the longest goes on from there. Partial results are written meanwhile and
+    read by the combine kernel."""
+    total, pieces, parts = int(tiles.sum()), cuts.split_pieces, len(cuts.request) - 1
+    at = starts[cuts.request] + UNIT * cuts.tile
+    load = at[1:] + C_REQ * (cuts.tile[1:] > 0) - at[:-1]  # a piece that ends inside pays, too
+    load = np.where(cuts.busy, load, 0)
+    longest = int((load * T_TILE // UNIT + pieces * T_SPLIT).max())
+    split = int(pieces.sum())
+    partials = split * rows * h_kv * T_TILE_MEM // PARTIAL_ROWS
+    memory = total * h_kv * T_TILE_MEM + partials
+    decode = max(longest, memory + longest - total * T_TILE // parts)
+    return decode + (T_COMB + partials if split else 0)
 
 
+class Piece(NamedTuple):
+    """Tiles [begin, end) of a request, computed by one part."""
+
+    part: int
+    request: int
+    begin: int
+    end: int
+    split: bool
+
+
+@dataclass(frozen=True, eq=False)
 class Schedule:
-    """A split to look at: one line as its repr, a Gantt chart in a notebook.
+    """Who computes what: a schedule to look at. Notebooks draw it, a row a part.
 
-    `tile_scheduler_metadata` and `num_splits` are what plan() returns; `tiles` [batch]."""
+    `tile_scheduler_metadata` and `num_splits` are NumPy arrays; `rows` is 0 where it is not known.
+    """
 
-    def __init__(self, tile_scheduler_metadata: Any, num_splits: Any, cache_seqlens: Any) -> None:
-        self.tile_scheduler_metadata = _host(tile_scheduler_metadata)
-        self.num_splits = _host(num_splits)
-        lengths = _host(cache_seqlens).astype(np.int64)
-        self.tiles: Int64 = -(-np.maximum(lengths, 0) // TOKENS_PER_TILE)
+    tile_scheduler_metadata: npt.NDArray[np.int32]
+    num_splits: npt.NDArray[np.int32]
+    cache_seqlens: npt.NDArray[np.int32]
+    rows: int = 0
 
     @classmethod
     def of(
@@ -153,69 +192,74 @@ class Schedule:
         cache_seqlens: Any,
         num_q_tokens_per_head_k: int,
         num_heads_k: int = 1,
-        num_sms: int = 132,
+        num_sms: int = NUM_SMS_CPU,
     ) -> Schedule:
-        """The split of these lengths on a GPU of so many multiprocessors; the arguments are those
-        of get_mla_metadata()."""
-        lengths = np.ascontiguousarray(_host(cache_seqlens), np.int32)
-        rows = max(1, num_q_tokens_per_head_k)
+        """The schedule that get_mla_metadata() makes for these lengths on a GPU of `num_sms`."""
+        lengths, rows = _on_host(cache_seqlens), max(1, num_q_tokens_per_head_k)
         parts = num_sm_parts(num_sms, rows, num_heads_k)
-        return cls(*plan(lengths, parts, rows, num_heads_k), lengths)
+        return cls(*plan(lengths, parts, rows, num_heads_k), lengths, rows)
 
-    def pieces(self, part: int) -> list[tuple[int, int, int]]:
-        """(request, begin_tile, end_tile) of each piece of a part, requests of no tiles left out."""
-        first, begin, last, end = self.tile_scheduler_metadata[part, :4].tolist()
+    @classmethod
+    def from_metadata(cls, metadata: Any, num_splits: Any, cache_seqlens: Any) -> Schedule:
+        """The schedule in the results of get_mla_metadata(); waits for arrays on a GPU."""
+        return cls(_on_host(metadata), _on_host(num_splits), _on_host(cache_seqlens))
+
+    @property
+    def parts(self) -> int:
+        return len(self.tile_scheduler_metadata)
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """All pieces that hold a tile, by part and request."""
+        tiles = -(-np.maximum(self.cache_seqlens.astype(np.int64), 0) // TOKENS_PER_TILE)
         found = []
-        for request in range(first, last + 1):
-            start = begin if request == first else 0
-            stop = end if request == last else int(self.tiles[request])
-            if stop > start:
-                found.append((request, start, stop))
+        for part, row in enumerate(self.tile_scheduler_metadata.tolist()):
+            first, begin, last, end = row[:4]
+            for request in range(max(first, 0), min(last + 1, len(tiles))):
+                count = int(tiles[request])
+                start = begin if request == first else 0
+                stop = end if request == last else count
+                if start < stop:
+                    piece = Piece(part, request, start, stop, stop - start < count)
+                    found.append(piece)
         return found
 
+    @property
     def loads(self) -> list[int]:
         """Tiles of each part."""
-        return [
-            sum(stop - start for _, start, stop in self.pieces(part))
-            for part in range(len(self.tile_scheduler_metadata))
-        ]
+        loads = [0] * self.parts
+        for piece in self.pieces:
+            loads[piece.part] += piece.end - piece.begin
+        return loads
+
+    @property
+    def makespan(self) -> int:
+        """Tiles of the part that has most."""
+        return max(self.loads, default=0)
+
+    @property
+    def balance(self) -> float:
+        """Mean load of the parts over the largest: 1 is perfect."""
+        return sum(self.loads) / (self.parts * self.makespan) if self.makespan else 1.0
 
     def __repr__(self) -> str:
-        loads = self.loads()
-        longest, pieces = max(loads), int(self.num_splits[-1])
-        balance = sum(loads) / (len(loads) * longest) if longest else 1.0
+        rows = f"rows={self.rows}, " if self.rows else ""
         return (
-            f"Schedule(batch={len(self.tiles)}, {len(loads)} parts, {pieces} pieces,"
-            f" makespan {longest} tiles, balance {balance:.0%})"
+            f"Schedule(batch={len(self.cache_seqlens)}, {rows}{self.parts} parts, "
+            f"{len(self.pieces)} pieces, makespan {self.makespan} tiles, "
+            f"balance {self.balance:.0%})"
         )
 
     def _repr_svg_(self) -> str:
-        """One row a part, one colour a request, as inline SVG."""
-        loads = self.loads()
-        width, height = 800, 6
-        scale = width / max(1, *loads)
-        bars = []
-        for part in range(len(loads)):
-            x = 0.0
-            for request, start, stop in self.pieces(part):
-                size = (stop - start) * scale
-                hue = request * 137 % 360  # the golden angle keeps neighbours apart
-                bars.append(
-                    f'<rect x="{x:.1f}" y="{part * height}" width="{size:.1f}" '
-                    f'height="{height - 1}" fill="hsl({hue},60%,60%)"><title>part {part}: request '
-                    f"{request}, tiles {start} to {stop - 1}</title></rect>"
-                )
-                x += size
-        return (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" '
-            f'height="{height * len(loads)}">{"".join(bars)}</svg>'
-        )
+        from .gantt import svg
+
+        return svg(self)
 
 
-def _host(x: Any) -> npt.NDArray[Any]:
-    """An array of any framework as a NumPy array, copied from the device if need be."""
-    if hasattr(x, "get"):
-        x = x.get()
-    if hasattr(x, "cpu"):
-        x = x.cpu()
-    return np.asarray(x)
+def _on_host(x: Any) -> npt.NDArray[np.int32]:
+    """An int32 copy in host memory of anything with .get() or .cpu(), or that NumPy reads."""
+    for method in ("cpu", "get"):
+        if not isinstance(x, np.ndarray) and hasattr(x, method):
+            x = getattr(x, method)()
+            break
+    return np.array(x, np.int32)

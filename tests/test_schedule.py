@@ -1,0 +1,309 @@
+"""The split of a batch: what any schedule must satisfy, checked without repeating how it is made.
+
+`problems_of` reads the records as the decode kernel does and lists what is wrong with them. That
+the device makes the same records is the business of tests/gpu/test_schedule_gpu.py; here, only its
+constants are compared.
+"""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flashmla_cupy
+from flashmla_cupy import schedule
+from flashmla_cupy.geometry import num_sm_parts
+from flashmla_cupy.metadata import stale_requests
+from flashmla_cupy.schedule import Schedule
+
+SOURCE = Path(__file__).parent.parent / "cuda_src" / "schedule.cu"
+INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
+EDGES = (0, 1, 63, 64, 65, -1, INT_MIN, INT_MAX, INT_MAX - 63, 4096)
+
+
+def tiles_of(length: int) -> int:
+    return (max(length, 0) + 63) // 64
+
+
+def problems_of(metadata, num_splits, lengths) -> list[str]:
+    """What is wrong with a schedule, in words; nothing if it is right."""
+    lengths = [int(n) for n in lengths]
+    batch, wrong = len(lengths), []
+    pieces: list[list[tuple[int, int, int | None]]] = [[] for _ in range(batch)]
+    slots = 0  # those given away so far
+    for part, row in enumerate(metadata.tolist()):
+        first, begin, last, end, slot, first_tiles, last_tiles, zero = row
+        if zero:
+            wrong.append(f"part {part}: column 7 is {zero}")
+        if last == -1:
+            if any((first, begin, end, slot, first_tiles, last_tiles)):
+                wrong.append(f"part {part} is empty and not zero")
+            continue
+        if not 0 <= first <= last < batch:
+            wrong.append(f"part {part}: requests {first} to {last} of {batch}")
+            continue
+        if slot != slots:
+            wrong.append(f"part {part}: slot {slot}, but {slots} are taken")
+        if (first_tiles, last_tiles) != (tiles_of(lengths[first]), tiles_of(lengths[last])):
+            wrong.append(f"part {part}: recorded tiles are not those of the lengths")
+        for request in range(first, last + 1):
+            count = tiles_of(lengths[request])
+            start = begin if request == first else 0
+            stop = end if request == last else count
+            if (start, stop) == (0, count):
+                pieces[request].append((start, stop, None))
+                continue
+            if request not in (first, last):
+                wrong.append(f"part {part}: request {request} is split in the middle of the part")
+            pieces[request].append((start, stop, slots))
+            slots += 1
+    if slots > 2 * (len(metadata) - 1):
+        wrong.append(f"{slots} split pieces do not fit the partial results")
+    for request, found in enumerate(pieces):
+        count = tiles_of(lengths[request])
+        edges = [0, *(stop for _, stop, _ in found)]
+        if [start for start, _, _ in found] != edges[:-1] or edges[-1] != count:
+            wrong.append(f"request {request}: {found} do not cover {count} tiles")
+        if not found or (count and any(start >= stop for start, stop, _ in found)):
+            wrong.append(f"request {request}: no piece, or an empty one")
+        if count == 0 and len(found) != 1:
+            wrong.append(f"request {request} has no tile and {len(found)} pieces")
+        own = [slot for _, _, slot in found]
+        if len(own) > 1 and own != list(range(own[0], own[0] + len(own))):
+            wrong.append(f"request {request}: slots {own}")
+        if num_splits[request + 1] - num_splits[request] != len(found):
+            wrong.append(f"request {request}: num_splits does not say {len(found)} pieces")
+    if num_splits[0] != 0 or len(num_splits) != batch + 1:
+        wrong.append("num_splits does not begin at 0, or has another length")
+    return wrong
+
+
+def random_case(seed: int) -> tuple[np.ndarray, int, int, int]:
+    """(lengths, parts, rows, h_kv) of one of the kinds of batches that differ in how they split."""
+    rng = np.random.default_rng(seed)
+    batch = int(rng.integers(1, 9) if rng.random() < 0.4 else rng.integers(1, 200))
+    lengths = [
+        lambda: rng.integers(0, 300, batch),  # requests of less than a part each
+        lambda: rng.integers(0, 30000, batch),
+        lambda: np.full(batch, rng.integers(1, 70000)),  # all alike
+        lambda: rng.choice(EDGES, batch),
+        lambda: np.where(rng.random(batch) < 0.7, 0, rng.integers(0, 5000, batch)),
+        lambda: np.where(rng.random(batch) < 0.02, 131072, 512),  # one long among short
+        lambda: rng.integers(INT_MIN, INT_MAX + 1, batch),  # whatever a stale buffer holds
+    ][seed % 7]()
+    parts = int(rng.choice([1, 2, 16, 33, 66, 132]) if rng.random() < 0.6 else rng.integers(1, 133))
+    return lengths.astype(np.int32), parts, int(rng.choice([1, 16, 64, 128, 512])), seed % 3 + 1
+
+
+@pytest.mark.parametrize("block", range(8))
+def test_random_batches(block):
+    for seed in range(block * 400, (block + 1) * 400):
+        lengths, parts, rows, h_kv = random_case(seed)
+        metadata, num_splits = schedule.plan(lengths, parts, rows, h_kv)
+        assert metadata.shape == (parts, 8)
+        assert metadata.dtype == num_splits.dtype == np.int32
+        assert problems_of(metadata, num_splits, lengths) == [], f"seed {seed}"
+        assert not stale_requests(metadata, lengths).any(), f"seed {seed}"
+
+
+@pytest.mark.parametrize("parts", range(1, 133))
+def test_every_number_of_parts(parts):
+    lengths = np.random.default_rng(parts).integers(0, 9000, 40).astype(np.int32)
+    assert problems_of(*schedule.plan(lengths, parts, 16, 1), lengths) == []
+
+
+@pytest.mark.parametrize("length", EDGES)
+@pytest.mark.parametrize("batch", [1, 2, 133])
+def test_edge_lengths(batch, length):
+    lengths = np.full(batch, length, np.int32)
+    assert problems_of(*schedule.plan(lengths, 132, 128, 1), lengths) == []
+
+
+@pytest.mark.parametrize("batch", [4096, 20000])
+def test_large_batches(batch):
+    rng = np.random.default_rng(batch)
+    for lengths in (
+        rng.integers(0, 5000, batch),
+        np.full(batch, INT_MAX),
+        rng.choice(EDGES, batch),
+    ):
+        lengths = lengths.astype(np.int32)
+        assert problems_of(*schedule.plan(lengths, 132, 64, 1), lengths) == []
+
+
+def test_65536_requests_of_the_largest_length():
+    """The largest costs there are: a 64-bit overflow would show as parts out of order."""
+    lengths = np.full(65536, INT_MAX, np.int32)
+    metadata, _ = schedule.plan(lengths, schedule.MAX_PARTS, 64, 8)
+    assert not stale_requests(metadata, lengths).any()
+    assert set(np.diff(metadata[:, 0])) == {64}  # 65536 requests alike, in 1024 parts
+
+
+def test_no_request():
+    metadata, num_splits = schedule.plan(np.zeros(0, np.int32), 5, 16, 1)
+    assert metadata.tolist() == [[0, 0, -1, 0, 0, 0, 0, 0]] * 5
+    assert num_splits.tolist() == [0]
+
+
+def test_requests_without_tiles_are_one_part():
+    metadata, num_splits = schedule.plan(np.zeros(7, np.int32), 3, 16, 1)
+    assert metadata[0].tolist() == [0, 0, 6, 0, 0, 0, 0, 0]
+    assert (metadata[1:, 2] == -1).all()
+    assert num_splits.tolist() == list(range(8))
+
+
+def test_same_lengths_same_schedule():
+    lengths, parts, rows, h_kv = random_case(1)
+    one, two = (schedule.plan(lengths.copy(), parts, rows, h_kv) for _ in range(2))
+    assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+# ---- quality ---------------------------------------------------------------------------------
+
+
+# name, lengths, rows -> at least this much of the parts' time is work, at most so many split pieces
+QUALITY = [
+    ("alike, a part each: no split", [4096] * 128, 16, 0.96, 0),
+    ("alike, two for each part: no split", [8192] * 132, 128, 1.0, 0),
+    ("one request over all parts", [131072], 16, 0.95, 132),
+    ("alike, one for two parts", [8192] * 32, 128, 0.90, 96),
+    ("one long among short", [131072] + [512] * 63, 16, 0.80, 140),
+    ("ragged", list(range(1000, 8000, 55)), 128, 0.97, 130),
+    ("thunder", [4641, 45118, 1730, 1696], 64, 0.85, 140),
+]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows", "balance", "split"),
+    [row[1:] for row in QUALITY],
+    ids=[r[0] for r in QUALITY],
+)
+def test_balance_and_splits(lengths, rows, balance, split):
+    made = Schedule.of(lengths, rows)
+    assert made.balance >= balance
+    assert sum(piece.split for piece in made.pieces) <= split
+
+
+def test_few_tiles_take_few_parts():
+    """Eight tiles do not occupy 132 multiprocessors."""
+    busy = sum(load > 0 for load in Schedule.of([512], 16).loads)
+    assert 1 <= busy <= 8
+
+
+def test_no_part_is_much_longer_than_the_mean():
+    """Long requests are shared evenly whatever the batch: a part exceeds the mean by less than the
+    longest limit on pieces, twice, or by a request that was better left whole."""
+    for seed in range(300):
+        lengths, parts, rows, h_kv = random_case(seed)
+        made = Schedule(*schedule.plan(lengths, parts, rows, h_kv), lengths)
+        mean = sum(made.loads) / parts
+        assert made.makespan <= mean + max(64, tiles_of(int(lengths.max()))), f"seed {seed}"
+
+
+# ---- the checker, and the device's constants ---------------------------------------------------
+
+
+def mutations(metadata: np.ndarray, num_splits: np.ndarray):
+    """Faults of the kinds that a wrong scheduler makes, one at a time."""
+    part = int(np.flatnonzero(metadata[:, 1] > 0)[0])  # begins inside a request
+    for name, row, column, step in [
+        ("gap", part, 1, 1),
+        ("overlap", part, 1, -1),
+        ("short end", part - 1, 3, -1),
+        ("slot twice", part, 4, -1),
+        ("slot left out", part, 4, 1),
+        ("tiles of the first request", part, 5, 1),
+        ("tiles of the last request", part, 6, -1),
+        ("request left out", part, 0, 1),
+        ("request past the end", len(metadata) - 1, 2, 1),
+        ("column 7", 0, 7, 1),
+    ]:
+        changed = metadata.copy()
+        changed[row, column] += step
+        yield name, changed, num_splits
+    changed = num_splits.copy()
+    changed[-1] += 1
+    yield "num_splits", metadata, changed
+    yield "part left out", np.delete(metadata, part, axis=0), num_splits
+
+
+def test_the_checker_finds_planted_faults():
+    lengths = np.array([4641, 45118, 1730, 1696], np.int32)
+    metadata, num_splits = schedule.plan(lengths, 33, 64, 1)
+    assert problems_of(metadata, num_splits, lengths) == []
+    for name, *changed in mutations(metadata, num_splits):
+        assert problems_of(*changed, lengths), name
+
+
+def test_constants_of_the_device():
+    """schedule.cu repeats the constants; different ones would make another schedule."""
+    found = dict(re.findall(r"^constexpr int ([A-Z_]+) = (\d+);", SOURCE.read_text(), re.MULTILINE))
+    ours = {
+        name: value
+        for name, value in vars(schedule).items()
+        if re.fullmatch("[A-Z][A-Z_]+", name) and isinstance(value, int)
+    }
+    elsewhere = {"MAX_PARTS", "NUM_SMS_CPU", "TOKENS_PER_TILE"}  # no part of the kernel, or as >> 6
+    assert {name: int(value) for name, value in found.items()} == {
+        name: value for name, value in ours.items() if name not in elsewhere
+    }
+    assert "constexpr int WHOLE = 1 << 30;" in SOURCE.read_text()
+    assert schedule._WHOLE == 1 << 30
+
+
+@pytest.mark.parametrize("batch", [1, 128, 8192, 8193, 20000, 65536, 10**6])
+def test_shared_memory_fits_an_sm90(batch):
+    """227 KB a block, less the static arrays of the kernel."""
+    assert 8 * min(batch, 8192) // 2 < schedule.shared_bytes(batch) <= 227 * 1024 - 8192
+    assert schedule.shared_bytes(batch, 132) <= schedule.shared_bytes(batch)
+
+
+# ---- for people ------------------------------------------------------------------------------
+
+
+def test_one_line():
+    made = flashmla_cupy.Schedule.of([4096] * 132, 128)
+    assert repr(made) == (
+        "Schedule(batch=132, rows=128, 66 parts, 132 pieces, makespan 128 tiles, balance 100%)"
+    )
+    assert made.parts == num_sm_parts(132, 128, 1) == 66
+
+
+@pytest.mark.parametrize("method", ["get", "cpu", None])
+def test_from_metadata_reads_arrays_of_any_framework(method):
+    made = Schedule.of([4641, 45118, 1730, 1696], 64)
+
+    class Elsewhere:
+        def __init__(self, array):
+            setattr(self, str(method), lambda: array)
+
+    arrays = made.tile_scheduler_metadata, made.num_splits, made.cache_seqlens
+    read = Schedule.from_metadata(*(map(Elsewhere, arrays) if method else arrays))
+    assert read.pieces == made.pieces
+    assert repr(read) == repr(made).replace("rows=64, ", "")
+
+
+def test_the_metadata_of_the_public_function():
+    lengths = np.array([300, 0, 70000], np.int32)
+    made = Schedule.of(lengths, 32, 2)
+    metadata, num_splits = flashmla_cupy.get_mla_metadata(lengths, 32, 2)
+    assert np.array_equal(metadata, made.tile_scheduler_metadata)
+    assert np.array_equal(num_splits, made.num_splits)
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [64], [4641, 45118, 1730, 1696], [500] * 300])
+def test_chart(lengths):
+    """Well-formed, with a bar and a tooltip for each piece, inside the picture."""
+    made = Schedule.of(lengths, 16)
+    root = ElementTree.fromstring(made._repr_svg_())
+    bars = root.findall("{*}rect")
+    assert len(bars) == len(made.pieces)
+    for bar, piece in zip(bars, made.pieces, strict=True):
+        title = bar.find("{*}title").text
+        assert f"request {piece.request}, tiles {piece.begin}:{piece.end}" in title
+        assert float(bar.get("x")) + float(bar.get("width")) <= float(root.get("width")) + 0.5
+        assert float(bar.get("y")) + float(bar.get("height")) <= float(root.get("height"))
