@@ -97,7 +97,7 @@ class Problem:
         self.block_table[...] = xp.asarray(self.table)
 
 
-def _cache(layout: str, num_pages: int, page_size: int, h_kv: int, dtype: str, poison: bool):
+def _cache(layout: str, num_pages: int, page_size: int, h_kv: int, dtype: str, poison):
     """[num_pages, page_size, h_kv, 576] in that layout, poisoned with all that lies around it."""
     p, s, h = num_pages, page_size, h_kv
     shape = {
@@ -117,7 +117,7 @@ def _cache(layout: str, num_pages: int, page_size: int, h_kv: int, dtype: str, p
     }[layout]()
 
 
-def _query(layout: str, batch: int, s_q: int, h_q: int, dtype: str, poison: bool):
+def _query(layout: str, batch: int, s_q: int, h_q: int, dtype: str, poison):
     """[batch, s_q, h_q, 576] in that layout."""
     shape = {
         "plain": (batch, s_q, h_q, 576),
@@ -136,7 +136,7 @@ def _query(layout: str, batch: int, s_q: int, h_q: int, dtype: str, poison: bool
     }[layout]()
 
 
-def _room(shape, dtype: str, poison: bool):
+def _room(shape, dtype: str, poison):
     """An array that starts 16 bytes into its allocation, the least alignment there may be."""
     size = int(np.prod(shape))
     room = xp.empty(size + 16, DTYPES[dtype])
@@ -145,7 +145,9 @@ def _room(shape, dtype: str, poison: bool):
         storage = room[start : start + size].reshape(shape)
     else:
         storage = room[8 : 8 + size].reshape(shape)
-    if poison:
+    if poison == "nan":
+        fill_nan(room)
+    elif poison:
         fill_poison(room)
     else:
         room.view("uint16")[...] = 0
@@ -169,10 +171,15 @@ def make(
     table_padding: int = 3,
     std: float = 1.0,
     limit: float = np.inf,
-    poison: bool = True,
+    poison: bool | str = True,
+    garbage: tuple[int, ...] = GARBAGE,
     seed: int = 0,
 ) -> Problem:
-    """Normal q and latents in live slots, poison in all others."""
+    """Normal q and latents in live slots, poison in all others.
+
+    `poison`: NaN and infinities, or NaN alone if "nan", or zeros if False. `garbage`: what unused
+    table entries hold, besides num_pages.
+    """
     settings = dict(locals())
     rng = np.random.default_rng(seed)
     lengths = np.asarray(lengths, np.int32)
@@ -181,9 +188,9 @@ def make(
     total = int(needed.sum())
     num_pages = total + max(extra_pages, 1)
     width = int(needed.max(initial=0)) + extra_columns
-    padded = np.zeros((batch, width + table_padding), np.int32)
-    if poison:
-        padded[...] = rng.choice([*GARBAGE, num_pages], padded.shape)
+    padded = rng.choice([*garbage, num_pages], (batch, width + table_padding)).astype(np.int32)
+    if not poison:
+        padded[...] = 0  # after the draw, so that the pages are the same ones
     table = padded[:, :width]
     used = np.arange(width) < needed[:, None]
     table[used] = rng.permutation(num_pages)[:total]
@@ -195,7 +202,7 @@ def make(
     fill_normal(k_cache, 2 * seed + 1, std, limit, live)
     q = _query(q_layout, batch, s_q, h_q, dtype, poison)
     fill_normal(q, 2 * seed + 2, std, limit)
-    label = ", ".join(f"{k}={v}" for k, v in settings.items() if k not in ("lengths", "poison"))
+    label = ", ".join(f"{k}={v}" for k, v in settings.items() if k not in ("lengths", "garbage"))
     shown = lengths.tolist() if batch <= 8 else f"{lengths[:8].tolist()}..."
     return Problem(
         q,
@@ -226,9 +233,9 @@ def random_settings(seed: int) -> dict:
 
     h_q = int(pick((1, 3, 8, 16, 16, 24, 63, 64, 65, 96, 100, 126, 128, 128, 160)))
     h_kv = int(pick([h for h in (1, 1, 1, 2, 3, 8) if h_q % h == 0]))
-    s_q = int(rng.integers(1, 9)) if rng.random() < 0.6 else 1
+    s_q = int(rng.integers(1, 10)) if rng.random() < 0.6 else 1
     if h_q <= 8 and rng.random() < 0.15:
-        s_q = int(pick((65, 70)))
+        s_q = int(pick((65, 70, 77)))
     batch = max(1, int(np.exp(rng.uniform(0, np.log(513)))))
     short = rng.random() < 0.1
     if short:

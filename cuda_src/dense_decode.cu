@@ -1,0 +1,468 @@
+// MLA decode attention over a paged latent cache, for SM90a:
+//
+//     S = q K^T        P = 2^(scale S - m)        out = P V / sum(P)        V = K[:, :512]
+//
+// One thread block computes 64 query rows over the tiles (64 tokens) of one part of the schedule.
+// Three warpgroups:
+//
+//   softmax   S [64, 64] = Q K^T, then P. Q stays in 124 registers, 31 of 36 steps in K; the other
+//             five come from shared memory. 184 registers a thread.
+//   matrix<0> O[:, :256] += P V[:, :256], 128 of its 160 registers; its warp 0 also loads half 0.
+//   matrix<1> O[:, 256:] += P V[:, 256:], likewise.
+//
+// P of a tile overwrites the rotary columns of the same tile, which S no longer needs, so the ring
+// holds three tiles in 227 KB. The running maximum m is lazy: it moves only when a row's maximum
+// exceeds it by 8, and by whole numbers, so that the factors for O are exact powers of two.
+//
+// When the next tile has already arrived (a compute-bound launch), S of it is issued before P V is
+// released, 8 steps before its end, so that the tensor cores never wait; otherwise at once.
+//
+// What was tried on an H200, as a ratio of times (below 1 is better):
+//   K multicast to clusters of 2 row blocks 1.00 to 1.03 | cursor in shared memory 1.10
+//   releasing P V after all of S 1.04, before it 1.02 (compute-bound) | exact maximum 1.05
+//   launch_dependents at the start 1.5 at batch 1: waiting combine blocks hold the SMs
+#include "ring.cuh"
+
+#define POS_INF __int_as_float(0x7f800000)
+#define NEG_INF __int_as_float(0xff800000)
+#define QUIET_NAN __int_as_float(0x7fffffff)
+constexpr float LN2 = 0.69314718056f;
+constexpr float LAZY = 8.f;    // log2 units that a row may exceed its running maximum
+constexpr int Q_STEPS = 31;    // of 16 columns, kept in registers
+constexpr int TAIL_STEPS = 8;  // of S still to be issued when P V of the last tile is released
+
+// Rows of a warp are row_in_block() and + 8; the thread's columns 8 j + column_pair() and + 1.
+DEVICE int row_in_block() { return warp_in_group() * 16 + (lane_index() >> 2); }
+DEVICE int column_pair() { return (lane_index() & 3) * 2; }
+// Byte offset in a swizzled column block for ldmatrix and stmatrix; ^ (step << 5) for step 1..3.
+DEVICE uint32_t fragment_offset() {
+  const uint32_t lane = lane_index(), row = warp_in_group() * 16 + (lane & 15);
+  return row * 128 + ((((lane >> 4) ^ row) & 7) << 4);
+}
+DEVICE uint32_t row_floats(uint32_t offset) { return shared_base() + offset + row_in_block() * 4; }
+DEVICE uint32_t factors(uint32_t stage) {
+  return shared_base() + FACTORS + stage * ROWS * 2 + row_in_block() * 2;
+}
+DEVICE uint32_t rescale_flag(uint32_t stage) {
+  return shared_base() + RESCALE + stage * 16 + warp_in_group() * 4;
+}
+DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+// What this thread wrote to shared memory becomes visible to wgmma and TMA, then its warp arrives.
+DEVICE void release(uint32_t barrier) {
+  fence_proxy_async();
+  __syncwarp();
+  if (lane_index() == 0) mbarrier_arrive(barrier);
+}
+
+// ---- softmax warpgroup ----------------------------------------------------------------------
+
+// The rows of Q, from their slot: steps 0..30 to registers, 31 and the rotary block to shared
+// memory of their own. Frees the slot.
+DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], Place place) {
+  mbarrier_wait(full<0>(place.stage), place.phase);
+  mbarrier_wait(full<1>(place.stage), place.phase);
+  const uint32_t stage = stage_address(place.stage), fragment = stage + fragment_offset();
+#pragma unroll
+  for (int k = 0; k < Q_STEPS; ++k) {
+    ldmatrix_x4((fragment ^ ((k & 3) << 5)) + (k >> 2) * BLOCK_BYTES, q[4 * k], q[4 * k + 1],
+                q[4 * k + 2], q[4 * k + 3]);
+  }
+  const uint32_t thread = thread_index() & 127;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t offset = i * 2048 + thread * 16;
+    st_shared_v4(shared_base() + Q_ROPE + offset,
+                 ld_shared_v4(stage + ROPE * BLOCK_BYTES + offset));
+  }
+  const uint32_t row = thread >> 1, half = thread & 1;  // 16-byte chunks 6 and 7 of block 7
+  st_shared_v4(
+      shared_base() + Q_STEP_31 + half * 1024 + row * 16,
+      ld_shared_v4(stage + 7 * BLOCK_BYTES + row * 128 + (((6 + half) ^ (row & 7)) << 4)));
+  fence_proxy_async();
+  bar_sync<1, 128>();
+  if (lane_index() == 0) mbarrier_arrive(p_ready(place.stage));  // keeps its parity in step
+  if (thread == 0) {
+    mbarrier_arrive(empty<0>(place.stage), 4);
+    mbarrier_arrive(empty<1>(place.stage), 8);
+  }
+}
+
+// Issues S = Q K^T for the tile at `place`. `to_release`: P V of the tile before, or 0. Issuing is
+// nearly synchronous, since a warp can queue only a few wgmmas.
+DEVICE void issue_scores(float (&s)[32], const uint32_t (&q)[4 * Q_STEPS], Place place,
+                         uint32_t to_release) {
+  const uint64_t k_tile = descriptor_k_major(stage_address(place.stage));
+  const uint64_t q_rope = descriptor_k_major(shared_base() + Q_ROPE);
+  auto columns = [&](int step) { return k_tile + (step >> 2) * (BLOCK_BYTES >> 4) + (step & 3) * 2; };
+  mbarrier_wait(full<0>(place.stage), place.phase);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 16; ++k) wgmma_m64n64k16_rs(s, q + 4 * k, columns(k), k != 0);
+  mbarrier_wait(full<1>(place.stage), place.phase);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) wgmma_m64n64k16_ss(s, q_rope + k * 2, columns(32 + k));
+  wgmma_m64n64k16_ss(s, descriptor_k_major_plain(shared_base() + Q_STEP_31), columns(31));
+#pragma unroll
+  for (int k = 16; k < Q_STEPS; ++k) {
+    if (k == Q_STEPS - TAIL_STEPS) {
+      if (to_release) release(to_release);
+      wgmma_fence();
+    }
+    wgmma_m64n64k16_rs(s, q + 4 * k, columns(k), 1);
+  }
+  wgmma_commit_group();
+}
+
+// -inf for keys that a row does not see: those past the end and, if causal, past its position.
+// NaN among the live keys stays, so that a refused page reaches every row.
+DEVICE void mask(float (&s)[32], const Params& p, int request, int first_token) {
+  const int live = __ldg(p.cache_seqlens + request) - first_token - column_pair();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    int seen = live;
+    if (p.causal) {
+      const RowBlock block = row_block(p);
+      const int row = block.first_row + row_in_block() + 8 * h;
+      if (row < p.slab_rows) seen -= p.s_q - 1 - block.slab - row / p.group;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = s[4 * j + 2 * h + i];
+        if (8 * j + i >= seen && !(x != x && 8 * j + i < live)) x = NEG_INF;
+      }
+    }
+  }
+}
+
+// A new maximum `top` for a row: m moves, and what is summed so far shrinks by the returned factor.
+DEVICE float raise_maximum(float& m, float& l, float top) {
+  const float by = ceilf(top - m);
+  float factor;
+  if (by < 126.f) {
+    m += by;
+    factor = __uint_as_float((127 - (int)by) << 23);
+  } else {  // the first keys, or all before them are negligible: one dominant key has P == 1
+    m = top;
+    factor = 0.f;
+  }
+  l *= factor;
+  return factor;
+}
+
+// Scores -> P in the rotary block of the stage, and the running maximum m and sum l of the
+// thread's two rows (l of this thread's columns only).
+DEVICE void softmax_step(float (&s)[32], float (&m)[2], float (&l)[2], uint32_t stage,
+                         float scale_log2) {
+  float x0 = fmaxf(s[0], s[1]), x1 = fmaxf(s[2], s[3]);
+  float y0 = fmaxf(s[4], s[5]), y1 = fmaxf(s[6], s[7]);
+#pragma unroll
+  for (int j = 2; j < 8; j += 2) {
+    x0 = fmaxf(x0, fmaxf(s[4 * j], s[4 * j + 1]));
+    x1 = fmaxf(x1, fmaxf(s[4 * j + 2], s[4 * j + 3]));
+    y0 = fmaxf(y0, fmaxf(s[4 * j + 4], s[4 * j + 5]));
+    y1 = fmaxf(y1, fmaxf(s[4 * j + 6], s[4 * j + 7]));
+  }
+  const float top0 = quad_max(fmaxf(x0, y0)) * scale_log2;
+  const float top1 = quad_max(fmaxf(x1, y1)) * scale_log2;
+  const bool raise0 = top0 > m[0] + LAZY, raise1 = top1 > m[1] + LAZY;
+  const bool any = __any_sync(~0u, raise0 || raise1);
+  if (any) {  // rare after the first tiles
+    const float factor0 = raise0 ? raise_maximum(m[0], l[0], top0) : 1.f;
+    const float factor1 = raise1 ? raise_maximum(m[1], l[1], top1) : 1.f;
+    if ((lane_index() & 3) == 0) {
+      st_shared_u16(factors(stage), __float_as_uint(factor0) >> 16);
+      st_shared_u16(factors(stage) + 16, __float_as_uint(factor1) >> 16);
+    }
+  }
+  if (lane_index() == 0) st_shared_u32(rescale_flag(stage), any);
+
+  const float minus_m0 = m[0] == NEG_INF ? 0.f : -m[0], minus_m1 = m[1] == NEG_INF ? 0.f : -m[1];
+  const uint32_t p_tile = stage_address(stage) + ROPE * BLOCK_BYTES + fragment_offset();
+  float a0 = 0.f, a1 = 0.f, b0 = 0.f, b1 = 0.f;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    float* t = s + 8 * k;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) t[i] = ex2(fmaf(t[i], scale_log2, i & 2 ? minus_m1 : minus_m0));
+    stmatrix_x4(p_tile ^ (k << 5), cvt_x2(t[0], t[1]), cvt_x2(t[2], t[3]), cvt_x2(t[4], t[5]),
+                cvt_x2(t[6], t[7]));
+    a0 += t[0] + t[1], a1 += t[2] + t[3];
+    b0 += t[4] + t[5], b1 += t[6] + t[7];
+  }
+  l[0] += a0 + b0, l[1] += a1 + b1;
+}
+
+// lse of the block's rows: NaN for a refused request, +inf for one without keys.
+DEVICE void store_no_keys(const Params& p, int request, const Piece& piece) {
+  if (piece.refused && (thread_index() & 127) == 0) refuse(p, request, piece.reason, 0);
+  const RowBlock block = row_block(p);
+  const int row = block.first_row + (thread_index() & 127);
+  if ((thread_index() & 127) >= ROWS || row >= p.slab_rows) return;
+  if (piece.slot < 0) {
+    store_lse(p, request, block.slab, row, piece.refused ? QUIET_NAN : POS_INF);
+  } else {
+    p.lse_partial[partial_row(p, piece.slot, block.slab, row)] = piece.refused ? QUIET_NAN : NEG_INF;
+  }
+}
+
+DEVICE void softmax_role(const Params& p) {
+  uint32_t q[4 * Q_STEPS];
+  float s[32];
+  Place place;
+  uint32_t inverse_phase = 1;
+#pragma unroll 1
+  for (int request = part_of(p).first_request; request <= part_of(p).last_request; ++request) {
+    int tiles_left, first_token;
+    {
+      const Piece piece = piece_of(p, request);
+      tiles_left = piece.end - piece.begin, first_token = piece.begin * TOKENS;
+      if (tiles_left == 0) {
+        store_no_keys(p, request, piece);
+        continue;
+      }
+    }
+    take_q(q, place);
+    place.advance();
+    float m[2] = {NEG_INF, NEG_INF}, l[2] = {0.f, 0.f};
+    issue_scores(s, q, place, 0);
+    wgmma_wait_all();
+    pin(s);
+#pragma unroll 1
+    for (;;) {
+      if (tiles_left <= p.border_tiles) mask(s, p, request, first_token);
+      softmax_step(s, m, l, place.stage, p.scale_log2);
+      if (--tiles_left == 0) break;
+      first_token += TOKENS;
+      const uint32_t p_written = p_ready(place.stage);
+      place.advance();
+      const bool arrived =
+          __all_sync(~0u, mbarrier_test_wait(full<0>(place.stage), place.phase));
+      if (!arrived) release(p_written);  // memory-bound: P V runs while K is on its way
+      issue_scores(s, q, place, arrived ? p_written : 0);
+      wgmma_wait_all();
+      pin(s);
+    }
+
+    mbarrier_wait(inverse_l_free(), inverse_phase);
+    inverse_phase ^= 1;
+    l[0] = quad_sum(l[0]), l[1] = quad_sum(l[1]);
+    if ((lane_index() & 3) == 0) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        st_shared_f32(row_floats(INVERSE_L) + 32 * h, l[h] == 0.f ? 0.f : 1.f / l[h]);
+      }
+    }
+    release(p_ready(place.stage));  // ahead of the stores: their latency must not delay P V
+    place.advance();
+    if ((lane_index() & 3) == 0) {
+      const int slot = piece_of(p, request).slot;
+      const RowBlock block = row_block(p);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = block.first_row + row_in_block() + 8 * h;
+        if (row >= p.slab_rows) continue;
+        const float lse = lg2(l[h]) + m[h];  // log2
+        if (slot < 0) {
+          store_lse(p, request, block.slab, row, l[h] == 0.f ? POS_INF : lse * LN2);
+        } else {
+          p.lse_partial[partial_row(p, slot, block.slab, row)] = l[h] == 0.f ? NEG_INF : lse;
+        }
+      }
+    }
+  }
+}
+
+// ---- matrix warpgroups ----------------------------------------------------------------------
+
+// Zeroes the rows of V past the end of the request: unused memory may hold NaN, and 0 * NaN is NaN.
+template <int Half>
+DEVICE void clear_rows(uint32_t stage, int rows_used) {
+  const uint32_t thread = thread_index() & 127;
+  const uint32_t column =
+      stage_address(stage) + (Half * 4 + ((thread & 31) >> 3)) * BLOCK_BYTES + (thread & 7) * 16;
+#pragma unroll 1
+  for (int row = rows_used + (thread >> 5); row < TOKENS; row += 4) {
+    st_shared_v4(column + row * 128, {0, 0, 0, 0});
+  }
+  fence_proxy_async();
+  bar_sync<2 + Half, 128>();
+}
+
+// O * inverse -> out, 16 bytes a lane: 4x4 transposes within each quad of lanes.
+template <int Half>
+DEVICE void store_out(const float (&o)[128], const Params& p, int request, float inverse0,
+                      float inverse1) {
+  const RowBlock block = row_block(p);
+  const int row = block.first_row + row_in_block();
+  const bool odd = lane_index() & 1, upper = lane_index() & 2;
+  uint16_t* to = p.out + out_row(p, request, block.slab, row) * 512 + Half * 256 +
+                 (lane_index() & 3) * 8;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float x = h ? inverse1 : inverse0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float* t = o + 16 * i + 2 * h;
+      uint32_t u0 = cvt_x2(t[0] * x, t[1] * x), u1 = cvt_x2(t[4] * x, t[5] * x);
+      uint32_t u2 = cvt_x2(t[8] * x, t[9] * x), u3 = cvt_x2(t[12] * x, t[13] * x);
+      uint32_t a = __shfl_xor_sync(~0u, odd ? u0 : u1, 1);
+      uint32_t b = __shfl_xor_sync(~0u, odd ? u2 : u3, 1);
+      if (odd) {
+        u0 = a, u2 = b;
+      } else {
+        u1 = a, u3 = b;
+      }
+      a = __shfl_xor_sync(~0u, upper ? u0 : u2, 2);
+      b = __shfl_xor_sync(~0u, upper ? u1 : u3, 2);
+      if (upper) {
+        u0 = a, u1 = b;
+      } else {
+        u2 = a, u3 = b;
+      }
+      if (row + 8 * h < p.slab_rows) st_global_v4(to + h * 8 * 512 + i * 32, {u0, u1, u2, u3});
+    }
+  }
+}
+
+template <int Half>
+DEVICE void store_partial(const float (&o)[128], const Params& p, int slot, float inverse0,
+                          float inverse1) {
+  const RowBlock block = row_block(p);
+  const int row = block.first_row + row_in_block();
+  float* to =
+      p.out_partial + partial_row(p, slot, block.slab, row) * 512 + Half * 256 + column_pair();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float x = h ? inverse1 : inverse0;
+    if (row + 8 * h >= p.slab_rows) continue;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      st_global_v2(to + h * 8 * 512 + i * 8, o[4 * i + 2 * h] * x, o[4 * i + 2 * h + 1] * x);
+    }
+  }
+}
+
+DEVICE bool is_producer() { return warp_in_group() == 0; }
+
+template <int Half>
+DEVICE void matrix_role(const Params& p, const TensorMap& q_map, const TensorMap& k_map) {
+  Cursor cursor;
+  cursor.tile = Cursor::DONE;
+  if (is_producer()) {
+    cursor.request = part_of(p).first_request - 1;
+    next_piece(p, cursor);
+#pragma unroll 1
+    for (uint32_t stage = 0; stage < STAGES; ++stage) {
+      produce<Half>(p, q_map, k_map, cursor, {stage, 0}, false);
+    }
+  }
+  float o[128];
+  Place place;
+  bool is_first_piece = true;
+#pragma unroll 1
+  for (int request = part_of(p).first_request; request <= part_of(p).last_request; ++request) {
+    int tiles, last_rows;  // of the piece; of the request in its last tile
+    bool refused;
+    {
+      const Piece piece = piece_of(p, request);
+      tiles = piece.end - piece.begin;
+      last_rows = piece.length - (piece.end - 1) * TOKENS;
+      refused = piece.refused;
+    }
+    const float none = refused ? QUIET_NAN : 0.f;
+    float inverse0 = none, inverse1 = none;
+#pragma unroll
+    for (int i = 0; i < 128; ++i) o[i] = none;
+    if (tiles > 0) {
+      // Refills the stage of this piece's Q: the first one here, later ones at the end of a piece.
+      if (is_first_piece && is_producer()) produce<Half>(p, q_map, k_map, cursor, place, true);
+      is_first_piece = false;
+      place.advance();
+#pragma unroll 1
+      for (int i = 0;;) {
+        mbarrier_wait(p_ready(place.stage), place.phase);
+        if (i + 1 == tiles && last_rows < TOKENS) clear_rows<Half>(place.stage, last_rows);
+        if (i > 0 && ld_shared_u32(rescale_flag(place.stage))) {
+          const float a = __uint_as_float(ld_shared_u16(factors(place.stage)) << 16);
+          const float b = __uint_as_float(ld_shared_u16(factors(place.stage) + 16) << 16);
+#pragma unroll
+          for (int j = 0; j < 32; ++j) {
+            o[4 * j] *= a, o[4 * j + 1] *= a;
+            o[4 * j + 2] *= b, o[4 * j + 3] *= b;
+          }
+        }
+        {
+          const uint32_t stage = stage_address(place.stage);
+          const uint64_t p_tile = descriptor_k_major(stage + ROPE * BLOCK_BYTES);
+          const uint64_t v_tile = descriptor_mn_major(stage + Half * 4 * BLOCK_BYTES);
+          pin(o);
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < 4; ++k) wgmma_m64n256k16_ss(o, p_tile + k * 2, v_tile + k * 128);
+          wgmma_commit_group();
+          wgmma_wait_all();
+          pin(o);
+        }
+        ++i;
+        if (i == tiles) {
+          inverse0 = ld_shared_f32(row_floats(INVERSE_L));
+          inverse1 = ld_shared_f32(row_floats(INVERSE_L) + 32);
+        }
+        __syncwarp();
+        if (lane_index() == 0) {
+          if (Half == 0) mbarrier_arrive(empty<0>(place.stage));
+          mbarrier_arrive(empty<1>(place.stage));  // P lies in half 1
+          if (i == tiles) mbarrier_arrive(inverse_l_free());
+        }
+        if (is_producer()) produce<Half>(p, q_map, k_map, cursor, place, true);
+        place.advance();
+        if (i == tiles) break;
+      }
+      // The stage of the next piece's Q; the softmax warpgroup frees it.
+      if (is_producer()) produce<Half>(p, q_map, k_map, cursor, place, true);
+    }
+    const int slot = piece_of(p, request).slot;
+    if (slot < 0) {
+      store_out<Half>(o, p, request, inverse0, inverse1);
+    } else {
+      store_partial<Half>(o, p, slot, inverse0, inverse1);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    dense_decode(const __grid_constant__ TensorMap q_map_0, const __grid_constant__ TensorMap q_map_1,
+                 const __grid_constant__ TensorMap k_map_0, const __grid_constant__ TensorMap k_map_1,
+                 const __grid_constant__ Params p) {
+  if (thread_index() == 0) {
+    prefetch_tensormap(q_map_0);
+    prefetch_tensormap(q_map_1);
+    prefetch_tensormap(k_map_0);
+    prefetch_tensormap(k_map_1);
+    init_barriers();
+  }
+  __syncthreads();
+  griddepcontrol_wait();
+  const int warpgroup = __shfl_sync(~0u, thread_index() >> 7, 0);
+  if (warpgroup == 0) {
+    setmaxnreg_inc<184>();
+    softmax_role(p);
+  } else if (warpgroup == 1) {
+    setmaxnreg_dec<160>();
+    matrix_role<0>(p, q_map_0, k_map_0);
+  } else {
+    setmaxnreg_dec<160>();
+    matrix_role<1>(p, q_map_1, k_map_1);
+  }
+  griddepcontrol_launch_dependents();
+}

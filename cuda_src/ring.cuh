@@ -1,0 +1,165 @@
+// The ring of three stages in shared memory, and the producers that fill it by TMA.
+//
+// A slot of the ring is one tile of K, or, ahead of the tiles of each piece, the block's rows of Q:
+// nine column blocks of 64 rows x 128 bytes, swizzled. A slot has two halves with barriers of their
+// own: half 0 is column blocks 0..3 (the first half of V), half 1 is 4..8 (the second, and the
+// rotary columns). Each half has its producer: warp 0 of the warpgroup that multiplies with it.
+#pragma once
+#include "work.cuh"
+
+constexpr int STAGES = 3;
+constexpr int BLOCK_BYTES = ROWS * 128, COLUMN_BLOCKS = 9, ROPE = 8;  // ROPE: the last block
+constexpr int STAGE_BYTES = COLUMN_BLOCKS * BLOCK_BYTES;
+template <int Half>
+constexpr int HALF_BLOCKS = Half ? 5 : 4;
+
+// Byte offsets in shared memory. launch.py sets SHARED_BYTES.
+constexpr int Q_ROPE = STAGES * STAGE_BYTES;           // column block 8 of Q
+constexpr int Q_STEP_31 = Q_ROPE + BLOCK_BYTES;        // columns 496..511 of Q, core matrices
+constexpr int FACTORS = Q_STEP_31 + ROWS * 32;         // uint16 [STAGES][64], top halves of floats
+constexpr int INVERSE_L = FACTORS + STAGES * ROWS * 2;  // float [64]
+constexpr int RESCALE = INVERSE_L + ROWS * 4;          // uint32 [STAGES][4], of each warp
+constexpr int BARRIERS = RESCALE + STAGES * 16 + 16;
+constexpr int SHARED_BYTES = BARRIERS + 5 * STAGES * 8 + 8;
+static_assert(BARRIERS % 8 == 0 && SHARED_BYTES <= 232448, "227 KB");
+
+extern __shared__ __align__(1024) uint8_t shared[];
+
+DEVICE uint32_t shared_base() { return shared_address(shared); }
+DEVICE uint32_t stage_address(uint32_t stage) { return shared_base() + stage * STAGE_BYTES; }
+// Barriers: data has arrived; all have finished with it (4 and 8 warps); P is written (4 warps).
+template <int Half>
+DEVICE uint32_t full(uint32_t stage) {
+  return shared_base() + BARRIERS + (Half * STAGES + stage) * 8;
+}
+template <int Half>
+DEVICE uint32_t empty(uint32_t stage) {
+  return shared_base() + BARRIERS + ((2 + Half) * STAGES + stage) * 8;
+}
+DEVICE uint32_t p_ready(uint32_t stage) {
+  return shared_base() + BARRIERS + (4 * STAGES + stage) * 8;
+}
+DEVICE uint32_t inverse_l_free() { return shared_base() + BARRIERS + 5 * STAGES * 8; }
+
+DEVICE void init_barriers() {
+  for (int stage = 0; stage < STAGES; ++stage) {
+    mbarrier_init(full<0>(stage), 1);
+    mbarrier_init(full<1>(stage), 1);
+    mbarrier_init(empty<0>(stage), 4);
+    mbarrier_init(empty<1>(stage), 8);
+    mbarrier_init(p_ready(stage), 4);
+  }
+  mbarrier_init(inverse_l_free(), 8);
+  fence_mbarrier_init();
+}
+
+// Where a role is in the ring: the stage, and the parity of how often it went round.
+struct Place {
+  uint32_t stage = 0, phase = 0;
+  DEVICE void advance() {
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+};
+
+// ---- producers ------------------------------------------------------------------------------
+
+#if PAGE_SIZE < 64
+constexpr int PAGES_PER_TILE = TOKENS / PAGE_SIZE;
+#else
+constexpr int PAGES_PER_TILE = 1;  // or less: PAGE_SIZE 64 stands for 128 and 256 as well
+#endif
+
+// The next slot to load: a warp-uniform walk over the tiles of the part. The page id is loaded one
+// slot ahead. A cursor in shared memory was 700 cycles a slot slower.
+struct Cursor {
+  enum { Q_SLOT = -1, DONE = -2 };
+  int request, tile, end;
+  int page;  // of the tile; small pages: lane i has that of page i % PAGES_PER_TILE
+};
+
+DEVICE int page_column(const Params& p, int tile) {
+  if (PAGES_PER_TILE > 1) return tile * PAGES_PER_TILE + lane_index() % PAGES_PER_TILE;
+  return tile >> p.page_tiles_log2;
+}
+DEVICE bool is_used(const Params& p, const Cursor& cursor, int column) {
+  return PAGES_PER_TILE == 1 || column * PAGE_SIZE < __ldg(p.cache_seqlens + cursor.request);
+}
+DEVICE void fetch_page(const Params& p, Cursor& cursor) {
+  const int column = page_column(p, cursor.tile);
+  if (is_used(p, cursor, column)) {
+    cursor.page = __ldg(p.block_table + cursor.request * p.table_stride + column);
+  }
+}
+// To the first request after cursor.request with something to compute.
+DEVICE void next_piece(const Params& p, Cursor& cursor) {
+  cursor.tile = Cursor::DONE;
+  while (++cursor.request <= part_of(p).last_request) {
+    const Piece piece = piece_of(p, cursor.request);
+    if (piece.begin < piece.end) {
+      cursor.tile = Cursor::Q_SLOT, cursor.end = piece.end;
+      return;
+    }
+  }
+}
+
+// The box at page == num_pages is out of bounds, and TMA fills it with NaN without a look at
+// memory: so a page id outside of the pool makes its request NaN.
+DEVICE int checked_page(const Params& p, const Cursor& cursor) {
+  const int column = page_column(p, cursor.tile);
+  const bool used = is_used(p, cursor, column), bad = (uint32_t)cursor.page >= (uint32_t)p.num_pages;
+  if (used && bad) refuse(p, cursor.request, PAGE_ID, column);
+  return used && !bad ? cursor.page : p.num_pages;
+}
+
+// Loads this half of the cursor's slot into its stage, once it is empty, and moves on.
+template <int Half>
+DEVICE void produce(const Params& p, const TensorMap& q_map, const TensorMap& k_map,
+                    Cursor& cursor, Place place, bool wait) {
+  if (cursor.tile == Cursor::DONE) return;
+  constexpr int FIRST = Half * 4;
+  const uint32_t to = stage_address(place.stage) + FIRST * BLOCK_BYTES;
+  const uint32_t barrier = full<Half>(place.stage);
+  if (wait) mbarrier_wait(empty<Half>(place.stage), place.phase);
+  if (cursor.tile == Cursor::Q_SLOT) {
+    if (elect_sync()) {
+      const RowBlock block = row_block(p);
+      mbarrier_arrive_expect_tx(barrier, HALF_BLOCKS<Half> * BLOCK_BYTES);
+      cp_async_bulk_tensor_5d(to, q_map, barrier, 0, blockIdx.y * p.group + block.first_row, FIRST,
+                              block.slab, cursor.request, createpolicy_evict_first());
+    }
+    __syncwarp();
+    const Part part = part_of(p);
+    cursor.tile = cursor.request == part.first_request ? part.begin_tile : 0;
+  } else {
+    const int page = checked_page(p, cursor);
+#if PAGE_SIZE < 64
+    int pages[PAGES_PER_TILE];
+#pragma unroll
+    for (int i = 0; i < PAGES_PER_TILE; ++i) pages[i] = __shfl_sync(~0u, page, i);
+#endif
+    if (elect_sync()) {
+      const uint64_t policy = createpolicy_evict_first();
+      mbarrier_arrive_expect_tx(barrier, HALF_BLOCKS<Half> * BLOCK_BYTES);
+#if PAGE_SIZE < 64
+#pragma unroll
+      for (int i = 0; i < PAGES_PER_TILE; ++i) {
+#pragma unroll 1
+        for (int block = 0; block < HALF_BLOCKS<Half>; ++block) {
+          cp_async_bulk_tensor_5d(to + block * BLOCK_BYTES + i * PAGE_SIZE * 128, k_map, barrier, 0,
+                                  0, FIRST + block, blockIdx.y, pages[i], policy);
+        }
+      }
+#else
+      const int row = (cursor.tile & ((1 << p.page_tiles_log2) - 1)) * TOKENS;
+      cp_async_bulk_tensor_5d(to, k_map, barrier, 0, row, FIRST, blockIdx.y, page, policy);
+#endif
+    }
+    __syncwarp();
+    ++cursor.tile;
+  }
+  if (cursor.tile < cursor.end) {
+    fetch_page(p, cursor);
+  } else {
+    next_piece(p, cursor);
+  }
+}

@@ -1,0 +1,111 @@
+// The work of one thread block of dense_decode: its query rows, the piece of each request that its
+// part computes, and what happens to a request that cannot be computed.
+//
+// Grid (row blocks, h_kv, parts). A row block is 64 of the `slab_rows` query rows of a slab (see
+// geometry.py); row r of a slab is query position slab + r / group, head kv_head * group + r % group.
+#pragma once
+#include "ptx.cuh"
+
+constexpr int ROWS = 64;    // query rows of a thread block
+constexpr int TOKENS = 64;  // tokens of a tile
+
+// launch.py packs the same fields in the same order.
+struct Params {
+  const int* tile_scheduler_metadata;  // [parts, 8]; schedule.py documents the columns
+  const int* cache_seqlens;            // [batch]
+  const int* block_table;              // [batch, max_pages], rows table_stride apart
+  uint16_t* out;                       // [batch, s_q, h_q, 512]
+  float* lse;                          // [batch, h_q, s_q], natural logarithm
+  float* out_partial;                  // [slots, s_q * h_q, 512]
+  float* lse_partial;                  // [slots, s_q * h_q], log2
+  uint64_t* refusal;                   // the least key of `refuse` so far
+  uint32_t* refused;                   // in host memory: a call need not wait to look at it
+  int64_t table_stride;
+  int batch, s_q, h_q, group;
+  int slab_rows, blocks;  // rows of a slab, and row blocks of a slab
+  int num_pages, page_tiles_log2;
+  int max_length;  // tokens that a row of block_table can hold
+  int slots;
+  int causal, border_tiles;  // the last tiles of a request may have masked keys
+  float scale_log2;          // softmax_scale * log2(e)
+};
+
+// ---- requests -------------------------------------------------------------------------------
+
+enum Reason { LENGTH, STALE_METADATA, PAGE_ID };  // launch.py names them
+
+// Remembers why a request is refused. The least key wins: the first request, then the first reason.
+DEVICE void refuse(const Params& p, int request, Reason reason, int column) {
+  const uint64_t key = (uint64_t)request << 34 | (uint64_t)reason << 32 | (uint32_t)column;
+  atomicMin(p.refusal, key);
+  __threadfence_system();
+  *(volatile uint32_t*)p.refused = 1;
+}
+
+struct Part {
+  int first_request, begin_tile, last_request, end_tile;
+};
+// Read again wherever it is needed: the matrix roles have no register to spare, and L1 has it.
+DEVICE Part part_of(const Params& p) {
+  const int4 row = __ldg((const int4*)(p.tile_scheduler_metadata + blockIdx.z * 8));
+  return {max(row.x, 0), row.y, min(row.z, p.batch - 1), row.w};
+}
+
+struct Piece {
+  int begin, end;  // tiles of the request; equal: nothing to compute
+  int length;      // tokens of the request
+  int slot;        // of out_partial, -1 if the piece is all of the request
+  bool refused;    // its rows become NaN
+  Reason reason;
+};
+DEVICE Piece piece_of(const Params& p, int request) {
+  const Part part = part_of(p);
+  const int4 more = __ldg((const int4*)(p.tile_scheduler_metadata + blockIdx.z * 8 + 4));
+  const int slot = more.x, first_tiles = more.y, last_tiles = more.z;
+  const int length = __ldg(p.cache_seqlens + request);
+  const int tiles = ((length - 1) >> 6) + 1;  // length + 63 could overflow
+  const bool is_first = request == part.first_request, is_last = request == part.last_request;
+  const bool from_inside = part.begin_tile > 0;
+
+  Piece piece = {is_first ? part.begin_tile : 0, is_last ? part.end_tile : tiles, length, -1};
+  if (is_first && from_inside) {
+    piece.slot = slot;
+  } else if (is_last && part.end_tile < last_tiles) {
+    piece.slot = slot + (!is_first && from_inside);
+  }
+  // Metadata of other lengths does not fit; garbage must not lead out of bounds.
+  bool stale = (is_first && first_tiles != tiles) || (is_last && last_tiles != tiles) ||
+               piece.begin < 0 || piece.begin > piece.end || piece.end > tiles;
+  if (piece.slot < -1 || piece.slot >= p.slots) {
+    piece.slot = -1;
+    stale = true;
+  }
+  const bool bad_length = (uint32_t)length > (uint32_t)p.max_length;
+  piece.refused = bad_length || stale;
+  piece.reason = bad_length ? LENGTH : STALE_METADATA;
+  if (piece.refused) piece.begin = piece.end = 0;
+  return piece;
+}
+
+// ---- rows -----------------------------------------------------------------------------------
+
+struct RowBlock {
+  int slab, first_row;  // row of the slab
+};
+DEVICE RowBlock row_block(const Params& p) {
+  const int slab = blockIdx.x / p.blocks;
+  return {slab, (int)(blockIdx.x - slab * p.blocks) * ROWS};
+}
+// Of [batch * s_q * h_q] rows of out. Heads of a slab are neighbours, and so are the positions of
+// a slab that holds several.
+DEVICE int64_t out_row(const Params& p, int request, int slab, int row) {
+  return ((int64_t)request * p.s_q + slab) * p.h_q + blockIdx.y * p.group + row;
+}
+// Of [slots * s_q * h_q] rows of out_partial and lse_partial: kv head by kv head.
+DEVICE int64_t partial_row(const Params& p, int slot, int slab, int row) {
+  return ((int64_t)slot * p.h_q + blockIdx.y * p.group) * p.s_q + slab * p.slab_rows + row;
+}
+DEVICE void store_lse(const Params& p, int request, int slab, int row, float lse) {
+  const int position = row / p.group, head = blockIdx.y * p.group + row - position * p.group;
+  p.lse[((int64_t)request * p.h_q + head) * p.s_q + slab + position] = lse;
+}

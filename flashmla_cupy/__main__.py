@@ -1,0 +1,247 @@
+"""The command line: flashmla-cupy info | warmup | bench | clear-cache.
+
+Results go to stdout, progress, warnings and errors to stderr. An error of the package or of the
+operating system is one line; the exit status is then 2, as for a wrong argument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO, TypeAlias
+
+from . import __version__
+from .errors import FlashMLAError, KernelCompileError
+
+_PROGRAM = "flashmla-cupy"
+
+# What add_subparsers() returns has no public name.
+_Commands: TypeAlias = Any
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command, by default that of sys.argv, and returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], None] = arguments.command
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            command(arguments)
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has left
+        with contextlib.suppress(OSError, ValueError):  # no second complaint when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (FlashMLAError, OSError) as error:
+        print(f"{_PROGRAM}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM,
+        description="MLA decode attention for Hopper GPUs, compiled at run time.",
+        epilog="Environment: FLASHMLA_CUPY_CACHE_DIR names another folder for compiled kernels.",
+    )
+    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_info(commands)
+    _add_warmup(commands)
+    _add_bench(commands)
+    _add_clear_cache(commands)
+    return parser
+
+
+def _add(
+    commands: _Commands,
+    name: str,
+    command: Callable[[argparse.Namespace], None],
+    summary: str,
+    details: str = "",
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}. {details}".rstrip()
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+# ---- info --------------------------------------------------------------------------------------
+
+
+def _add_info(commands: _Commands) -> None:
+    _add(
+        commands,
+        "info",
+        _info,
+        "show versions, GPUs, and the compiled kernels in the cache",
+        "Works without a GPU, CuPy or NVRTC, and says what is missing. Compiles no kernel.",
+    )
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from .info import report
+
+    for line in report():
+        print(line)
+
+
+# ---- warmup ------------------------------------------------------------------------------------
+
+
+def _add_warmup(commands: _Commands) -> None:
+    parser = _add(
+        commands,
+        "warmup",
+        _warmup,
+        "compile the kernels into the cache",
+        "Needs CuPy and NVRTC but no GPU, so that an image can be built with a full cache. "
+        "Compiles all kernels, or those that the given dtypes and page sizes need.",
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=("bfloat16", "float16"),
+        default=("bfloat16", "float16"),
+        help="dtypes of q and k_cache (default: both)",
+    )
+    parser.add_argument(
+        "--page-size",
+        nargs="+",
+        type=int,
+        choices=(16, 32, 64, 128, 256),
+        default=(16, 32, 64),
+        help="page sizes of k_cache (default: all; 64, 128 and 256 share their kernels)",
+    )
+
+
+def _warmup(arguments: argparse.Namespace) -> None:
+    from . import compiler, cubin_cache
+    from .info import table
+
+    dtypes = set(arguments.dtype)
+    page_sizes = {min(size, 64) for size in arguments.page_size}
+    variants = [
+        variant
+        for variant in compiler.all_variants()
+        if variant.kernel == "schedule"  # one for all dtypes and page sizes
+        or (variant.dtype in dtypes and variant.page_size in page_sizes)
+        or (variant.dtype in dtypes and variant.kernel == "combine")  # one for all page sizes
+    ]
+    # The lines below tell what the log would, on a terminal where nobody set up logging.
+    quiet = logging.NullHandler()
+    logger = logging.getLogger("flashmla_cupy")
+    logger.addHandler(quiet)
+    start = time.perf_counter()
+    try:
+        found = compiler.compile_variants(variants)
+    finally:
+        logger.removeHandler(quiet)
+    seconds = time.perf_counter() - start
+    rows = [
+        (
+            built.variant.name,
+            str(built.resources.registers),
+            str(built.resources.spill_stores),
+            f"{built.seconds:.2f}",
+            "found in the cache" if built.cached else "compiled",
+        )
+        for built in found
+    ]
+    for line in table(("kernel", "registers", "spill bytes", "seconds", ""), rows):
+        print(line)
+    print(f"{len(found)} kernels in {seconds:.2f} s; cache folder: {cubin_cache.directory()}")
+
+
+# ---- bench -------------------------------------------------------------------------------------
+
+
+def _add_bench(commands: _Commands) -> None:
+    parser = _add(
+        commands,
+        "bench",
+        _bench,
+        "time the decode call on this GPU",
+        "Prints microseconds, TFLOPS and GB/s of each case, and how much that is of the matrix "
+        "product and of the read bandwidth measured on the same GPU. Needs a Hopper GPU.",
+    )
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        metavar="CASE",
+        help="groups or parts of names: flashmla (default; FlashMLA's performance cases), mem, "
+        "cmp, lat, imb, all, h16, ...",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the cases (default: all) and stop"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the results to FILE as well")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from . import bench
+
+    cases = bench.select(arguments.cases or ["all" if arguments.list else "flashmla"])
+    if arguments.list:
+        for line in bench.listing(cases):
+            print(line)
+        return
+    bench.run(cases, arguments.json)
+
+
+# ---- clear-cache -------------------------------------------------------------------------------
+
+
+def _add_clear_cache(commands: _Commands) -> None:
+    _add(
+        commands,
+        "clear-cache",
+        _clear_cache,
+        "remove the compiled kernels from the cache",
+        "Removes cache entries of any version, and no other file.",
+    )
+
+
+def _clear_cache(arguments: argparse.Namespace) -> None:
+    from . import cubin_cache
+
+    folder = cubin_cache.directory()
+    files, size = cubin_cache.clear()
+    plural = "file" if files == 1 else "files"
+    print(f"Removed {files} {plural}, {size / 1e3:.0f} kB, from {folder}.")
+
+
+# ---- messages ----------------------------------------------------------------------------------
+
+
+def _one_line(error: BaseException) -> str:
+    """The message, and of a compiler's log the first error."""
+    if isinstance(error, KernelCompileError):
+        complaints = [line for line in error.log.splitlines() if "error" in line]
+        return " ".join([str(error.args[0]), *complaints[:1]])
+    return " ".join(str(error).split("\n"))
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"{_PROGRAM}: warning: {message}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,458 @@
+"""The engine of one GPU: loaded kernels, tensor maps, launches, and what the device refused.
+
+Everything that allocates, compiles or loads happens in `engine()` and `Engine.scratch_floats()`,
+before the first launch of a kind, because a graph capture forbids it. `schedule`, `decode` and
+`raise_pending` only launch or look at host memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import struct
+import threading
+from typing import Any
+
+from . import schedule as schedule_module
+from .compiler import Compiled, Variant, compile_variant, compile_variants
+from .driver import Function, Launch, RelaxedCapture, tensor_map
+from .errors import (
+    DeviceCheckError,
+    ForkedProcessError,
+    KernelLoadError,
+    NoDeviceError,
+    UnsupportedArchError,
+)
+from .frameworks import ArrayInfo
+from .geometry import HEAD_DIM, HEAD_DIM_V, ROWS_PER_BLOCK, TOKENS_PER_TILE, Geometry, ceil_div
+from .nvrtc import binding
+
+# dense_decode.cu
+DECODE_THREADS = 384
+DECODE_SHARED_BYTES = 232384  # SHARED_BYTES in ring.cuh
+PARAMS = struct.Struct("9Qq12if4x")  # Params in work.cuh
+HALVES = (4, 5)  # column blocks in each half of a ring slot
+COLUMN_BLOCK = 64  # elements: 128 bytes
+COLUMN_BLOCKS = HEAD_DIM // COLUMN_BLOCK
+# combine.cu
+COMBINE_THREADS = 256
+COMBINE_WARPS = 8
+COMBINE_PARAMS = struct.Struct("6Q6i")
+SCHEDULE_PARAMS = struct.Struct("Q4i2Q")
+
+REASONS = ("length", "stale metadata", "page id")  # Reason in work.cuh
+NOTHING_REFUSED = (1 << 64) - 1
+LOG2_E = 1.4426950408889634
+MAX_GEOMETRIES = 1024  # bounds, not policies
+MAX_MAPS = 8192  # of one geometry; a model has as many caches as layers
+
+_engines: dict[int, Engine] = {}
+_lock = threading.Lock()
+
+
+def engine(device: int) -> Engine:
+    """The engine of a CUDA device, made at first use.
+
+    Raises MissingDependencyError without CuPy or NVRTC, NoDeviceError, UnsupportedArchError,
+    KernelCompileError, KernelLoadError, ForkedProcessError."""
+    found = _engines.get(device)
+    if found is None:
+        with _lock:
+            found = _engines.get(device)
+            if found is None:
+                found = _engines[device] = Engine(device)
+    return found
+
+
+class Engine:
+    """The kernels of one GPU. Its methods need the GPU to be the current device of the thread."""
+
+    def __init__(self, device: int) -> None:
+        binding()  # says what to install if CuPy is missing
+        self._cuda: Any = importlib.import_module("cupy").cuda
+        self.device = device
+        self._require_hopper()
+        with self._cuda.Device(device):
+            self._cuda.runtime.free(0)  # makes the context
+            attributes = self._cuda.Device(device).attributes
+            self.num_sms: int = attributes["MultiProcessorCount"]
+            self._kernels: dict[Variant, Function] = {}
+            self._load([Variant("schedule")])
+            self._key = self._cuda.runtime.malloc(8)
+            self._stream = self._cuda.Stream(non_blocking=True)
+            self._host = self._cuda.alloc_pinned_memory(16)
+            self._refused = ctypes.c_uint32.from_address(self._host.ptr)
+            self._host_key = ctypes.c_uint64.from_address(self._host.ptr + 8)
+            self._refused.value = 0
+            self._forget()
+        self._prepared: dict[int, _Prepared] = {}
+        self._load_lock = threading.Lock()
+        self._own = threading.local()
+
+    def _require_hopper(self) -> None:
+        runtime = self._cuda.runtime
+        try:
+            count = runtime.getDeviceCount()
+        except runtime.CUDARuntimeError as error:
+            raise NoDeviceError(
+                f"CUDA does not work here ({error}). Check the driver with nvidia-smi, or pass"
+                " NumPy arrays to compute on the CPU."
+            ) from error
+        if self.device >= count:
+            raise NoDeviceError(f"There is no CUDA device {self.device}; CUDA sees {count}.")
+        properties = runtime.getDeviceProperties(self.device)
+        if (properties["major"], properties["minor"]) != (9, 0):
+            raise UnsupportedArchError(
+                f"CUDA device {self.device}, {properties['name'].decode()}, has compute capability"
+                f" {properties['major']}.{properties['minor']}; the kernels need 9.0 (H100, H200,"
+                " H800, GH200). Pass NumPy arrays to compute on the CPU."
+            )
+
+    # ---- loading -----------------------------------------------------------------------------
+
+    def _load(self, variants: list[Variant]) -> None:
+        missing = [variant for variant in variants if variant not in self._kernels]
+        for compiled in compile_variants(missing):
+            try:
+                function = _function(compiled)
+            except KernelLoadError:
+                # Perhaps the cached cubin is damaged, or made for a newer driver than this one.
+                function = _function(compile_variant(compiled.variant, refresh=True))
+            self._kernels[compiled.variant] = function
+
+    def scratch_floats(self, geometry: Geometry) -> int:
+        """float32 of scratch that a decode launch needs. Compiles and loads its kernels."""
+        page_size = min(geometry.page_size, TOKENS_PER_TILE)
+        decode = Variant("dense_decode", geometry.dtype, page_size)
+        combine = Variant("combine", geometry.dtype)
+        with self._load_lock, RelaxedCapture():
+            self._load([decode, combine])
+            if len(self._prepared) >= MAX_GEOMETRIES:
+                self._prepared.clear()
+            self._prepared[id(geometry)] = _Prepared(
+                geometry, self._kernels[decode], self._kernels[combine], self.num_sms
+            )
+        return geometry.scratch_floats
+
+    # ---- launches ----------------------------------------------------------------------------
+
+    def schedule(
+        self,
+        stream: int,
+        cache_seqlens: int,
+        batch: int,
+        parts: int,
+        rows: int,
+        h_kv: int,
+        tile_scheduler_metadata: int,
+        num_splits: int,
+    ) -> None:
+        """Launches schedule.cu on addresses; batch >= 1."""
+        arguments = self._arguments("schedule", SCHEDULE_PARAMS)
+        SCHEDULE_PARAMS.pack_into(
+            arguments.buffer,
+            0,
+            cache_seqlens,
+            batch,
+            parts,
+            rows,
+            h_kv,
+            tile_scheduler_metadata,
+            num_splits,
+        )
+        shared_bytes = schedule_module.shared_bytes(batch, parts)
+        Launch(self._kernels[Variant("schedule")], (1, 1, 1), shared_bytes)(
+            stream, arguments.pointers
+        )
+
+    def decode(
+        self,
+        stream: int,
+        q: ArrayInfo,
+        k_cache: ArrayInfo,
+        block_table: ArrayInfo,
+        cache_seqlens: int,
+        tile_scheduler_metadata: int,
+        num_splits: int,
+        out: int,
+        lse: int,
+        scratch: int,
+        geometry: Geometry,
+        softmax_scale: float,
+        causal: bool,
+    ) -> None:
+        """Launches dense_decode.cu and, where requests may be split, combine.cu."""
+        prepared = self._prepared.get(id(geometry))
+        if prepared is None:
+            self.scratch_floats(geometry)
+            prepared = self._prepared[id(geometry)]
+        launches = prepared.launches()
+        lse_partial = scratch + prepared.out_partial_bytes
+        launches.decode_arguments.set_maps(prepared.q_maps(q.ptr), prepared.k_maps(k_cache.ptr))
+        PARAMS.pack_into(
+            launches.decode_arguments.buffer,
+            0,
+            tile_scheduler_metadata,
+            cache_seqlens,
+            block_table.ptr,
+            out,
+            lse,
+            scratch,
+            lse_partial,
+            self._key,
+            self._host.ptr,
+            *prepared.sizes,
+            causal,
+            prepared.causal_tiles if causal else 1,
+            softmax_scale * LOG2_E,
+        )
+        launches.decode(stream, launches.decode_arguments.pointers)
+        if launches.combine is not None:
+            COMBINE_PARAMS.pack_into(
+                launches.combine_arguments.buffer,
+                0,
+                tile_scheduler_metadata,
+                num_splits,
+                scratch,
+                lse_partial,
+                out,
+                lse,
+                *prepared.combine_sizes,
+            )
+            launches.combine(stream, launches.combine_arguments.pointers)
+
+    def _arguments(self, name: str, layout: struct.Struct) -> _Arguments:
+        found: _Arguments | None = getattr(self._own, name, None)
+        if found is None:
+            found = _Arguments(layout)
+            setattr(self._own, name, found)
+        return found
+
+    # ---- what the device refused -------------------------------------------------------------
+
+    def raise_pending(self) -> None:
+        """Raises DeviceCheckError if the device is known to have refused a request; no waiting."""
+        if self._refused.value:
+            self._report()
+
+    def check(self) -> None:
+        """Waits for the device, then the same."""
+        with self._cuda.Device(self.device):
+            self._cuda.runtime.deviceSynchronize()
+        self.raise_pending()
+
+    def _report(self) -> None:
+        with RelaxedCapture(), self._cuda.Device(self.device):
+            self._refused.value = 0
+            self._copy(self._host_key_address, self._key, 2)
+            key = self._host_key.value
+            self._forget()
+        if key != NOTHING_REFUSED:
+            reason = REASONS[key >> 32 & 3]
+            column = key & 0xFFFFFFFF if reason == "page id" else -1
+            raise DeviceCheckError(key >> 34, column, reason)
+
+    def _forget(self) -> None:
+        self._host_key.value = NOTHING_REFUSED
+        self._copy(self._key, self._host_key_address, 1)
+
+    @property
+    def _host_key_address(self) -> int:
+        address: int = self._host.ptr + 8
+        return address
+
+    def _copy(self, to: int, source: int, kind: int) -> None:
+        self._cuda.runtime.memcpyAsync(to, source, 8, kind, self._stream.ptr)
+        self._stream.synchronize()
+
+
+class _Arguments:
+    """The packed parameters of a kernel, and the array of their addresses that a launch takes."""
+
+    def __init__(self, layout: struct.Struct, *, tensor_maps: int = 0) -> None:
+        self.buffer = ctypes.create_string_buffer(layout.size)
+        start = ctypes.addressof(self.buffer)
+        offsets = [0] if tensor_maps else list(_offsets(layout.format))
+        addresses = [0] * tensor_maps + [start + offset for offset in offsets]
+        self.pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+
+    def set_maps(self, q_maps: _Maps, k_maps: _Maps) -> None:
+        pointers = self.pointers
+        pointers[0], pointers[1] = q_maps.addresses
+        pointers[2], pointers[3] = k_maps.addresses
+
+
+def _offsets(layout: str) -> list[int]:
+    """Byte offset of every field of a struct format such as "6Q6i"."""
+    offsets, offset, count = [], 0, ""
+    for letter in layout:
+        if letter.isdigit():
+            count += letter
+            continue
+        size = struct.calcsize(letter)
+        for _ in range(int(count or 1)):
+            offset = -(-offset // size) * size
+            offsets.append(offset)
+            offset += size
+        count = ""
+    return offsets
+
+
+class _Maps:
+    """The tensor maps of one array, for the two halves of a ring slot."""
+
+    def __init__(self, *maps: ctypes.Array[ctypes.c_char]) -> None:
+        self._maps = maps
+        self.addresses = ctypes.addressof(maps[0]), ctypes.addressof(maps[-1])
+
+
+class _Launches:
+    """The launches of one geometry by one thread."""
+
+    def __init__(self, prepared: _Prepared) -> None:
+        self.decode = Launch(prepared.decode, prepared.grid, DECODE_SHARED_BYTES)
+        self.decode_arguments = _Arguments(PARAMS, tensor_maps=4)
+        self.combine_arguments = _Arguments(COMBINE_PARAMS)
+        self.combine = None
+        if prepared.geometry.partial_slots:
+            self.combine = Launch(prepared.combine, prepared.combine_grid)
+
+
+class _Prepared:
+    """What follows from a geometry: grids, sizes in the kernels' order, and tensor maps."""
+
+    def __init__(
+        self, geometry: Geometry, decode: Function, combine: Function, num_sms: int
+    ) -> None:
+        g = self.geometry = geometry
+        self.decode, self.combine = decode, combine
+        blocks = ceil_div(g.slab_rows, ROWS_PER_BLOCK)
+        self.grid = (g.slabs * blocks, g.h_kv, g.parts)
+        self.sizes = (
+            g.table_stride,
+            g.batch,
+            g.s_q,
+            g.h_q,
+            g.group,
+            g.slab_rows,
+            blocks,
+            g.num_pages,
+            max(0, (g.page_size // TOKENS_PER_TILE).bit_length() - 1),
+            min(g.max_pages * g.page_size, 2**31 - 1),
+            g.partial_slots,
+        )
+        self.causal_tiles = 1 + ceil_div(g.s_q - 1, TOKENS_PER_TILE)
+        rows = g.s_q * g.h_q
+        self.out_partial_bytes = g.partial_slots * rows * HEAD_DIM_V * 4
+        # Few rows: eight warps each, or most of the GPU would idle.
+        warps_per_row = COMBINE_WARPS if g.batch * rows < num_sms * COMBINE_WARPS else 1
+        self.combine_grid = (ceil_div(rows * warps_per_row, COMBINE_WARPS), g.parts, 1)
+        self.combine_sizes = (g.batch, g.s_q, g.h_q, g.group, g.partial_slots, warps_per_row)
+        self._own = threading.local()
+        self._q_maps: dict[int, _Maps] = {}
+        self._k_maps: dict[int, _Maps] = {}
+
+    def launches(self) -> _Launches:
+        found: _Launches | None = getattr(self._own, "launches", None)
+        if found is None:
+            found = self._own.launches = _Launches(self)
+        return found
+
+    def q_maps(self, address: int) -> _Maps:
+        """Over q as [batch, slab, column block, head or row, 64]."""
+        found = self._q_maps.get(address)
+        if found is None:
+            g = self.geometry
+            batch, position, head, _ = g.q_strides
+            heads = g.h_q if g.slabs == g.s_q else g.s_q * g.h_q
+            dims = (COLUMN_BLOCK, heads, COLUMN_BLOCKS, g.slabs, g.batch)
+            found = self._remember(
+                self._q_maps, address, dims, (head, COLUMN_BLOCK, position, batch), False
+            )
+        return found
+
+    def k_maps(self, address: int) -> _Maps:
+        """Over k_cache as [page, kv head, column block, token, 64]; pages outside are NaN."""
+        found = self._k_maps.get(address)
+        if found is None:
+            g = self.geometry
+            page, token, head, _ = g.k_strides
+            dims = (COLUMN_BLOCK, g.page_size, COLUMN_BLOCKS, g.h_kv, g.num_pages)
+            found = self._remember(
+                self._k_maps, address, dims, (token, COLUMN_BLOCK, head, page), True
+            )
+        return found
+
+    def _remember(
+        self,
+        maps: dict[int, _Maps],
+        address: int,
+        dims: tuple[int, ...],
+        strides: tuple[int, ...],
+        nan_outside: bool,
+    ) -> _Maps:
+        # Along a dimension of one element any stride will do, and NumPy's rule lets it be odd.
+        in_bytes = [
+            2 * stride if length > 1 else 2 * HEAD_DIM
+            for stride, length in zip(strides, dims[1:], strict=True)
+        ]
+        rows = min(dims[1], 64) if nan_outside else 64
+        counts = HALVES if rows == TOKENS_PER_TILE else (1,)
+        if len(maps) >= MAX_MAPS:
+            maps.clear()
+        made = maps[address] = _Maps(
+            *(
+                tensor_map(
+                    address,
+                    self.geometry.dtype,
+                    dims,
+                    in_bytes,
+                    (COLUMN_BLOCK, rows, count, 1, 1),
+                    nan_outside=nan_outside,
+                )
+                for count in counts
+            )
+        )
+        return made
+
+
+def _function(compiled: Compiled) -> Function:
+    variant = compiled.variant
+    block, shared = {
+        "dense_decode": (DECODE_THREADS, DECODE_SHARED_BYTES),
+        "combine": (COMBINE_THREADS, 0),
+        "schedule": (schedule_module.THREADS, SCHEDULE_MAX_SHARED),
+    }[variant.kernel]
+    overlaps = variant.kernel != "schedule"
+    return Function(
+        compiled.cubin, variant.entry, block=block, max_shared=shared, overlaps=overlaps
+    )
+
+
+SCHEDULE_MAX_SHARED = schedule_module.shared_bytes(schedule_module.PREFIX_ENTRIES)
+
+
+class _Forked(Engine):
+    """An engine in a forked child: CUDA cannot go on there."""
+
+    def _refuse(self, *_: object) -> None:
+        raise ForkedProcessError(
+            "This process was forked after its parent had used the GPU. Start workers with the"
+            " spawn method: multiprocessing.set_start_method('spawn')."
+        )
+
+    schedule = decode = _refuse  # type: ignore[assignment]
+    raise_pending = check = _refuse
+    scratch_floats = _refuse  # type: ignore[assignment]
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    for made in _engines.values():
+        made.__class__ = _Forked
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
