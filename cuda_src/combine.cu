@@ -2,19 +2,19 @@
 //
 //     lse = log2 sum_i 2^lse_i        out = sum_i 2^(lse_i - lse) out_i
 //
-// Grid (row groups, parts). A part whose first piece is the last one of its request has the job of
-// merging that request; all others end at once. `warps_per_row` warps (1 or 8) share a row: 8 where
-// there are few rows and many splits. The partial results of a request lie in consecutive slots.
+// Grid (row groups, at most so many split requests). Block row i takes the i-th split request, if
+// there is one, from column 7 of the metadata (schedule.py). `warps_per_row` warps (1 or 8) share a
+// row: 8 where there are few rows and many splits.
 // Launched programmatically behind dense_decode: metadata is older than that kernel, so reading it
 // need not wait.
 #include "ptx.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, MAX_SPLITS = 256;
+constexpr int REQUEST_BITS = 20, REQUEST_MASK = (1 << REQUEST_BITS) - 1;
 constexpr float LN2 = 0.69314718056f;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     combine(const int* __restrict__ tile_scheduler_metadata,  // [parts, 8]
-            const int* __restrict__ num_splits,               // [batch + 1]
             const float* __restrict__ out_partial,            // [slots, s_q * h_q, 512]
             const float* __restrict__ lse_partial,            // [slots, s_q * h_q], log2
             uint16_t* __restrict__ out,                       // [batch, s_q, h_q, 512]
@@ -23,15 +23,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   __shared__ float weights[WARPS][MAX_SPLITS];
   __shared__ float sums[WARPS][512];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int4* metadata = (const int4*)(tile_scheduler_metadata + blockIdx.y * 8);
-  const int4 part = metadata[0], more = metadata[1];
-  const int request = part.x, last_slot = more.x;
-  const bool has_last_piece = part.y > 0 && (part.z > request || part.w == more.y);
-  if (!has_last_piece || request < 0 || request >= batch) return;
-  const int splits = num_splits[request + 1] - num_splits[request];
-  const int first_slot = last_slot - splits + 1;
+  const int* entry = tile_scheduler_metadata + blockIdx.y * 8 + 7;
+  const uint32_t this_one = entry[0], next_one = entry[8];
+  const int request = this_one & REQUEST_MASK;
+  if (request >= batch) return;
+  const int first_slot = this_one >> REQUEST_BITS;
+  const int splits = (int)(next_one >> REQUEST_BITS) - first_slot;
   // Metadata that does not fit is refused by dense_decode; here it must only do no harm.
-  if (splits < 2 || splits > MAX_SPLITS || first_slot < 0 || last_slot >= slots) return;
+  if (splits < 2 || splits > MAX_SPLITS || first_slot + splits > slots) return;
 
   const int rows = s_q * h_q, row = blockIdx.x * (WARPS / warps_per_row) + warp / warps_per_row;
   griddepcontrol_wait();
@@ -61,10 +60,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll 4
     for (int i = warp % warps_per_row; i < splits; i += warps_per_row) {
       const float weight = weights[warp][i] * inverse;
-      if (weight == 0.f) continue;  // a piece that no key of this row lies in
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const float4 v = source[(int64_t)i * rows * 128 + c * 32];
+        float4 v = source[(int64_t)i * rows * 128 + c * 32];
+        if (weight == 0.f) v = make_float4(0.f, 0.f, 0.f, 0.f);  // no key of this row: V may be NaN
         o[c].x = fmaf(weight, v.x, o[c].x);
         o[c].y = fmaf(weight, v.y, o[c].y);
         o[c].z = fmaf(weight, v.z, o[c].z);

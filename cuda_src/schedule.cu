@@ -31,6 +31,7 @@ constexpr int T_COMB = 40000;
 constexpr int T_GAIN = 1000;
 constexpr int PARTIAL_ROWS = 36;
 
+constexpr int REQUEST_BITS = 20, NO_REQUEST = (1 << REQUEST_BITS) - 1;
 constexpr int WHOLE = 1 << 30;
 constexpr int WARPS = THREADS / 32;
 constexpr unsigned ALL = 0xffffffffu;
@@ -38,244 +39,258 @@ static_assert(WARPS == 32, "the totals of the warps are scanned by one warp");
 static_assert(CANDIDATES <= WARPS, "a warp rates a candidate");
 
 struct alignas(16) Cut {
-    int request, tile;
-    long long at;  // cost of everything before it; the part that ends inside pays C_REQ more
+  int request, tile;
+  long long at;  // cost of everything before it; the part that ends inside pays C_REQ more
 };
 
 __device__ __forceinline__ int tiles_of(int length) {
-    return length > 0 ? ((length - 1) >> 6) + 1 : 0;  // length + 63 could overflow
+  return length > 0 ? ((length - 1) >> 6) + 1 : 0;  // length + 63 could overflow
 }
 
 __device__ __forceinline__ int cost_of(int tiles) {
-    return tiles ? UNIT * tiles + C_REQ : 0;
+  return tiles ? UNIT * tiles + C_REQ : 0;
 }
 
 __device__ __forceinline__ bool is_busy(Cut a, Cut b) {
-    return a.request < b.request || (a.request == b.request && a.tile < b.tile);
+  return a.request < b.request || (a.request == b.request && a.tile < b.tile);
 }
 
 // Split pieces of the part between two cuts; a piece cut at both ends counts once.
 __device__ __forceinline__ int split_pieces(Cut a, Cut b) {
-    const bool middle = a.tile > 0 && b.tile > 0 && a.request == b.request;
-    return is_busy(a, b) ? (a.tile > 0) + (b.tile > 0) - middle : 0;
+  const bool middle = a.tile > 0 && b.tile > 0 && a.request == b.request;
+  return is_busy(a, b) ? (a.tile > 0) + (b.tile > 0) - middle : 0;
 }
 
 extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
-    const int* __restrict__ cache_seqlens,      // [batch], batch > 0
-    int batch,
-    int parts,                                  // <= THREADS
-    int rows,                                   // query rows of one kv head
-    int h_kv,
-    int* __restrict__ tile_scheduler_metadata,  // [parts, 8], 16-byte aligned
-    int* __restrict__ num_splits) {             // [batch + 1]
-    extern __shared__ __align__(16) unsigned char shared[];
-    __shared__ long long warp_tiles[WARPS];
-    __shared__ int warp_requests[WARPS];
-    __shared__ long long times[CANDIDATES];
-    __shared__ int warp_counts[WARPS];
-    __shared__ int inside[THREADS];
+  const int* __restrict__ cache_seqlens,      // [batch], batch > 0
+  int batch,
+  int parts,                                  // <= THREADS
+  int rows,                                   // query rows of one kv head
+  int h_kv,
+  int* __restrict__ tile_scheduler_metadata,  // [parts, 8], 16-byte aligned
+  int* __restrict__ num_splits) {             // [batch + 1]
+  extern __shared__ __align__(16) unsigned char shared[];
+  __shared__ long long warp_tiles[WARPS];
+  __shared__ int warp_requests[WARPS];
+  __shared__ long long times[CANDIDATES];
+  __shared__ int warp_counts[WARPS];
+  __shared__ int inside[THREADS];
 
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-    int shift = 0;
-    while (((batch - 1) >> shift) >= PREFIX_ENTRIES) ++shift;
-    const int entries = ((batch - 1) >> shift) + 1, spacing = (1 << shift) - 1;
-    Cut* cuts = reinterpret_cast<Cut*>(shared);
-    long long* prefix = reinterpret_cast<long long*>(cuts + CANDIDATES * (parts + 1));
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  int shift = 0;
+  while (((batch - 1) >> shift) >= PREFIX_ENTRIES) ++shift;
+  const int entries = ((batch - 1) >> shift) + 1, spacing = (1 << shift) - 1;
+  Cut* cuts = reinterpret_cast<Cut*>(shared);
+  long long* prefix = reinterpret_cast<long long*>(cuts + CANDIDATES * (parts + 1));
 
-    asm volatile("griddepcontrol.wait;" ::: "memory");  // the lengths may be the work of a kernel
+  asm volatile("griddepcontrol.wait;" ::: "memory");  // the lengths may be the work of a kernel
 
-    // ---- 1. prefix ---------------------------------------------------------------------------
+  // ---- 1. prefix ---------------------------------------------------------------------------
 
-    // Whole groups of 32 requests, and of 2^shift where that is more, for each warp.
-    const int grain = shift > 5 ? 1 << shift : 32;
-    const int run = (batch + WARPS * grain - 1) / (WARPS * grain) * grain;
-    const int run_begin = warp * run, run_end = min(run_begin + run, batch);
-    long long tiles_sum = 0;  // of this warp's requests so far
-    int requests_sum = 0;     // those that have tiles
-    #pragma unroll 4
-    for (int base = run_begin; base < run_end; base += 32) {
-        const int request = base + lane;
-        const int tiles = request < batch ? tiles_of(cache_seqlens[request]) : 0;
-        const unsigned present = __ballot_sync(ALL, tiles > 0);
-        int sum = tiles;  // of 32 requests: at most 2^30
-        #pragma unroll
-        for (int d = 1; d < 32; d *= 2) {
-            const int below = __shfl_up_sync(ALL, sum, d);
-            if (lane >= d) sum += below;
-        }
-        if (request < batch && (request & spacing) == 0)
-            prefix[request >> shift] =
-                UNIT * (tiles_sum + sum - tiles) +
-                C_REQ * (requests_sum + __popc(present & ((1u << lane) - 1)));
-        tiles_sum += __shfl_sync(ALL, sum, 31);
-        requests_sum += __popc(present);
-    }
-    if (lane == 0) {
-        warp_tiles[warp] = tiles_sum;
-        warp_requests[warp] = requests_sum;
-    }
-    __syncthreads();
-
-    long long total_tiles = warp_tiles[lane];
-    int total_requests = warp_requests[lane];
+  // Whole groups of 32 requests, and of 2^shift where that is more, for each warp.
+  const int grain = shift > 5 ? 1 << shift : 32;
+  const int run = (batch + WARPS * grain - 1) / (WARPS * grain) * grain;
+  const int run_begin = warp * run, run_end = min(run_begin + run, batch);
+  long long tiles_sum = 0;  // of this warp's requests so far
+  int requests_sum = 0;     // those that have tiles
+  #pragma unroll 4
+  for (int base = run_begin; base < run_end; base += 32) {
+    const int request = base + lane;
+    const int tiles = request < batch ? tiles_of(cache_seqlens[request]) : 0;
+    const unsigned present = __ballot_sync(ALL, tiles > 0);
+    int sum = tiles;  // of 32 requests: at most 2^30
     #pragma unroll
     for (int d = 1; d < 32; d *= 2) {
-        const long long tiles = __shfl_up_sync(ALL, total_tiles, d);
-        const int requests = __shfl_up_sync(ALL, total_requests, d);
-        if (lane >= d) {
-            total_tiles += tiles;
-            total_requests += requests;
-        }
+      const int below = __shfl_up_sync(ALL, sum, d);
+      if (lane >= d) sum += below;
     }
-    const long long up_to_here = UNIT * total_tiles + C_REQ * (long long)total_requests;
-    const long long offset =
-        __shfl_sync(ALL, up_to_here, warp) - (UNIT * tiles_sum + C_REQ * (long long)requests_sum);
-    total_tiles = __shfl_sync(ALL, total_tiles, 31);
-    const long long total_cost = __shfl_sync(ALL, up_to_here, 31);
+    if (request < batch && (request & spacing) == 0)
+      prefix[request >> shift] =
+        UNIT * (tiles_sum + sum - tiles) +
+        C_REQ * (requests_sum + __popc(present & ((1u << lane) - 1)));
+    tiles_sum += __shfl_sync(ALL, sum, 31);
+    requests_sum += __popc(present);
+  }
+  if (lane == 0) {
+    warp_tiles[warp] = tiles_sum;
+    warp_requests[warp] = requests_sum;
+  }
+  __syncthreads();
 
-    if (run_begin < run_end) {
-        const int entry_end = ((run_end - 1) >> shift) + 1;
-        for (int i = (run_begin >> shift) + lane; i < entry_end; i += 32) prefix[i] += offset;
+  long long total_tiles = warp_tiles[lane];
+  int total_requests = warp_requests[lane];
+  #pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const long long tiles = __shfl_up_sync(ALL, total_tiles, d);
+    const int requests = __shfl_up_sync(ALL, total_requests, d);
+    if (lane >= d) {
+      total_tiles += tiles;
+      total_requests += requests;
     }
-    if (tid == 0) prefix[entries] = total_cost;
-    __syncthreads();
+  }
+  const long long up_to_here = UNIT * total_tiles + C_REQ * (long long)total_requests;
+  const long long offset =
+    __shfl_sync(ALL, up_to_here, warp) - (UNIT * tiles_sum + C_REQ * (long long)requests_sum);
+  total_tiles = __shfl_sync(ALL, total_tiles, 31);
+  const long long total_cost = __shfl_sync(ALL, up_to_here, 31);
 
-    // ---- 2. cut ------------------------------------------------------------------------------
+  if (run_begin < run_end) {
+    const int entry_end = ((run_end - 1) >> shift) + 1;
+    for (int i = (run_begin >> shift) + lane; i < entry_end; i += 32) prefix[i] += offset;
+  }
+  if (tid == 0) prefix[entries] = total_cost;
+  __syncthreads();
 
-    for (int i = tid; i < CANDIDATES * (parts + 1); i += THREADS) {
-        const int candidate = i / (parts + 1), p = i - candidate * (parts + 1);
-        const bool splits = candidate < CANDIDATES - 1;
-        const int limit = splits ? 1 << candidate : WHOLE;
-        const long long share = total_tiles >> (splits ? candidate : 0);
-        const int used = share < 1 ? 1 : share < parts ? (int)share : parts;
-        Cut cut = {0, 0, 0};
-        if (p >= used) {
-            cut.request = batch;
-            cut.at = total_cost;
-        } else if (p > 0) {
-            const unsigned long long x = (unsigned long long)total_cost * p / used;
-            int low = 0, high = entries;  // prefix[low] <= x < prefix[high]
-            while (low + 1 < high) {
-                const int middle = (low + high) >> 1;
-                if (prefix[middle] <= (long long)x) low = middle;
-                else high = middle;
-            }
-            int request = low << shift;
-            long long start = prefix[low];
-            int tiles;
-            if (shift == 0) {
-                tiles = (int)((prefix[low + 1] - start - C_REQ) / UNIT);
-            } else {
-                for (;;) {
-                    tiles = tiles_of(cache_seqlens[request]);
-                    if (start + cost_of(tiles) > (long long)x) break;
-                    start += cost_of(tiles);
-                    ++request;
-                }
-            }
-            const int tile = ((int)(x - start) - C_REQ / 2 + UNIT / 2) / UNIT;
-            if (tile < limit) {
-                cut = {request, 0, start};
-            } else if (tiles - tile < limit) {
-                cut = {request + 1, 0, start + cost_of(tiles)};
-            } else {
-                cut = {request, tile, start + UNIT * (long long)tile};
-            }
+  // ---- 2. cut ------------------------------------------------------------------------------
+
+  for (int i = tid; i < CANDIDATES * (parts + 1); i += THREADS) {
+    const int candidate = i / (parts + 1), p = i - candidate * (parts + 1);
+    const bool splits = candidate < CANDIDATES - 1;
+    const int limit = splits ? 1 << candidate : WHOLE;
+    const long long share = total_tiles >> (splits ? candidate : 0);
+    const int used = share < 1 ? 1 : share < parts ? (int)share : parts;
+    Cut cut = {0, 0, 0};
+    if (p >= used) {
+      cut.request = batch;
+      cut.at = total_cost;
+    } else if (p > 0) {
+      const unsigned long long x = (unsigned long long)total_cost * p / used;
+      int low = 0, high = entries;  // prefix[low] <= x < prefix[high]
+      while (low + 1 < high) {
+        const int middle = (low + high) >> 1;
+        if (prefix[middle] <= (long long)x) low = middle;
+        else high = middle;
+      }
+      int request = low << shift;
+      long long start = prefix[low];
+      int tiles;
+      if (shift == 0) {
+        tiles = (int)((prefix[low + 1] - start - C_REQ) / UNIT);
+      } else {
+        for (;;) {
+          tiles = tiles_of(cache_seqlens[request]);
+          if (start + cost_of(tiles) > (long long)x) break;
+          start += cost_of(tiles);
+          ++request;
         }
-        cuts[i] = cut;
+      }
+      const int tile = ((int)(x - start) - C_REQ / 2 + UNIT / 2) / UNIT;
+      if (tile < limit) {
+        cut = {request, 0, start};
+      } else if (tiles - tile < limit) {
+        cut = {request + 1, 0, start + cost_of(tiles)};
+      } else {
+        cut = {request, tile, start + UNIT * (long long)tile};
+      }
     }
-    __syncthreads();
+    cuts[i] = cut;
+  }
+  __syncthreads();
 
-    // ---- 3. rate -----------------------------------------------------------------------------
+  // ---- 3. rate -----------------------------------------------------------------------------
 
-    if (warp < CANDIDATES) {
-        const Cut* mine = cuts + warp * (parts + 1);
-        long long longest = 0;
-        int split = 0;
-        for (int p = lane; p < parts; p += 32) {
-            const Cut a = mine[p], b = mine[p + 1];
-            const int pieces = split_pieces(a, b);
-            const long long load = is_busy(a, b) ? b.at + (b.tile > 0 ? C_REQ : 0) - a.at : 0;
-            const long long time = load * T_TILE / UNIT + (long long)pieces * T_SPLIT;
-            longest = time > longest ? time : longest;
-            split += pieces;
-        }
-        split = __reduce_add_sync(ALL, split);
-        #pragma unroll
-        for (int d = 16; d; d /= 2) {
-            const long long other = __shfl_xor_sync(ALL, longest, d);
-            longest = other > longest ? other : longest;
-        }
-        const long long partials = (long long)split * rows * h_kv * T_TILE_MEM / PARTIAL_ROWS;
-        const long long memory = total_tiles * h_kv * T_TILE_MEM + partials;
-        const long long mean = (long long)((unsigned long long)(total_tiles * T_TILE) / parts);
-        long long time = memory > mean ? longest + memory - mean : longest;
-        if (split) time += T_COMB + partials;
-        if (lane == 0) times[warp] = time;
+  if (warp < CANDIDATES) {
+    const Cut* mine = cuts + warp * (parts + 1);
+    long long longest = 0;
+    int split = 0;
+    for (int p = lane; p < parts; p += 32) {
+      const Cut a = mine[p], b = mine[p + 1];
+      const int pieces = split_pieces(a, b);
+      const long long load = is_busy(a, b) ? b.at + (b.tile > 0 ? C_REQ : 0) - a.at : 0;
+      const long long time = load * T_TILE / UNIT + (long long)pieces * T_SPLIT;
+      longest = time > longest ? time : longest;
+      split += pieces;
     }
-    __syncthreads();
-
-    int chosen = 0;
-    long long best = times[0];
+    split = __reduce_add_sync(ALL, split);
     #pragma unroll
-    for (int candidate = 1; candidate < CANDIDATES; ++candidate) {
-        const long long time = times[candidate];
-        if (time < best - T_GAIN) {
-            best = time;
-            chosen = candidate;
-        }
+    for (int d = 16; d; d /= 2) {
+      const long long other = __shfl_xor_sync(ALL, longest, d);
+      longest = other > longest ? other : longest;
     }
+    const long long partials = (long long)split * rows * h_kv * T_TILE_MEM / PARTIAL_ROWS;
+    const long long memory = total_tiles * h_kv * T_TILE_MEM + partials;
+    const long long mean = (long long)((unsigned long long)(total_tiles * T_TILE) / parts);
+    long long time = memory > mean ? longest + memory - mean : longest;
+    if (split) time += T_COMB + partials;
+    if (lane == 0) times[warp] = time;
+  }
+  __syncthreads();
 
-    // ---- 4. record ---------------------------------------------------------------------------
+  int chosen = 0;
+  long long best = times[0];
+  #pragma unroll
+  for (int candidate = 1; candidate < CANDIDATES; ++candidate) {
+    const long long time = times[candidate];
+    if (time < best - T_GAIN) {
+      best = time;
+      chosen = candidate;
+    }
+  }
 
-    const Cut* mine = cuts + chosen * (parts + 1);
-    Cut a = {0, 0, 0}, b = {0, 0, 0};
-    if (tid < parts) {
-        a = mine[tid];
-        b = mine[tid + 1];
-    }
-    const bool busy = is_busy(a, b);
-    // Two sums in one scan: split pieces (up to 2048) above, parts that begin inside a request
-    // (up to 1024) below.
-    const int count = split_pieces(a, b) << 16 | (busy && a.tile > 0);
-    int sum = count;
-    #pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-        const int below = __shfl_up_sync(ALL, sum, d);
-        if (lane >= d) sum += below;
-    }
-    if (lane == 31) warp_counts[warp] = sum;
-    __syncthreads();
-    sum += __reduce_add_sync(ALL, lane < warp ? warp_counts[lane] : 0);
+  // ---- 4. record ---------------------------------------------------------------------------
 
-    inside[tid] = sum & 0xffff;
-    if (tid < parts) {
-        int4 range = {0, 0, -1, 0}, rest = {0, 0, 0, 0};
-        if (busy) {
-            const int last = b.tile > 0 ? b.request : b.request - 1;
-            const int first_tiles = tiles_of(cache_seqlens[a.request]);
-            const int last_tiles = tiles_of(cache_seqlens[last]);
-            range = {a.request, a.tile, last, b.tile > 0 ? b.tile : last_tiles};
-            rest = {(sum - count) >> 16, first_tiles, last_tiles, 0};
-        }
-        int4* row = reinterpret_cast<int4*>(tile_scheduler_metadata) + 2 * tid;
-        row[0] = range;
-        row[1] = rest;
-    }
-    __syncthreads();
+  const Cut* mine = cuts + chosen * (parts + 1);
+  Cut a = {0, 0, 0}, b = {0, 0, 0};
+  if (tid < parts) {
+    a = mine[tid];
+    b = mine[tid + 1];
+  }
+  const bool busy = is_busy(a, b);
+  // Pieces of split requests that begin inside a request, and at its first tile: two sums in one
+  // scan, each up to 1024. Their total is the slot.
+  const bool from_inside = busy && a.tile > 0;
+  const bool starts_split = busy && b.tile > 0 && !(from_inside && a.request == b.request);
+  const int count = starts_split << 16 | from_inside;
+  int sum = count;
+  #pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int below = __shfl_up_sync(ALL, sum, d);
+    if (lane >= d) sum += below;
+  }
+  if (lane == 31) warp_counts[warp] = sum;
+  __syncthreads();
+  sum += __reduce_add_sync(ALL, lane < warp ? warp_counts[lane] : 0);
+  const int total = __reduce_add_sync(ALL, warp_counts[lane]);
 
-    // Before request r lie r requests, and the parts that begin inside one of them.
-    for (int request = tid; request <= batch; request += THREADS) {
-        int pieces = 0;
-        if (request > 0) {
-            int low = 0, high = parts;  // the last part that begins in an earlier request
-            while (low + 1 < high) {
-                const int middle = (low + high) >> 1;
-                if (mine[middle].request < request) low = middle;
-                else high = middle;
-            }
-            pieces = request + inside[low];
-        }
-        num_splits[request] = pieces;
+  inside[tid] = sum & 0xffff;
+  if (tid < parts) {
+    const int before = sum - count, slot = (before >> 16) + (before & 0xffff);
+    int4 range = {0, 0, -1, 0};
+    int3 rest = {0, 0, 0};
+    if (busy) {
+      const int last = b.tile > 0 ? b.request : b.request - 1;
+      const int first_tiles = tiles_of(cache_seqlens[a.request]);
+      const int last_tiles = tiles_of(cache_seqlens[last]);
+      range = {a.request, a.tile, last, b.tile > 0 ? b.tile : last_tiles};
+      rest = {slot, first_tiles, last_tiles};
     }
+    int* row = tile_scheduler_metadata + 8 * tid;
+    *reinterpret_cast<int4*>(row) = range;
+    row[4] = rest.x, row[5] = rest.y, row[6] = rest.z;
+    // The list of split requests: part by part, or what follows its end.
+    if (starts_split) {
+      const int first_slot = slot + from_inside;
+      tile_scheduler_metadata[8 * (before >> 16) + 7] = first_slot << REQUEST_BITS | b.request;
+    }
+    if (tid >= total >> 16) {
+      const int slots = (total >> 16) + (total & 0xffff);
+      row[7] = slots << REQUEST_BITS | NO_REQUEST;
+    }
+  }
+  __syncthreads();
+
+  // Before request r lie r requests, and the parts that begin inside one of them.
+  for (int request = tid; request <= batch; request += THREADS) {
+    int pieces = 0;
+    if (request > 0) {
+      int low = 0, high = parts;  // the last part that begins in an earlier request
+      while (low + 1 < high) {
+        const int middle = (low + high) >> 1;
+        if (mine[middle].request < request) low = middle;
+        else high = middle;
+      }
+      pieces = request + inside[low];
+    }
+    num_splits[request] = pieces;
+  }
 }

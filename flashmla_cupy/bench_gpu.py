@@ -103,7 +103,7 @@ class GPUTimer:
         with self._stream:
             data = self._cupy.zeros(READ_BYTES, np.uint8)
             arguments = (data, np.uint64(READ_BYTES // 16), self._element)
-            call = functools.partial(self._read_all, (self._num_sms * 8,), (256,), arguments)
+            call = functools.partial(self._read_all, (self._num_sms * 64,), (256,), arguments)
             return READ_BYTES / self._call_us([call]) / 1e3
 
     def matmul_tflops(self) -> float | None:

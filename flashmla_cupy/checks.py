@@ -27,6 +27,7 @@ from .frameworks import HOST, ArrayInfo, Framework, framework_of
 from .geometry import HEAD_DIM, PAGE_SIZES
 from .layouts import DECODE, TMA_BYTES, aligned, contiguous, kind, rank, rows, show, span, strides
 from .scalars import INT_LIMIT
+from .schedule import MAX_BATCH
 
 DTYPES = ("bfloat16", "float16")
 METADATA_COLUMNS = 8
@@ -157,6 +158,9 @@ def lengths(cache_seqlens: ArrayInfo, batch: int | None, function: str) -> None:
         expected = f"shape ({'batch' if batch is None else batch},), one length a request"
         remedy = "Pass the number of tokens of each request, the new ones included."
         raise ShapeError(name, expected, show(cache_seqlens), remedy, function)
+    if shape[0] > MAX_BATCH:
+        expected = f"at most {MAX_BATCH} requests"
+        raise ShapeError(name, expected, show(cache_seqlens), "Split the batch.", function)
     contiguous(name, cache_seqlens, function)
     aligned(name, cache_seqlens, ALIGNMENTS[name], function)
 

@@ -107,5 +107,5 @@ class Geometry:
 
     @property
     def scratch_floats(self) -> int:
-        """float32 for out and lse of every piece: [slots, h_q * s_q, 512] and [slots, h_q * s_q]."""
+        """float32 for the partial results: [slots, s_q * h_q, 512] and [slots, s_q * h_q]."""
         return self.partial_slots * self.h_kv * self.rows * (HEAD_DIM_V + 1)

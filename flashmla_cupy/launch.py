@@ -38,7 +38,7 @@ COLUMN_BLOCKS = HEAD_DIM // COLUMN_BLOCK
 # combine.cu
 COMBINE_THREADS = 256
 COMBINE_WARPS = 8
-COMBINE_PARAMS = struct.Struct("6Q6i")
+COMBINE_PARAMS = struct.Struct("5Q6i")
 SCHEDULE_PARAMS = struct.Struct("Q4i2Q")
 
 REASONS = ("length", "stale metadata", "page id")  # Reason in work.cuh
@@ -213,7 +213,6 @@ class Engine:
                 launches.combine_arguments.buffer,
                 0,
                 tile_scheduler_metadata,
-                num_splits,
                 scratch,
                 lse_partial,
                 out,
@@ -347,7 +346,11 @@ class _Prepared:
         self.out_partial_bytes = g.partial_slots * rows * HEAD_DIM_V * 4
         # Few rows: eight warps each, or most of the GPU would idle.
         warps_per_row = COMBINE_WARPS if g.batch * rows < num_sms * COMBINE_WARPS else 1
-        self.combine_grid = (ceil_div(rows * warps_per_row, COMBINE_WARPS), g.parts, 1)
+        self.combine_grid = (
+            ceil_div(rows * warps_per_row, COMBINE_WARPS),
+            min(g.batch, g.parts - 1),
+            1,
+        )
         self.combine_sizes = (g.batch, g.s_q, g.h_q, g.group, g.partial_slots, warps_per_row)
         self._own = threading.local()
         self._q_maps: dict[int, _Maps] = {}

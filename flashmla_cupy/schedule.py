@@ -18,10 +18,12 @@ tile_scheduler_metadata [parts, 8] int32, one row a part:
        the slot after it. So the pieces of one request have consecutive slots.
     5  tiles of first_request   6  tiles of last_request: a later length differs from them, and the
        decode kernel sees that the metadata is stale
-    7  0
+    7  of row i, whatever its part: the i-th split request, request | first slot << 20; the rows
+       after the last one hold request 2^20 - 1 and the number of slots
 
-A part without work has last_request -1 and zeros. A request without tiles lies in the range of one
-part. num_splits [batch + 1] int32 is the prefix sum of the pieces of each request, at least one.
+A part without work has last_request -1 and zeros before column 7. A request without tiles lies in
+the range of one part. num_splits [batch + 1] int32 is the prefix sum of the pieces of each request,
+at least one.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from .geometry import NUM_SMS_CPU, TOKENS_PER_TILE, num_sm_parts
 # Launch facts of the schedule kernel.
 THREADS = 1024
 MAX_PARTS = 1024  # a thread each
+MAX_BATCH = (1 << 20) - 1  # column 7 has 20 bits for a request
 PREFIX_ENTRIES = 8192  # of the cost prefix in shared memory; larger batches keep every 2^k-th
 
 # Tuning constants. schedule.cu repeats them, and a test compares the two.
@@ -98,6 +101,7 @@ def plan(
     np.cumsum(UNIT * tiles + C_REQ * (tiles > 0), out=starts[1:])
     metadata = np.zeros((parts, 8), np.int32)
     metadata[:, 2] = -1
+    metadata[:, 7] = MAX_BATCH
     if not batch:
         return metadata, np.zeros(1, np.int32)
 
@@ -117,6 +121,12 @@ def plan(
     columns = np.stack([first, begin, last, end, slot, first_tiles, tiles[last]], axis=1)
     busy = cuts.busy
     metadata[busy, :7] = columns[busy]
+
+    # A split request starts in the part that ends inside it without having begun inside it.
+    opens = busy & (cuts.tile[1:] > 0) & ~((begin > 0) & (first == last))
+    first_slot = (slot + (begin > 0))[opens]
+    metadata[:, 7] |= int(cuts.split_pieces.sum()) << 20
+    metadata[: len(first_slot), 7] = first_slot << 20 | last[opens]
 
     # A request is in one piece more than there are parts that begin inside it.
     pieces = np.ones(batch, np.int64)

@@ -1,4 +1,4 @@
-"""Shared by all tests: GPU tests skip, visibly, without a Hopper GPU; the user's cache is left alone."""
+"""For all tests: GPU tests skip, visibly, without a Hopper GPU; the user's cache is left alone."""
 
 from __future__ import annotations
 

@@ -36,9 +36,7 @@ def problems_of(metadata, num_splits, lengths) -> list[str]:
     pieces: list[list[tuple[int, int, int | None]]] = [[] for _ in range(batch)]
     slots = 0  # those given away so far
     for part, row in enumerate(metadata.tolist()):
-        first, begin, last, end, slot, first_tiles, last_tiles, zero = row
-        if zero:
-            wrong.append(f"part {part}: column 7 is {zero}")
+        first, begin, last, end, slot, first_tiles, last_tiles, _ = row
         if last == -1:
             if any((first, begin, end, slot, first_tiles, last_tiles)):
                 wrong.append(f"part {part} is empty and not zero")
@@ -77,6 +75,11 @@ def problems_of(metadata, num_splits, lengths) -> list[str]:
             wrong.append(f"request {request}: slots {own}")
         if num_splits[request + 1] - num_splits[request] != len(found):
             wrong.append(f"request {request}: num_splits does not say {len(found)} pieces")
+    split = [(found[0][2], request) for request, found in enumerate(pieces) if len(found) > 1]
+    listed = [slot << 20 | request for slot, request in split]
+    listed += [slots << 20 | schedule.MAX_BATCH] * (len(metadata) - len(split))
+    if metadata[:, 7].tolist() != listed:
+        wrong.append(f"column 7 is {metadata[:, 7].tolist()}, not {listed}")
     if num_splits[0] != 0 or len(num_splits) != batch + 1:
         wrong.append("num_splits does not begin at 0, or has another length")
     return wrong
@@ -145,13 +148,13 @@ def test_65536_requests_of_the_largest_length():
 
 def test_no_request():
     metadata, num_splits = schedule.plan(np.zeros(0, np.int32), 5, 16, 1)
-    assert metadata.tolist() == [[0, 0, -1, 0, 0, 0, 0, 0]] * 5
+    assert metadata.tolist() == [[0, 0, -1, 0, 0, 0, 0, schedule.MAX_BATCH]] * 5
     assert num_splits.tolist() == [0]
 
 
 def test_requests_without_tiles_are_one_part():
     metadata, num_splits = schedule.plan(np.zeros(7, np.int32), 3, 16, 1)
-    assert metadata[0].tolist() == [0, 0, 6, 0, 0, 0, 0, 0]
+    assert metadata[0].tolist() == [0, 0, 6, 0, 0, 0, 0, schedule.MAX_BATCH]
     assert (metadata[1:, 2] == -1).all()
     assert num_splits.tolist() == list(range(8))
 
@@ -247,11 +250,16 @@ def test_constants_of_the_device():
         for name, value in vars(schedule).items()
         if re.fullmatch("[A-Z][A-Z_]+", name) and isinstance(value, int)
     }
-    elsewhere = {"MAX_PARTS", "NUM_SMS_CPU", "TOKENS_PER_TILE"}  # no part of the kernel, or as >> 6
+    # No part of the kernel, or written in another way.
+    elsewhere = {"MAX_BATCH", "MAX_PARTS", "NUM_SMS_CPU", "TOKENS_PER_TILE"}
     assert {name: int(value) for name, value in found.items()} == {
         name: value for name, value in ours.items() if name not in elsewhere
     }
     assert "constexpr int WHOLE = 1 << 30;" in SOURCE.read_text()
+    combine = SOURCE.with_name("combine.cu").read_text()
+    for text in (SOURCE.read_text(), combine):
+        assert "constexpr int REQUEST_BITS = 20, " in text
+    assert schedule.MAX_BATCH == (1 << 20) - 1
     assert schedule._WHOLE == 1 << 30
 
 

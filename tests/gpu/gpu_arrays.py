@@ -1,4 +1,4 @@
-"""Arrays for the GPU tests: made, compared and multiplied on the GPU, with CuPy and NVRTC alone.
+"""Arrays for the GPU tests: made and compared on the GPU, with CuPy and NVRTC alone.
 
 FLASHMLA_CUPY_TEST_XP=numpy runs the tests on NumPy instead, through the CPU backend and on small
 sizes: a dry run of the tests' own logic, for machines without a GPU.
@@ -21,7 +21,6 @@ mark = [] if DRY else pytest.mark.gpu  # the pytestmark of every test module her
 
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
-GUARD_BYTES = 4096
 _NAN_BITS = {2: 0x7FC1, 4: 0xFFFFFFFF}  # NaN as bfloat16, float16 and float32
 # Quiet, negative and signalling NaN, and the two infinities.
 _POISON = {
@@ -30,8 +29,7 @@ _POISON = {
 }
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-_DEVICE = (
-    """
+_DEVICE = """
     __device__ unsigned long long mixed(unsigned long long z) {  // splitmix64
         z *= 0x9E3779B97F4A7C15ULL;
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ULL;
@@ -52,7 +50,6 @@ _DEVICE = (
         return x;
     }
     """
-)
 _kernels: dict = {}
 
 
@@ -264,97 +261,3 @@ def put_tokens(k_cache, pages, slots, head: int, rows) -> None:
         np.uint64(k_cache.data.ptr), page_stride, slot_stride, head * head_stride,
         xp.empty(rows.shape, "uint8"),
     )  # fmt: skip
-
-
-# --- products ----------------------------------------------------------------------------------
-
-
-def _own_matmul(a, b):
-    """[..., m, k] @ [..., k, n], a thread an element: right, slow, and in need of no library."""
-    a, b = xp.ascontiguousarray(a), xp.ascontiguousarray(b)
-    c = xp.empty((*a.shape[:-1], b.shape[-1]), a.dtype)
-    body = """
-        long long column = i % columns, row = i / columns, matrix = row / rows;
-        T sum = 0;
-        for (long long j = 0; j < inner; ++j)
-            sum += a[row * inner + j] * b[(matrix * inner + j) * columns + column];
-        c = sum;
-    """
-    inputs = "raw T a, raw T b, int64 rows, int64 inner, int64 columns"
-    kernel = _kernel("matmul", inputs, "T c", body)
-    return kernel(a, b, a.shape[-2], a.shape[-1], b.shape[-1], c)
-
-
-def _torch_matmul(a, b):
-    import torch
-
-    product = torch.matmul(torch.from_dlpack(a), torch.from_dlpack(b))
-    torch.cuda.current_stream().synchronize()
-    return xp.from_dlpack(product)
-
-
-def _find_matmul():
-    """cuBLAS through CuPy, else through torch, else our own loop."""
-    if DRY:
-        return np.matmul
-    a = xp.asarray(np.arange(24.0).reshape(2, 3, 4))
-    expected = np.matmul(host(a), host(a).swapaxes(1, 2))
-    for candidate in (xp.matmul, _torch_matmul):
-        try:
-            if np.array_equal(host(candidate(a, xp.ascontiguousarray(a.swapaxes(1, 2)))), expected):
-                return candidate
-        except Exception:  # whatever a missing cuBLAS raises
-            continue
-    return _own_matmul
-
-
-def matmul(a, b):
-    """[..., m, k] @ [..., k, n] of float32 (no tf32) or float64."""
-    if "product" not in _kernels:
-        _kernels["product"] = _find_matmul()
-    return _kernels["product"](a, b)
-
-
-# --- guards ------------------------------------------------------------------------------------
-
-
-class Guards:
-    """Arrays with 4 KiB of known bytes on both sides, for writes that miss."""
-
-    def __init__(self) -> None:
-        self._rooms: list = []  # (name, all bytes, bytes of the array)
-        self._copies: list = []  # (name, array, copy of it)
-
-    def empty(self, name: str, shape, dtype):
-        """A contiguous array, 256-byte aligned as if it were an allocation of its own."""
-        dtype = np.dtype(dtype)
-        size = int(np.prod(shape)) * dtype.itemsize
-        room = xp.empty(2 * GUARD_BYTES + size, "uint8")
-        room[:GUARD_BYTES] = 0xA5
-        room[GUARD_BYTES + size :] = 0x5A
-        self._rooms.append((name, room, size))
-        return room[GUARD_BYTES : GUARD_BYTES + size].view(dtype).reshape(shape)
-
-    def copy(self, name: str, x):
-        """A guarded copy of a contiguous array, which has to stay as it is now."""
-        inside = self.empty(name, x.shape, x.dtype)
-        bits(inside)[...] = bits(x)
-        self._copies.append((name, inside, xp.array(bits(x))))
-        return inside
-
-    def changed(self) -> list[str]:
-        """The names of the arrays beside which, or in which, something was written."""
-        names, counts = [], []
-        for name, room, size in self._rooms:
-            names += [f"before {name}", f"after {name}"]
-            counts.append((room[:GUARD_BYTES] != 0xA5).sum())
-            counts.append((room[GUARD_BYTES + size :] != 0x5A).sum())
-        for name, x, copy in self._copies:
-            names.append(f"in {name}")
-            counts.append((bits(x) != copy).sum())
-        found = host(xp.stack(counts)) if counts else []
-        return [name for name, count in zip(names, found, strict=True) if count]
-
-    def forget(self, name: str) -> None:
-        """That array may change from now on; its guards may not."""
-        self._copies = [entry for entry in self._copies if entry[0] != name]

@@ -16,7 +16,6 @@ from gpu_arrays import (
     DRY,
     INT_MAX,
     INT_MIN,
-    Guards,
     all_nan,
     bits,
     fill_nan,
@@ -26,6 +25,7 @@ from gpu_arrays import (
     same,
     xp,
 )
+from gpu_guards import Guards
 
 import flashmla_cupy
 from flashmla_cupy import DeviceCheckError, flash_mla_with_kvcache, get_mla_metadata, reference

@@ -46,10 +46,7 @@ def groups() -> dict[str, list[Case]]:
     flags = [(varlen, causal) for varlen in (False, True) for causal in (False, True)]
     made = {
         f"b={b} s_q={s_q}": [
-            Case(b, s_q, s_k, *heads, *flag)
-            for s_k in LENGTHS
-            for heads in HEADS
-            for flag in flags
+            Case(b, s_q, s_k, *heads, *flag) for s_k in LENGTHS for heads in HEADS for flag in flags
         ]
         for b in BATCHES
         for s_q in QUERIES

@@ -1,0 +1,78 @@
+"""Small configurations of every kernel variant, once each, for NVIDIA's compute-sanitizer.
+
+    for tool in memcheck racecheck synccheck initcheck; do
+        compute-sanitizer --tool $tool --error-exitcode 1 python tests/gpu/sanitize.py || exit 1
+    done
+
+memcheck should get `--padding 512` as well. CuPy's memory pool is off, so that every array is an
+allocation of its own and the tools see its ends. No other framework is used. The script prints how
+many configurations ran and fails if a result is not what the float64 oracle says; `--fast` leaves
+the oracle out, for racecheck, which slows every kernel down.
+
+A configuration is split where a request has more than one piece on a GPU of 132 multiprocessors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import gpu_oracle
+import gpu_problems
+from gpu_arrays import DRY, DTYPES, synchronize, xp
+
+import flashmla_cupy
+
+# (s_q, h_q, h_kv): one row; a full block; two; positions in blocks of their own; many positions.
+SHAPES = ((1, 16, 1), (1, 128, 1), (2, 40, 1), (3, 6, 3), (70, 1, 1))
+# Lengths without and with splits; both with empty requests, and not multiples of a tile.
+WHOLE = (0, 1, 65, 130)
+SPLIT = (0, 1500, 17)
+
+
+def configurations() -> list[dict]:
+    """The arguments of make(): dtype x page size x split x causal, and the shapes and layouts in
+    turns, then every shape with and without splits."""
+    product = itertools.product(DTYPES, gpu_problems.PAGE_SIZES, (WHOLE, SPLIT), (False, True))
+    chosen = [(*axes, SHAPES[i % len(SHAPES)]) for i, axes in enumerate(product)]
+    more = itertools.product(DTYPES, (64,), (WHOLE, SPLIT), (False, True), SHAPES)
+    return [
+        {
+            "lengths": lengths,
+            "s_q": s_q,
+            "h_q": h_q,
+            "h_kv": h_kv,
+            "page_size": page_size,
+            "dtype": dtype,
+            "causal": causal,
+            "cache_layout": gpu_problems.CACHE_LAYOUTS[i % 5],
+            "q_layout": gpu_problems.Q_LAYOUTS[i // 2 % 5],
+            "seed": i,
+        }
+        for i, (dtype, page_size, lengths, causal, (s_q, h_q, h_kv)) in enumerate(
+            dict.fromkeys([*chosen, *more])
+        )
+    ]
+
+
+def main() -> None:
+    if not DRY:
+        xp.cuda.set_allocator(None)
+    count = 0
+    for settings in configurations():
+        problem = gpu_problems.make(**settings)
+        out, lse = problem.decode()
+        synchronize()
+        if "--fast" not in sys.argv:
+            gpu_oracle.assert_right(problem, out, lse)
+        flashmla_cupy.check()
+        count += 1
+    print(f"{count} configurations ran")
+
+
+if __name__ == "__main__":
+    main()

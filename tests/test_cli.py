@@ -1,0 +1,483 @@
+"""The command line: each command in this process, with and without what it needs, and one in its
+own. No GPU is needed; what `bench` measures is the business of tests/gpu.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashmla_cupy import __version__, bench, bench_gpu, compiler, cubin_cache, info, nvrtc
+from flashmla_cupy.__main__ import main
+from flashmla_cupy.errors import (
+    CacheTrustWarning,
+    KernelCompileError,
+    MissingDependencyError,
+    NoDeviceError,
+    NVRTCNotFoundError,
+)
+
+ROOT = Path(info.__file__).resolve().parent.parent
+SOURCES = {
+    "dense_decode.cu": b'extern "C" __global__ void dense_decode(int* a) { *a = PAGE_SIZE; }',
+    "schedule.cu": b'extern "C" __global__ void schedule(int* a) { *a = 1; }',
+    "combine.cu": b'extern "C" __global__ void combine(int* a) { *a = 2; }',
+}
+KEY = "0" * 64
+METADATA = {
+    "name": "schedule",
+    "resources": {"registers": 45, "stack_frame": 0, "spill_stores": 8, "spill_loads": 0}
+    | {"shared": 0},
+    "seconds": 1.234,
+    "log": "",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and small kernels in place of the library's."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("FLASHMLA_CUPY_CACHE_DIR", str(tmp_path / "cubins"))
+    monkeypatch.delenv("FLASHMLA_CUPY_CACHE_VERIFY", raising=False)
+    monkeypatch.delenv("FLASHMLA_CUPY_VERBOSE", raising=False)
+    monkeypatch.setattr(cubin_cache, "_warned", set())
+    monkeypatch.setattr(compiler, "_memo", {})
+    monkeypatch.setattr(compiler, "_sources", lambda: SOURCES)
+    return tmp_path / "cubins"
+
+
+@pytest.fixture(scope="session")
+def has_nvrtc() -> None:
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    try:
+        nvrtc.version()
+    except NVRTCNotFoundError:
+        pytest.skip("NVRTC is not installed")
+
+
+@pytest.fixture
+def no_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "cupy"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    nvrtc.version.cache_clear()
+    nvrtc.build.cache_clear()
+    yield
+    nvrtc.version.cache_clear()
+    nvrtc.build.cache_clear()
+
+
+def raising(error: Exception):
+    def call(*arguments, **options):
+        raise error
+
+    return call
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["info", "warmup", "bench", "clear-cache"])
+def test_help(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: flashmla-cupy {command}" in capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("info", "warmup", "bench", "clear-cache"))
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"flashmla-cupy {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nothing"], ["warmup", "--page-size", "48"], ["warmup", "--dtype", "int8"]]
+)
+def test_wrong_arguments(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "usage: flashmla-cupy" in capsys.readouterr().err
+
+
+# ---- info ----------------------------------------------------------------------------------------
+
+
+def lines_by_label(out: str) -> dict[str, str]:
+    head = out.partition("\n\n")[0]
+    return {line[:14].strip(): line[14:] for line in head.splitlines()}
+
+
+def test_info(capsys, folder, has_nvrtc):
+    compiler.compile_variant(compiler.Variant("schedule"))
+    cubin_cache.store(KEY, METADATA, b"of another version")
+    assert main(["info"]) == 0
+    out, err = capsys.readouterr()
+    found = lines_by_label(out)
+    assert found["flashmla-cupy"] == __version__
+    assert found["NumPy"] == np.__version__
+    assert found["cache folder"] == str(folder)
+    assert found["NVRTC"].startswith(nvrtc.build())
+    assert "libnvrtc" in found["NVRTC"]
+    rows = {line.split()[0]: line.split()[1:] for line in out.partition("\n\n")[2].splitlines()}
+    assert {variant.name for variant in compiler.all_variants()} <= rows.keys()
+    assert rows["schedule"][-1] == "yes"
+    assert int(rows["schedule"][0]) > 0
+    assert rows["combine_bf16"] == ["-", "-", "-", "no"]
+    assert "1 of 2 entries" in out
+    assert err == ""
+
+
+def test_info_compiles_no_kernel(capsys, folder, has_nvrtc):
+    assert main(["info"]) == 0
+    assert not folder.exists()
+
+
+def test_info_without_cupy(capsys, folder, no_cupy):
+    cubin_cache.store(KEY, METADATA, b"cubin")
+    assert main(["info"]) == 0
+    out, err = capsys.readouterr()
+    found = lines_by_label(out)
+    assert found["flashmla-cupy"] == __version__
+    for label in ("CuPy", "GPU", "driver", "NVRTC"):
+        assert "pip install" in found[label], label
+    assert "The cache holds 1 kernel;" in out
+    assert err == ""
+
+
+def test_info_without_nvrtc(capsys, folder, monkeypatch):
+    reason = "NVRTC, the CUDA run-time compiler, is not installed. Install it."
+    monkeypatch.setattr(nvrtc, "build", raising(NVRTCNotFoundError(reason)))
+    assert main(["info"]) == 0
+    assert lines_by_label(capsys.readouterr().out)["NVRTC"] == reason
+
+
+def test_info_with_a_damaged_installation(capsys, folder, monkeypatch):
+    monkeypatch.setattr(info, "_runtime", raising(AttributeError("no runtime\nmore")))
+    assert main(["info"]) == 0
+    found = lines_by_label(capsys.readouterr().out)
+    assert found["GPU"] == found["driver"] == "cannot be found: AttributeError: no runtime"
+
+
+def test_info_with_a_bad_variable(capsys, folder, monkeypatch):
+    monkeypatch.setenv("FLASHMLA_CUPY_CACHE_DIR", "relative")
+    assert main(["info"]) == 0
+    found = lines_by_label(capsys.readouterr().out)
+    assert "expected the absolute path" in found["cache folder"]
+
+
+class _Runtime:
+    """CUDA's answers on a machine with two GPUs."""
+
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    @staticmethod
+    def getDeviceCount():
+        return 2
+
+    @staticmethod
+    def getDeviceProperties(number):
+        facts = {"major": 9 - number, "minor": 0, "multiProcessorCount": 132 - number}
+        return facts | {"name": b"GPU %d" % number, "totalGlobalMem": 80 << 30}
+
+    @staticmethod
+    def driverGetVersion():
+        return 12080
+
+
+def test_info_with_gpus(monkeypatch):
+    monkeypatch.setattr(info, "_runtime", lambda: _Runtime)
+    assert info._gpus() == [
+        "0: GPU 0, compute capability 9.0, 132 SMs, 80 GiB",
+        "1: GPU 1, compute capability 8.0, 131 SMs, 80 GiB; not supported, the kernels need 9.0",
+    ]
+    assert "CUDA 12.8" in info._driver()
+
+
+@pytest.mark.parametrize("pipe", ["open", "closed"])
+def test_info_in_its_own_process(tmp_path, pipe):
+    """Exit status and streams; and no traceback when the reader, such as head, has left."""
+    environment = {**os.environ, "FLASHMLA_CUPY_CACHE_DIR": str(tmp_path / "cubins")}
+    command = [sys.executable, "-m", "flashmla_cupy", "info"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        if pipe == "closed":
+            process.stdout.close()
+        out = b"" if pipe == "closed" else process.stdout.read()
+        err = process.stderr.read()
+    assert process.returncode == (1 if pipe == "closed" else 0)
+    assert pipe == "closed" or out.startswith(b"flashmla-cupy")
+    assert err == b""
+
+
+# ---- warmup --------------------------------------------------------------------------------------
+
+
+def test_warmup_compiles_everything_once(capsys, folder, has_nvrtc, monkeypatch):
+    assert main(["warmup"]) == 0
+    out, err = capsys.readouterr()
+    names = [line.split()[0] for line in out.splitlines()[1:-1]]
+    assert names == [variant.name for variant in compiler.all_variants()]
+    assert out.count("compiled") == len(names)
+    assert out.splitlines()[-1].startswith(f"{len(names)} kernels in ")
+    assert str(folder) in out
+    assert err == ""
+
+    monkeypatch.setattr(compiler, "_memo", {})
+    assert main(["warmup"]) == 0
+    assert capsys.readouterr().out.count("found in the cache") == len(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--dtype", "float16", "--page-size", "256", "32"],
+         ["dense_decode_fp16_p64", "dense_decode_fp16_p32", "combine_fp16", "schedule"]),
+        # combine serves every page size
+        (["--dtype", "bfloat16", "--page-size", "16"],
+         ["dense_decode_bf16_p16", "combine_bf16", "schedule"]),
+    ],
+)  # fmt: skip
+def test_warmup_of_some(capsys, folder, has_nvrtc, arguments, expected):
+    assert main(["warmup", *arguments]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == expected
+
+
+def test_warmup_shows_the_first_error_of_the_compiler(capsys, folder, has_nvrtc, monkeypatch):
+    broken = SOURCES | {"combine.cu": b'extern "C" __global__ void combine() { nonsense; }'}
+    monkeypatch.setattr(compiler, "_sources", lambda: broken)
+    assert main(["warmup"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("flashmla-cupy: error: NVRTC")
+    assert "nonsense" in err
+    assert err.count("\n") == 1
+
+
+def test_warmup_without_cupy(capsys, folder, no_cupy):
+    assert main(["warmup"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("flashmla-cupy: error: CuPy is needed")
+    assert err.count("\n") == 1
+
+
+# ---- bench ---------------------------------------------------------------------------------------
+
+
+def test_bench_without_cupy(capsys, no_cupy):
+    assert main(["bench"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("flashmla-cupy: error: CuPy is needed")
+    assert err.count("\n") == 1
+
+
+def test_bench_without_a_gpu(capsys, tmp_path):
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    if cupy.cuda.is_available():
+        pytest.skip("there is a GPU")
+    results = tmp_path / "results.json"
+    assert main(["bench", "--json", str(results)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        "flashmla-cupy: error: bench needs a Hopper GPU, and CUDA finds no GPU on this machine.\n"
+    )
+    assert not results.exists()
+
+
+def test_bench_lists_its_cases(capsys):
+    assert main(["bench", "--list"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == [case.name for case in bench.CASES]
+    assert len(set(names)) == len(names)
+
+
+def test_bench_with_an_unknown_case(capsys):
+    assert main(["bench", "--cases", "lat", "nonsense"]) == 2
+    err = capsys.readouterr().err
+    assert "'nonsense'" in err
+    assert err.count("\n") == 1
+
+
+class _Timer:
+    """Stands for the GPU: every decode call takes 100 us."""
+
+    matmul: float | None = 500.0
+
+    def __init__(self, num_sms):
+        assert num_sms == 132
+
+    def read_gbps(self):
+        return 4000.0
+
+    def matmul_tflops(self):
+        return self.matmul
+
+    def decode_us(self, case):
+        return 100.0
+
+
+@pytest.fixture
+def timer(monkeypatch):
+    facts = {"name": b"H200", "multiProcessorCount": 132}
+    monkeypatch.setattr(bench, "_device", lambda: facts)
+    monkeypatch.setattr(bench_gpu, "GPUTimer", _Timer)
+    monkeypatch.setattr(nvrtc, "build", lambda: "13.0")
+
+
+def test_bench_prints_rows_and_writes_json(capsys, tmp_path, timer):
+    results = tmp_path / "results.json"
+    name = "mem.h16.b128.s4096"
+    assert main(["bench", "--cases", name, "lat", "--json", str(results)]) == 0
+    out, err = capsys.readouterr()
+    written = json.loads(results.read_text())
+    assert written["read_gbps"] == 4000
+    assert len(written["cases"]) == 15
+    row = next(row for row in written["cases"] if row["case"] == name)
+    tokens, rows = 128 * 4096, 128 * 16
+    assert row["us"] == 100
+    assert row["tflops"] == pytest.approx(2 * 16 * tokens * 1088 / 1e8)
+    assert row["gbps"] == pytest.approx(2 * (576 * tokens + 1088 * rows) / 1e5)
+    assert row["matmul_percent"] == pytest.approx(row["tflops"] / 5)
+    assert row["read_percent"] == pytest.approx(row["gbps"] / 40)
+    shown = next(line for line in out.splitlines() if line.startswith(name))
+    assert shown.split()[1:] == ["100.0", "182.5", "6084", "37", "152"]
+    assert "[15/15]" in err
+
+
+def test_bench_without_cublas(capsys, timer, monkeypatch):
+    monkeypatch.setattr(_Timer, "matmul", None)
+    assert main(["bench", "--cases", "mem.h8"]) == 0
+    out = capsys.readouterr().out
+    assert "nvidia-cublas-cu12" in out
+    assert out.splitlines()[-1].split()[-2] == "-"
+
+
+def test_bench_with_a_file_that_cannot_be_written(capsys, tmp_path, timer):
+    assert main(["bench", "--json", str(tmp_path / "none" / "results.json")]) == 2
+    err = capsys.readouterr().err
+    assert "No such file" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("case", bench.CASES, ids=lambda case: case.name)
+def test_case(case):
+    """flops by the definition, query by query; lengths that FlashMLA's and the other tests use."""
+    assert len(case.lengths) == case.batch
+    assert min(case.lengths) >= case.s_q
+    seen = 0
+    for n in case.lengths:
+        for i in range(case.s_q):
+            seen += n - case.s_q + 1 + i if case.causal else n
+    assert case.flops == 2 * case.h_q * seen * (576 + 512)
+
+
+def test_flashmla_group():
+    """Of FlashMLA's 16 performance cases the 4 causal ones with s_q = 1 equal others."""
+    found = {(c.batch, c.s_q, c.h_q, c.length, c.causal) for c in bench.select(["flashmla"])}
+    lengths = (4096, 8192, 16384, 32768)
+    assert found == {
+        (128, s_q, 128, length, causal)
+        for s_q, causal in ((1, False), (2, False), (2, True))
+        for length in lengths
+    }
+
+
+def test_block_tables_share_no_page():
+    pages = [3, 1, 2]
+    tables = bench_gpu.block_tables(pages, copies=4)
+    used = [
+        page
+        for table in tables
+        for row, n in zip(table, pages, strict=True)
+        for page in row[:n].tolist()
+    ]
+    assert sorted(used) == list(range(24))
+    assert all(table.shape == (3, 3) and table.dtype == np.int32 for table in tables)
+
+
+# ---- clear-cache ---------------------------------------------------------------------------------
+
+
+def test_clear_cache(capsys, folder):
+    cubin_cache.store(KEY, METADATA, b"cubin" * 1000)
+    other = folder / "other"
+    other.write_text("not ours")
+    assert main(["clear-cache"]) == 0
+    assert capsys.readouterr().out == f"Removed 1 file, 5 kB, from {folder}.\n"
+    assert list(folder.iterdir()) == [other]
+
+
+def test_clear_cache_that_does_not_exist(capsys, folder):
+    assert main(["clear-cache"]) == 0
+    assert capsys.readouterr().out == f"Removed 0 files, 0 kB, from {folder}.\n"
+
+
+def test_clear_cache_with_a_bad_variable(capsys, monkeypatch):
+    monkeypatch.setenv("FLASHMLA_CUPY_CACHE_DIR", "relative")
+    assert main(["clear-cache"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("flashmla-cupy: error: FLASHMLA_CUPY_CACHE_DIR")
+    assert err.count("\n") == 1
+
+
+# ---- messages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (NoDeviceError("There is no GPU."), "There is no GPU."),
+        (MissingDependencyError("one\ntwo"), "one two"),
+        (KernelCompileError("NVRTC failed.", "warning: a\nx.cu(1): error: b\nx.cu(2): error: c"),
+         "NVRTC failed. x.cu(1): error: b"),
+        (PermissionError(13, "Permission denied", "/x"), "[Errno 13] Permission denied: '/x'"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(capsys, monkeypatch, error, says):
+    monkeypatch.setattr(cubin_cache, "clear", raising(error))
+    assert main(["clear-cache"]) == 2
+    assert capsys.readouterr().err == f"flashmla-cupy: error: {says}\n"
+
+
+def test_errors_that_are_not_ours_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(cubin_cache, "clear", raising(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        main(["clear-cache"])
+
+
+def test_interrupt(monkeypatch):
+    monkeypatch.setattr(cubin_cache, "clear", raising(KeyboardInterrupt()))
+    assert main(["clear-cache"]) == 130
+
+
+def test_warnings_are_one_line(capsys, folder, monkeypatch):
+    def clear():
+        warnings.warn("The cache is not used.", CacheTrustWarning, stacklevel=1)
+        return 0, 0
+
+    monkeypatch.setattr(cubin_cache, "clear", clear)
+    before = warnings.showwarning
+    assert main(["clear-cache"]) == 0
+    assert capsys.readouterr().err == "flashmla-cupy: warning: The cache is not used.\n"
+    assert warnings.showwarning is before
