@@ -6,12 +6,43 @@
 // there is one, from column 7 of the metadata (schedule.py). `warps_per_row` warps (1 or 8) share a
 // row: 8 where there are few rows and many splits.
 // Launched programmatically behind dense_decode: metadata is older than that kernel, so reading it
-// need not wait.
+// need not wait. What this kernel takes is the latency of its loads, so as many as fit into
+// registers are in flight at once, the first of them before their weights are known.
 #include "ptx.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, MAX_SPLITS = 256;
+constexpr int IN_FLIGHT = 4;  // splits that a warp loads at once
 constexpr int REQUEST_BITS = 20, REQUEST_MASK = (1 << REQUEST_BITS) - 1;
 constexpr float LN2 = 0.69314718056f;
+
+DEVICE float warp_max(float x) {
+#pragma unroll
+  for (int d = 16; d; d /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+  return x;
+}
+DEVICE float warp_sum(float x) {
+#pragma unroll
+  for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+  return x;
+}
+
+// out_i of a row: each lane takes columns 4 lane .. + 3 of every 128.
+struct Rows {
+  float4 columns[IN_FLIGHT][4];
+};
+// Splits first, first + stride, ...; those past the last are zeros.
+DEVICE void load_rows(Rows& rows, const float4* source, int64_t pitch, int first, int stride,
+                      int splits) {
+#pragma unroll
+  for (int u = 0; u < IN_FLIGHT; ++u) {
+    const int split = first + u * stride;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      rows.columns[u][c] =
+          split < splits ? __ldg(source + split * pitch + c * 32) : make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+  }
+}
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     combine(const int* __restrict__ tile_scheduler_metadata,  // [parts, 8]
@@ -32,45 +63,63 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   // Metadata that does not fit is refused by dense_decode; here it must only do no harm.
   if (splits < 2 || splits > MAX_SPLITS || first_slot + splits > slots) return;
 
-  const int rows = s_q * h_q, row = blockIdx.x * (WARPS / warps_per_row) + warp / warps_per_row;
-  griddepcontrol_wait();
+  const int rows = s_q * h_q;
+  const int row = blockIdx.x * (WARPS / warps_per_row) + warp / warps_per_row;
   const bool active = row < rows;
+  griddepcontrol_wait();
+
+  const int64_t first_row = (int64_t)first_slot * rows + (active ? row : 0);
+  const float4* source = (const float4*)(out_partial + first_row * 512) + lane;
+  const int64_t pitch = (int64_t)rows * 128;
+  const int stride = warps_per_row;
+  int split = warp % warps_per_row;
+  Rows loaded;
+  load_rows(loaded, source, pitch, split, stride, splits);
+
+  float part_lse[MAX_SPLITS / 32];
   float max_lse = -1e38f, sum = 0.f;
-  if (active) {
-    const float* mine = lse_partial + (int64_t)first_slot * rows + row;
-    for (int i = lane; i < splits; i += 32) max_lse = fmaxf(max_lse, mine[(int64_t)i * rows]);
 #pragma unroll
-    for (int d = 16; d; d /= 2) max_lse = fmaxf(max_lse, __shfl_xor_sync(~0u, max_lse, d));
-    for (int i = lane; i < splits; i += 32) {
-      const float weight = ex2(mine[(int64_t)i * rows] - max_lse);  // NaN stays NaN
-      weights[warp][i] = weight;
-      sum += weight;
-    }
-#pragma unroll
-    for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
+  for (int i = 0; i < MAX_SPLITS / 32; ++i) {
+    const int at = i * 32 + lane;
+    part_lse[i] = at < splits ? __ldg(lse_partial + first_row + (int64_t)at * rows)
+                              : __int_as_float(0xff800000);
   }
-  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < MAX_SPLITS / 32; ++i) max_lse = fmaxf(max_lse, part_lse[i]);
+  max_lse = warp_max(max_lse);
+#pragma unroll
+  for (int i = 0; i < MAX_SPLITS / 32; ++i) {
+    const float weight = ex2(part_lse[i] - max_lse);  // NaN stays NaN
+    weights[warp][i * 32 + lane] = weight;
+    sum += weight;
+  }
+  sum = warp_sum(sum);
   const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+  __syncwarp();
+
   float4 o[4];
 #pragma unroll
   for (int c = 0; c < 4; ++c) o[c] = make_float4(0.f, 0.f, 0.f, 0.f);
-  if (active) {
-    const float4* source =
-        (const float4*)(out_partial + ((int64_t)first_slot * rows + row) * 512) + lane;
-#pragma unroll 4
-    for (int i = warp % warps_per_row; i < splits; i += warps_per_row) {
-      const float weight = weights[warp][i] * inverse;
+  for (;;) {
+#pragma unroll
+    for (int u = 0; u < IN_FLIGHT; ++u) {
+      if (split + u * stride >= splits) break;
+      const float weight = weights[warp][split + u * stride] * inverse;
+      if (weight == 0.f) continue;  // no key of this row; out_i may be NaN from V
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        float4 v = source[(int64_t)i * rows * 128 + c * 32];
-        if (weight == 0.f) v = make_float4(0.f, 0.f, 0.f, 0.f);  // no key of this row: V may be NaN
+        const float4 v = loaded.columns[u][c];
         o[c].x = fmaf(weight, v.x, o[c].x);
         o[c].y = fmaf(weight, v.y, o[c].y);
         o[c].z = fmaf(weight, v.z, o[c].z);
         o[c].w = fmaf(weight, v.w, o[c].w);
       }
     }
+    split += IN_FLIGHT * stride;
+    if (split >= splits) break;
+    load_rows(loaded, source, pitch, split, stride, splits);
   }
+
   // Partial row -> (query position, head): kv head by kv head, each with s_q * group rows.
   const int kv_head = row / (s_q * group), rest = row - kv_head * s_q * group;
   const int position = rest / group, head = kv_head * group + rest - position * group;

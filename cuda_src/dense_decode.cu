@@ -202,24 +202,32 @@ DEVICE void softmax_step(float (&s)[32], float (&m)[2], float (&l)[2], uint32_t 
   l[0] += a0 + b0, l[1] += a1 + b1;
 }
 
-// lse of the block's rows: NaN for a refused request, +inf for one without keys.
+// A piece without tiles: its rows are NaN if the request is refused, else the results of no keys.
 DEVICE void store_no_keys(const Params& p, int request, const Piece& piece) {
-  if (piece.refused && (thread_index() & 127) == 0) refuse(p, request, piece.reason, 0);
+  const uint32_t thread = thread_index() & 127;
+  if (piece.refused && thread == 0) refuse(p, request, piece.reason, 0);
   const RowBlock block = row_block(p);
-  const int row = block.first_row + (thread_index() & 127);
-  if ((thread_index() & 127) >= ROWS || row >= p.slab_rows) return;
-  if (piece.slot < 0) {
-    store_lse(p, request, block.slab, row, piece.refused ? QUIET_NAN : POS_INF);
-  } else {
-    p.lse_partial[partial_row(p, piece.slot, block.slab, row)] = piece.refused ? QUIET_NAN : NEG_INF;
+  const int rows = min(ROWS, p.slab_rows - block.first_row);
+  if (piece.slot >= 0) {  // combine makes the row NaN; a split piece has tiles unless refused
+    if (thread < rows) {
+      p.lse_partial[partial_row(p, piece.slot, block.slab, block.first_row + thread)] = QUIET_NAN;
+    }
+    return;
   }
+  if (thread < rows) {
+    store_lse(p, request, block.slab, block.first_row + thread, piece.refused ? QUIET_NAN : POS_INF);
+  }
+  const uint32_t pair = piece.refused ? 0x7fff7fffu : 0;
+  uint16_t* to = p.out + out_row(p, request, block.slab, block.first_row) * 512;
+#pragma unroll 1
+  for (int i = thread; i < rows * 64; i += 128) st_global_v4(to + i * 8, {pair, pair, pair, pair});
 }
 
 DEVICE void softmax_role(const Params& p) {
   uint32_t q[4 * Q_STEPS];
   float s[32];
   Place place;
-  uint32_t inverse_phase = 1;
+  uint32_t results_phase = 1;
 #pragma unroll 1
   for (int request = part_of(p).first_request; request <= part_of(p).last_request; ++request) {
     int tiles_left, first_token;
@@ -253,8 +261,8 @@ DEVICE void softmax_role(const Params& p) {
       pin(s);
     }
 
-    mbarrier_wait(inverse_l_free(), inverse_phase);
-    inverse_phase ^= 1;
+    mbarrier_wait(results_free(), results_phase);
+    results_phase ^= 1;
     l[0] = quad_sum(l[0]), l[1] = quad_sum(l[1]);
     if ((lane_index() & 3) == 0) {
 #pragma unroll
@@ -262,10 +270,11 @@ DEVICE void softmax_role(const Params& p) {
         st_shared_f32(row_floats(INVERSE_L) + 32 * h, l[h] == 0.f ? 0.f : 1.f / l[h]);
       }
     }
+    const int slot = piece_of(p, request).slot;
+    if (thread_index() == 0) st_shared_u32(shared_base() + SLOT, slot);
     release(p_ready(place.stage));  // ahead of the stores: their latency must not delay P V
     place.advance();
     if ((lane_index() & 3) == 0) {
-      const int slot = piece_of(p, request).slot;
       const RowBlock block = row_block(p);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -372,66 +381,58 @@ DEVICE void matrix_role(const Params& p, const TensorMap& q_map, const TensorMap
 #pragma unroll 1
   for (int request = part_of(p).first_request; request <= part_of(p).last_request; ++request) {
     int tiles, last_rows;  // of the piece; of the request in its last tile
-    bool refused;
     {
       const Piece piece = piece_of(p, request);
       tiles = piece.end - piece.begin;
       last_rows = piece.length - (piece.end - 1) * TOKENS;
-      refused = piece.refused;
+      if (tiles == 0) continue;  // store_no_keys
     }
-    const float none = refused ? QUIET_NAN : 0.f;
-    float inverse0 = none, inverse1 = none;
 #pragma unroll
-    for (int i = 0; i < 128; ++i) o[i] = none;
-    if (tiles > 0) {
-      // Refills the stage of this piece's Q: the first one here, later ones at the end of a piece.
-      if (is_first_piece && is_producer()) produce<Half>(p, q_map, k_map, cursor, place, true);
-      is_first_piece = false;
-      place.advance();
+    for (int i = 0; i < 128; ++i) o[i] = 0.f;
+    // Refills the stage of this piece's Q: the first one here, later ones at the end of a piece.
+    if (is_first_piece && is_producer()) produce<Half>(p, q_map, k_map, cursor, place, true);
+    is_first_piece = false;
+    place.advance();
 #pragma unroll 1
-      for (int i = 0;;) {
-        mbarrier_wait(p_ready(place.stage), place.phase);
-        if (i + 1 == tiles && last_rows < TOKENS) clear_rows<Half>(place.stage, last_rows);
-        if (i > 0 && ld_shared_u32(rescale_flag(place.stage))) {
-          const float a = __uint_as_float(ld_shared_u16(factors(place.stage)) << 16);
-          const float b = __uint_as_float(ld_shared_u16(factors(place.stage) + 16) << 16);
+    for (int i = 0; i < tiles; ++i) {
+      mbarrier_wait(p_ready(place.stage), place.phase);
+      if (i + 1 == tiles && last_rows < TOKENS) clear_rows<Half>(place.stage, last_rows);
+      if (i > 0 && ld_shared_u32(rescale_flag(place.stage))) {
+        const float a = __uint_as_float(ld_shared_u16(factors(place.stage)) << 16);
+        const float b = __uint_as_float(ld_shared_u16(factors(place.stage) + 16) << 16);
 #pragma unroll
-          for (int j = 0; j < 32; ++j) {
-            o[4 * j] *= a, o[4 * j + 1] *= a;
-            o[4 * j + 2] *= b, o[4 * j + 3] *= b;
-          }
+        for (int j = 0; j < 32; ++j) {
+          o[4 * j] *= a, o[4 * j + 1] *= a;
+          o[4 * j + 2] *= b, o[4 * j + 3] *= b;
         }
-        {
-          const uint32_t stage = stage_address(place.stage);
-          const uint64_t p_tile = descriptor_k_major(stage + ROPE * BLOCK_BYTES);
-          const uint64_t v_tile = descriptor_mn_major(stage + Half * 4 * BLOCK_BYTES);
-          pin(o);
-          wgmma_fence();
-#pragma unroll
-          for (int k = 0; k < 4; ++k) wgmma_m64n256k16_ss(o, p_tile + k * 2, v_tile + k * 128);
-          wgmma_commit_group();
-          wgmma_wait_all();
-          pin(o);
-        }
-        ++i;
-        if (i == tiles) {
-          inverse0 = ld_shared_f32(row_floats(INVERSE_L));
-          inverse1 = ld_shared_f32(row_floats(INVERSE_L) + 32);
-        }
-        __syncwarp();
-        if (lane_index() == 0) {
-          if (Half == 0) mbarrier_arrive(empty<0>(place.stage));
-          mbarrier_arrive(empty<1>(place.stage));  // P lies in half 1
-          if (i == tiles) mbarrier_arrive(inverse_l_free());
-        }
-        if (is_producer()) produce<Half>(p, q_map, k_map, cursor, place, true);
-        place.advance();
-        if (i == tiles) break;
       }
-      // The stage of the next piece's Q; the softmax warpgroup frees it.
+      {
+        const uint32_t stage = stage_address(place.stage);
+        const uint64_t p_tile = descriptor_k_major(stage + ROPE * BLOCK_BYTES);
+        const uint64_t v_tile = descriptor_mn_major(stage + Half * 4 * BLOCK_BYTES);
+        pin(o);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) wgmma_m64n256k16_ss(o, p_tile + k * 2, v_tile + k * 128);
+        wgmma_commit_group();
+        wgmma_wait_all();
+        pin(o);
+      }
+      __syncwarp();
+      if (lane_index() == 0) {
+        if (Half == 0) mbarrier_arrive(empty<0>(place.stage));
+        mbarrier_arrive(empty<1>(place.stage));  // P lies in half 1
+      }
       if (is_producer()) produce<Half>(p, q_map, k_map, cursor, place, true);
+      place.advance();
     }
-    const int slot = piece_of(p, request).slot;
+    const float inverse0 = ld_shared_f32(row_floats(INVERSE_L));
+    const float inverse1 = ld_shared_f32(row_floats(INVERSE_L) + 32);
+    const int slot = ld_shared_u32(shared_base() + SLOT);
+    __syncwarp();
+    if (lane_index() == 0) mbarrier_arrive(results_free());
+    // The stage of the next piece's Q; the softmax warpgroup frees it.
+    if (is_producer()) produce<Half>(p, q_map, k_map, cursor, place, true);
     if (slot < 0) {
       store_out<Half>(o, p, request, inverse0, inverse1);
     } else {
@@ -451,8 +452,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     prefetch_tensormap(k_map_1);
     init_barriers();
   }
-  __syncthreads();
   griddepcontrol_wait();
+  const int column = (int)thread_index() - 32;
+  if (column >= 0 && column < 8) {
+    st_shared_u32(part_row() + column * 4,
+                  __ldg(p.tile_scheduler_metadata + blockIdx.z * 8 + column));
+  }
+  __syncthreads();
   const int warpgroup = __shfl_sync(~0u, thread_index() >> 7, 0);
   if (warpgroup == 0) {
     setmaxnreg_inc<184>();

@@ -13,15 +13,17 @@ constexpr int STAGE_BYTES = COLUMN_BLOCKS * BLOCK_BYTES;
 template <int Half>
 constexpr int HALF_BLOCKS = Half ? 5 : 4;
 
-// Byte offsets in shared memory. launch.py sets SHARED_BYTES.
+// Byte offsets in shared memory.
 constexpr int Q_ROPE = STAGES * STAGE_BYTES;           // column block 8 of Q
 constexpr int Q_STEP_31 = Q_ROPE + BLOCK_BYTES;        // columns 496..511 of Q, core matrices
 constexpr int FACTORS = Q_STEP_31 + ROWS * 32;         // uint16 [STAGES][64], top halves of floats
 constexpr int INVERSE_L = FACTORS + STAGES * ROWS * 2;  // float [64]
 constexpr int RESCALE = INVERSE_L + ROWS * 4;          // uint32 [STAGES][4], of each warp
-constexpr int BARRIERS = RESCALE + STAGES * 16 + 16;
+constexpr int PART_ROW = RESCALE + STAGES * 16;        // int32 [8]
+constexpr int SLOT = PART_ROW + 32;                    // int32: where the piece's results go
+constexpr int BARRIERS = SLOT + 16;
 constexpr int SHARED_BYTES = BARRIERS + 5 * STAGES * 8 + 8;
-static_assert(BARRIERS % 8 == 0 && SHARED_BYTES <= 232448, "227 KB");
+static_assert(BARRIERS % 8 == 0 && SHARED_BYTES == 232288, "of 232448; launch.py has it too");
 
 extern __shared__ __align__(1024) uint8_t shared[];
 
@@ -39,7 +41,9 @@ DEVICE uint32_t empty(uint32_t stage) {
 DEVICE uint32_t p_ready(uint32_t stage) {
   return shared_base() + BARRIERS + (4 * STAGES + stage) * 8;
 }
-DEVICE uint32_t inverse_l_free() { return shared_base() + BARRIERS + 5 * STAGES * 8; }
+// INVERSE_L and SLOT have been read (8 warps).
+DEVICE uint32_t results_free() { return shared_base() + BARRIERS + 5 * STAGES * 8; }
+DEVICE uint32_t part_row() { return shared_base() + PART_ROW; }
 
 DEVICE void init_barriers() {
   for (int stage = 0; stage < STAGES; ++stage) {
@@ -49,7 +53,7 @@ DEVICE void init_barriers() {
     mbarrier_init(empty<1>(stage), 8);
     mbarrier_init(p_ready(stage), 4);
   }
-  mbarrier_init(inverse_l_free(), 8);
+  mbarrier_init(results_free(), 8);
   fence_mbarrier_init();
 }
 
@@ -81,32 +85,37 @@ DEVICE int page_column(const Params& p, int tile) {
   if (PAGES_PER_TILE > 1) return tile * PAGES_PER_TILE + lane_index() % PAGES_PER_TILE;
   return tile >> p.page_tiles_log2;
 }
-DEVICE bool is_used(const Params& p, const Cursor& cursor, int column) {
-  return PAGES_PER_TILE == 1 || column * PAGE_SIZE < __ldg(p.cache_seqlens + cursor.request);
-}
+// Loads the page id of cursor.tile, which need not be a tile of the request, but lies in its row of
+// block_table.
 DEVICE void fetch_page(const Params& p, Cursor& cursor) {
   const int column = page_column(p, cursor.tile);
-  if (is_used(p, cursor, column)) {
-    cursor.page = __ldg(p.block_table + cursor.request * p.table_stride + column);
-  }
+  bool in_row = cursor.tile <= (p.max_length - 1) >> 6;
+  if (PAGES_PER_TILE > 1) in_row &= column * PAGE_SIZE < p.max_length;
+  if (in_row) cursor.page = __ldg(p.block_table + cursor.request * p.table_stride + column);
 }
-// To the first request after cursor.request with something to compute.
+// To the first request after cursor.request with something to compute. The page id is on its way
+// before the length is known: latency is all that a short request consists of.
 DEVICE void next_piece(const Params& p, Cursor& cursor) {
-  cursor.tile = Cursor::DONE;
-  while (++cursor.request <= part_of(p).last_request) {
+  const Part part = part_of(p);
+  while (++cursor.request <= part.last_request) {
+    cursor.tile = cursor.request == part.first_request ? max(part.begin_tile, 0) : 0;
+    fetch_page(p, cursor);
     const Piece piece = piece_of(p, cursor.request);
     if (piece.begin < piece.end) {
       cursor.tile = Cursor::Q_SLOT, cursor.end = piece.end;
       return;
     }
   }
+  cursor.tile = Cursor::DONE;
 }
 
 // The box at page == num_pages is out of bounds, and TMA fills it with NaN without a look at
 // memory: so a page id outside of the pool makes its request NaN.
 DEVICE int checked_page(const Params& p, const Cursor& cursor) {
   const int column = page_column(p, cursor.tile);
-  const bool used = is_used(p, cursor, column), bad = (uint32_t)cursor.page >= (uint32_t)p.num_pages;
+  const bool used =
+      PAGES_PER_TILE == 1 || column * PAGE_SIZE < __ldg(p.cache_seqlens + cursor.request);
+  const bool bad = (uint32_t)cursor.page >= (uint32_t)p.num_pages;
   if (used && bad) refuse(p, cursor.request, PAGE_ID, column);
   return used && !bad ? cursor.page : p.num_pages;
 }
@@ -130,33 +139,33 @@ DEVICE void produce(const Params& p, const TensorMap& q_map, const TensorMap& k_
     __syncwarp();
     const Part part = part_of(p);
     cursor.tile = cursor.request == part.first_request ? part.begin_tile : 0;
-  } else {
-    const int page = checked_page(p, cursor);
-#if PAGE_SIZE < 64
-    int pages[PAGES_PER_TILE];
-#pragma unroll
-    for (int i = 0; i < PAGES_PER_TILE; ++i) pages[i] = __shfl_sync(~0u, page, i);
-#endif
-    if (elect_sync()) {
-      const uint64_t policy = createpolicy_evict_first();
-      mbarrier_arrive_expect_tx(barrier, HALF_BLOCKS<Half> * BLOCK_BYTES);
-#if PAGE_SIZE < 64
-#pragma unroll
-      for (int i = 0; i < PAGES_PER_TILE; ++i) {
-#pragma unroll 1
-        for (int block = 0; block < HALF_BLOCKS<Half>; ++block) {
-          cp_async_bulk_tensor_5d(to + block * BLOCK_BYTES + i * PAGE_SIZE * 128, k_map, barrier, 0,
-                                  0, FIRST + block, blockIdx.y, pages[i], policy);
-        }
-      }
-#else
-      const int row = (cursor.tile & ((1 << p.page_tiles_log2) - 1)) * TOKENS;
-      cp_async_bulk_tensor_5d(to, k_map, barrier, 0, row, FIRST, blockIdx.y, page, policy);
-#endif
-    }
-    __syncwarp();
-    ++cursor.tile;
+    return;
   }
+  const int page = checked_page(p, cursor);
+#if PAGE_SIZE < 64
+  int pages[PAGES_PER_TILE];
+#pragma unroll
+  for (int i = 0; i < PAGES_PER_TILE; ++i) pages[i] = __shfl_sync(~0u, page, i);
+#endif
+  if (elect_sync()) {
+    const uint64_t policy = createpolicy_evict_first();
+    mbarrier_arrive_expect_tx(barrier, HALF_BLOCKS<Half> * BLOCK_BYTES);
+#if PAGE_SIZE < 64
+#pragma unroll
+    for (int i = 0; i < PAGES_PER_TILE; ++i) {
+#pragma unroll 1
+      for (int block = 0; block < HALF_BLOCKS<Half>; ++block) {
+        cp_async_bulk_tensor_5d(to + block * BLOCK_BYTES + i * PAGE_SIZE * 128, k_map, barrier, 0,
+                                0, FIRST + block, blockIdx.y, pages[i], policy);
+      }
+    }
+#else
+    const int row = (cursor.tile & ((1 << p.page_tiles_log2) - 1)) * TOKENS;
+    cp_async_bulk_tensor_5d(to, k_map, barrier, 0, row, FIRST, blockIdx.y, page, policy);
+#endif
+  }
+  __syncwarp();
+  ++cursor.tile;
   if (cursor.tile < cursor.end) {
     fetch_page(p, cursor);
   } else {

@@ -42,13 +42,16 @@ DEVICE void refuse(const Params& p, int request, Reason reason, int column) {
   *(volatile uint32_t*)p.refused = 1;
 }
 
+// The part's row of tile_scheduler_metadata in shared memory, filled as the kernel starts, and read
+// again wherever it is needed: the matrix roles have no register to spare.
+DEVICE uint32_t part_row();
+
 struct Part {
   int first_request, begin_tile, last_request, end_tile;
 };
-// Read again wherever it is needed: the matrix roles have no register to spare, and L1 has it.
 DEVICE Part part_of(const Params& p) {
-  const int4 row = __ldg((const int4*)(p.tile_scheduler_metadata + blockIdx.z * 8));
-  return {max(row.x, 0), row.y, min(row.z, p.batch - 1), row.w};
+  const Vector4 row = ld_shared_v4(part_row());
+  return {max((int)row.x, 0), (int)row.y, min((int)row.z, p.batch - 1), (int)row.w};
 }
 
 struct Piece {
@@ -60,7 +63,7 @@ struct Piece {
 };
 DEVICE Piece piece_of(const Params& p, int request) {
   const Part part = part_of(p);
-  const int4 more = __ldg((const int4*)(p.tile_scheduler_metadata + blockIdx.z * 8 + 4));
+  const Vector4 more = ld_shared_v4(part_row() + 16);
   const int slot = more.x, first_tiles = more.y, last_tiles = more.z;
   const int length = __ldg(p.cache_seqlens + request);
   const int tiles = ((length - 1) >> 6) + 1;  // length + 63 could overflow

@@ -157,6 +157,15 @@ def tensor_map(
     return (ctypes.c_char * TENSOR_MAP_BYTES).from_buffer(room, aligned - ctypes.addressof(room))
 
 
+def capture_id(stream: int) -> int:
+    """The number of the graph capture that a capturing stream takes part in."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    _library().cuStreamGetCaptureInfo_v2(
+        ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
+    )
+    return number.value
+
+
 class RelaxedCapture:
     """Lets this thread make any CUDA call while another stream is being captured."""
 

@@ -30,7 +30,7 @@ from .nvrtc import binding
 
 # dense_decode.cu
 DECODE_THREADS = 384
-DECODE_SHARED_BYTES = 232384  # SHARED_BYTES in ring.cuh
+DECODE_SHARED_BYTES = 232288  # SHARED_BYTES in ring.cuh
 PARAMS = struct.Struct("9Qq12if4x")  # Params in work.cuh
 HALVES = (4, 5)  # column blocks in each half of a ring slot
 COLUMN_BLOCK = 64  # elements: 128 bytes

@@ -207,6 +207,15 @@ def make(
         made: Callable[[], Any] = allocator(shape, dtype, q.device)
         return made
 
+    new_scratch = None
+    if scratch_floats:
+        allocator = getattr(framework, "scratch_allocator", None)
+        new_scratch = (
+            new((scratch_floats,), "float32")
+            if allocator is None
+            else allocator(scratch_floats, q.device)
+        )
+
     found = [infos.get(name, ABSENT) for name in Arrays._fields]
     plan = Plan(
         framework=framework,
@@ -221,7 +230,7 @@ def make(
         spans=tuple(layouts.span(info) for info in found),
         new_out=new(out_shape, q.dtype),
         new_lse=new(lse_shape, "float32"),
-        new_scratch=new((scratch_floats,), "float32") if scratch_floats else None,
+        new_scratch=new_scratch,
         inputs=(_AtAddress(plain_q), _AtAddress(plain_k_cache), _AtAddress(block_table)),
     )
     if key is not None:

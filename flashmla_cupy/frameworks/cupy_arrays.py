@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from ..driver import capture_id
 from .base import HERE, ArrayInfo, dtype_names, element_strides, no_whole_strides, numpy_dtype
+
+_NEVER_CAPTURED = (0, 1)  # the legacy default stream
 
 
 class CuPy:
@@ -23,6 +26,8 @@ class CuPy:
         self._device = cupy.cuda.Device
         self._current_device = cupy.cuda.runtime.getDevice
         self._current_stream = cupy.cuda.get_current_stream
+        self._is_capturing = cupy.cuda.runtime.streamIsCapturing
+        self._graph_scratch: dict[tuple[int, int], list[Any]] = {}
 
     def describe(self, x: Any, argument: str = "array") -> ArrayInfo:
         dtype = x.dtype
@@ -50,6 +55,23 @@ class CuPy:
 
     def allocator(self, shape: tuple[int, ...], dtype: str, device: int) -> Callable[[], Any]:
         return functools.partial(self._ndarray, shape, numpy_dtype(dtype))
+
+    def scratch_allocator(self, floats: int, device: int) -> Callable[[], Any]:
+        """Scratch returns to the pool after a call, in the order of the stream. A graph, though,
+        writes to it in every replay, and CuPy's pool does not know: so what a capture is given is
+        kept, once for all calls on the same stream in the same capture."""
+        new = self.allocator((floats,), "float32", device)
+
+        def scratch() -> Any:
+            stream = self.stream(device)
+            if stream in _NEVER_CAPTURED or not self._is_capturing(stream):
+                return new()
+            kept = self._graph_scratch.setdefault((capture_id(stream), stream), [])
+            if not kept or kept[-1].size < floats:
+                kept.append(new())
+            return kept[-1]
+
+        return scratch
 
     def pointer(self, x: Any) -> int:
         pointer: int = x.data.ptr

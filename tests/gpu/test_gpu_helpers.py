@@ -168,7 +168,7 @@ def test_the_oracle_takes_a_rounded_answer_and_finds_each_mistake():
     assert report.out > 1 >= report.lse
     assert "1 of" in report.wrong
     assert "(2, 1, 3, 511), length 200" in report.wrong
-    assert mistake(lambda o, _: o.__setitem__((1, 0, 0, 7), 1)).out == np.inf  # 0 must be 0
+    assert mistake(lambda o, _: o.__setitem__((1, 0, 0, 7), 0x0080)).out == np.inf  # 0 must be 0
     assert mistake(lambda o, _: o.__setitem__((0, 0, 0, 0), 0x7FC1)).out == np.inf  # not written
     report = mistake(lambda _, s: s.__setitem__((0, 2, 1), s[0, 2, 1] ^ 0x10000))
     assert report.lse > 1 >= report.out
