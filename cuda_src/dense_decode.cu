@@ -129,7 +129,7 @@ DEVICE void mask(float (&s)[32], const Params& p, int request, int first_token) 
   for (int h = 0; h < 2; ++h) {
     int seen = live;
     if (p.causal) {
-      const RowBlock block = row_block(p);
+      const RowBlock block = row_block();
       const int row = block.first_row + row_in_block() + 8 * h;
       if (row < p.slab_rows) seen -= p.s_q - 1 - block.slab - row / p.group;
     }
@@ -206,19 +206,19 @@ DEVICE void softmax_step(float (&s)[32], float (&m)[2], float (&l)[2], uint32_t 
 DEVICE void store_no_keys(const Params& p, int request, const Piece& piece) {
   const uint32_t thread = thread_index() & 127;
   if (piece.refused && thread == 0) refuse(p, request, piece.reason, 0);
-  const RowBlock block = row_block(p);
+  const RowBlock block = row_block();
   const int rows = min(ROWS, p.slab_rows - block.first_row);
   if (piece.slot >= 0) {  // combine makes the row NaN; a split piece has tiles unless refused
     if (thread < rows) {
-      p.lse_partial[partial_row(p, piece.slot, block.slab, block.first_row + thread)] = QUIET_NAN;
+      p.lse_partial[partial_row(p, piece.slot, block, block.first_row + thread)] = QUIET_NAN;
     }
     return;
   }
   if (thread < rows) {
-    store_lse(p, request, block.slab, block.first_row + thread, piece.refused ? QUIET_NAN : POS_INF);
+    store_lse(p, request, block, block.first_row + thread, piece.refused ? QUIET_NAN : POS_INF);
   }
   const uint32_t pair = piece.refused ? 0x7fff7fffu : 0;
-  uint16_t* to = p.out + out_row(p, request, block.slab, block.first_row) * 512;
+  uint16_t* to = p.out + out_row(p, request, block, block.first_row) * 512;
 #pragma unroll 1
   for (int i = thread; i < rows * 64; i += 128) st_global_v4(to + i * 8, {pair, pair, pair, pair});
 }
@@ -275,16 +275,16 @@ DEVICE void softmax_role(const Params& p) {
     release(p_ready(place.stage));  // ahead of the stores: their latency must not delay P V
     place.advance();
     if ((lane_index() & 3) == 0) {
-      const RowBlock block = row_block(p);
+      const RowBlock block = row_block();
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = block.first_row + row_in_block() + 8 * h;
         if (row >= p.slab_rows) continue;
         const float lse = lg2(l[h]) + m[h];  // log2
         if (slot < 0) {
-          store_lse(p, request, block.slab, row, l[h] == 0.f ? POS_INF : lse * LN2);
+          store_lse(p, request, block, row, l[h] == 0.f ? POS_INF : lse * LN2);
         } else {
-          p.lse_partial[partial_row(p, slot, block.slab, row)] = l[h] == 0.f ? NEG_INF : lse;
+          p.lse_partial[partial_row(p, slot, block, row)] = l[h] == 0.f ? NEG_INF : lse;
         }
       }
     }
@@ -311,10 +311,10 @@ DEVICE void clear_rows(uint32_t stage, int rows_used) {
 template <int Half>
 DEVICE void store_out(const float (&o)[128], const Params& p, int request, float inverse0,
                       float inverse1) {
-  const RowBlock block = row_block(p);
+  const RowBlock block = row_block();
   const int row = block.first_row + row_in_block();
   const bool odd = lane_index() & 1, upper = lane_index() & 2;
-  uint16_t* to = p.out + out_row(p, request, block.slab, row) * 512 + Half * 256 +
+  uint16_t* to = p.out + out_row(p, request, block, row) * 512 + Half * 256 +
                  (lane_index() & 3) * 8;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -346,10 +346,10 @@ DEVICE void store_out(const float (&o)[128], const Params& p, int request, float
 template <int Half>
 DEVICE void store_partial(const float (&o)[128], const Params& p, int slot, float inverse0,
                           float inverse1) {
-  const RowBlock block = row_block(p);
+  const RowBlock block = row_block();
   const int row = block.first_row + row_in_block();
   float* to =
-      p.out_partial + partial_row(p, slot, block.slab, row) * 512 + Half * 256 + column_pair();
+      p.out_partial + partial_row(p, slot, block, row) * 512 + Half * 256 + column_pair();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const float x = h ? inverse1 : inverse0;
@@ -453,11 +453,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     init_barriers();
   }
   griddepcontrol_wait();
-  const int column = (int)thread_index() - 32;
-  if (column >= 0 && column < 8) {
-    st_shared_u32(part_row() + column * 4,
-                  __ldg(p.tile_scheduler_metadata + blockIdx.z * 8 + column));
-  }
+  if (thread_index() >> 5 == 1) init_work(p);
   __syncthreads();
   const int warpgroup = __shfl_sync(~0u, thread_index() >> 7, 0);
   if (warpgroup == 0) {

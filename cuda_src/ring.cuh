@@ -20,8 +20,9 @@ constexpr int FACTORS = Q_STEP_31 + ROWS * 32;         // uint16 [STAGES][64], t
 constexpr int INVERSE_L = FACTORS + STAGES * ROWS * 2;  // float [64]
 constexpr int RESCALE = INVERSE_L + ROWS * 4;          // uint32 [STAGES][4], of each warp
 constexpr int PART_ROW = RESCALE + STAGES * 16;        // int32 [8]
-constexpr int SLOT = PART_ROW + 32;                    // int32: where the piece's results go
-constexpr int BARRIERS = SLOT + 16;
+constexpr int ROW_BLOCK = PART_ROW + 32;               // int32 [3]
+constexpr int SLOT = ROW_BLOCK + 12;                   // int32: where the piece's results go
+constexpr int BARRIERS = SLOT + 4;
 constexpr int SHARED_BYTES = BARRIERS + 5 * STAGES * 8 + 8;
 static_assert(BARRIERS % 8 == 0 && SHARED_BYTES == 232288, "of 232448; launch.py has it too");
 
@@ -44,6 +45,7 @@ DEVICE uint32_t p_ready(uint32_t stage) {
 // INVERSE_L and SLOT have been read (8 warps).
 DEVICE uint32_t results_free() { return shared_base() + BARRIERS + 5 * STAGES * 8; }
 DEVICE uint32_t part_row() { return shared_base() + PART_ROW; }
+DEVICE uint32_t row_block_address() { return shared_base() + ROW_BLOCK; }
 
 DEVICE void init_barriers() {
   for (int stage = 0; stage < STAGES; ++stage) {
@@ -131,9 +133,9 @@ DEVICE void produce(const Params& p, const TensorMap& q_map, const TensorMap& k_
   if (wait) mbarrier_wait(empty<Half>(place.stage), place.phase);
   if (cursor.tile == Cursor::Q_SLOT) {
     if (elect_sync()) {
-      const RowBlock block = row_block(p);
+      const RowBlock block = row_block();
       mbarrier_arrive_expect_tx(barrier, HALF_BLOCKS<Half> * BLOCK_BYTES);
-      cp_async_bulk_tensor_5d(to, q_map, barrier, 0, blockIdx.y * p.group + block.first_row, FIRST,
+      cp_async_bulk_tensor_5d(to, q_map, barrier, 0, block.first_head + block.first_row, FIRST,
                               block.slab, cursor.request, createpolicy_evict_first());
     }
     __syncwarp();

@@ -94,21 +94,35 @@ DEVICE Piece piece_of(const Params& p, int request) {
 
 struct RowBlock {
   int slab, first_row;  // row of the slab
+  int first_head;       // of the kv head
 };
-DEVICE RowBlock row_block(const Params& p) {
-  const int slab = blockIdx.x / p.blocks;
-  return {slab, (int)(blockIdx.x - slab * p.blocks) * ROWS};
+DEVICE uint32_t row_block_address();  // in shared memory: the division is slow
+DEVICE RowBlock row_block() {
+  const Vector4 v = ld_shared_v4(row_block_address());
+  return {(int)v.x, (int)v.y, (int)v.z};
 }
 // Of [batch * s_q * h_q] rows of out. Heads of a slab are neighbours, and so are the positions of
 // a slab that holds several.
-DEVICE int64_t out_row(const Params& p, int request, int slab, int row) {
-  return ((int64_t)request * p.s_q + slab) * p.h_q + blockIdx.y * p.group + row;
+DEVICE int64_t out_row(const Params& p, int request, const RowBlock& block, int row) {
+  return ((int64_t)request * p.s_q + block.slab) * p.h_q + block.first_head + row;
 }
 // Of [slots * s_q * h_q] rows of out_partial and lse_partial: kv head by kv head.
-DEVICE int64_t partial_row(const Params& p, int slot, int slab, int row) {
-  return ((int64_t)slot * p.h_q + blockIdx.y * p.group) * p.s_q + slab * p.slab_rows + row;
+DEVICE int64_t partial_row(const Params& p, int slot, const RowBlock& block, int row) {
+  return ((int64_t)slot * p.h_q + block.first_head) * p.s_q + block.slab * p.slab_rows + row;
 }
-DEVICE void store_lse(const Params& p, int request, int slab, int row, float lse) {
-  const int position = row / p.group, head = blockIdx.y * p.group + row - position * p.group;
-  p.lse[((int64_t)request * p.h_q + head) * p.s_q + slab + position] = lse;
+DEVICE void store_lse(const Params& p, int request, const RowBlock& block, int row, float lse) {
+  const int position = row / p.group, head = block.first_head + row - position * p.group;
+  p.lse[((int64_t)request * p.h_q + head) * p.s_q + block.slab + position] = lse;
+}
+
+// Fills what part_of() and row_block() read, by one warp.
+DEVICE void init_work(const Params& p) {
+  const int lane = lane_index();
+  if (lane < 8) {
+    st_shared_u32(part_row() + lane * 4, __ldg(p.tile_scheduler_metadata + blockIdx.z * 8 + lane));
+  } else if (lane == 8) {
+    const uint32_t slab = blockIdx.x / p.blocks;
+    st_shared_v4(row_block_address(),
+                 {slab, (blockIdx.x - slab * p.blocks) * ROWS, blockIdx.y * p.group, 0});
+  }
 }

@@ -45,7 +45,7 @@ def softmax_scale(value: Any) -> float:
         raise ScalarError(name, "a finite number", f"{scale}", remedy)
     if scale <= 0:
         raise ScalarError(name, "a positive number", f"{scale}", remedy)
-    if not _FLOAT32.tiny <= scale <= _FLOAT32.max:
+    if not float(_FLOAT32.tiny) <= scale <= float(_FLOAT32.max):
         raise ScalarError(
             name,
             f"a number from {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g}, what float32 holds",

@@ -26,7 +26,7 @@ from flashmla_cupy.errors import (
     ReadOnlyError,
     StrideError,
 )
-from flashmla_cupy.frameworks import HOST, framework, framework_of, is_foreign
+from flashmla_cupy.frameworks import HOST, cupy_arrays, framework, framework_of, is_foreign
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 PROBLEM = make_problem([70, 5, 0], s_q=2, h_q=4, causal=True)
@@ -144,11 +144,12 @@ def cupy(monkeypatch):
         strides = property(lambda self: self.array.strides)
         dtype = property(lambda self: self.array.dtype)
         ndim = property(lambda self: self.array.ndim)
+        size = property(lambda self: self.array.size)
 
     used = []
     cuda = SimpleNamespace(
         Device=lambda device: nullcontext(used.append(device)),
-        runtime=SimpleNamespace(getDevice=lambda: 0),
+        runtime=SimpleNamespace(getDevice=lambda: 0, streamIsCapturing=lambda stream: 0),
         get_current_stream=lambda device: SimpleNamespace(ptr=100 + device),
     )
     fake = SimpleNamespace(ndarray=ndarray, empty=ndarray, cuda=cuda, used=used)
@@ -180,6 +181,26 @@ def test_cupy_calls_run_on_the_device_and_the_stream_that_is_current_there(cupy,
         assert given.get("out", out) is out
     assert [launch[:2] for launch in engine.launches] == [("schedule", 101)] + 3 * [("decode", 101)]
     assert cupy.used == [1] * 4  # for each, since device 0 is current
+
+
+def test_scratch_of_a_cupy_capture_is_kept(cupy, monkeypatch):
+    """A replay writes to it; the pool, which does not know, must not give it to anybody else."""
+    adapter = framework("cupy")
+    big, small = adapter.scratch_allocator(100, 1), adapter.scratch_allocator(40, 1)
+    assert big() is not big()
+    capture = {"id": 7}
+    monkeypatch.setattr(adapter, "_is_capturing", lambda stream: stream == 101)
+    monkeypatch.setattr(cupy_arrays, "capture_id", lambda stream: capture["id"])
+    first = small()
+    assert small() is first
+    grown = big()
+    assert grown is not first
+    assert big() is small() is grown  # one for all calls, which follow one another on the stream
+    capture["id"] = 8
+    assert big() is not grown
+    kept = [id(x) for rooms in adapter._graph_scratch.values() for x in rooms]
+    assert id(first) in kept
+    assert id(grown) in kept
 
 
 def test_cupy_with_another_framework_is_mixed(cupy):

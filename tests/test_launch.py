@@ -1,0 +1,237 @@
+"""What launch.py and prepared.py hand to the kernels, read against the CUDA sources; without a GPU.
+
+The driver is replaced by one that accepts everything. That the kernels compute the right thing from
+it is the business of tests/gpu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+from flashmla_cupy import driver, launch, prepared
+from flashmla_cupy.errors import ForkedProcessError
+from flashmla_cupy.frameworks import ArrayInfo
+from flashmla_cupy.geometry import Geometry
+
+SOURCES = Path(__file__).parent.parent / "cuda_src"
+SIZES = {"int": "i", "float": "f", "int64_t": "q", "uint64_t": "Q"}
+
+
+def source(name: str) -> str:
+    return (SOURCES / name).read_text()
+
+
+def struct_of(text: str, name: str) -> list[tuple[str, str]]:
+    """(field, struct letter) of the members of a CUDA struct."""
+    body = re.search(rf"struct {name} {{(.*?)}};", text, re.DOTALL)[1]
+    fields = []
+    for line in re.sub(r"//.*", "", body).split(";"):
+        found = re.fullmatch(r"\s*(?:const )?(\w+)(\*?) ([\w, ]+)", line)
+        if found:
+            letter = "Q" if found[2] else SIZES[found[1]]
+            fields += [(field.strip(), letter) for field in found[3].split(",")]
+    return fields
+
+
+def parameters_of(text: str, kernel: str) -> list[str]:
+    """Struct letters of the parameters of a kernel."""
+    body = re.search(rf"\b{kernel}\((.*?)\) {{", text, re.DOTALL)[1]
+    letters = []
+    for parameter in re.sub(r"//.*", "", body).split(","):
+        declared = parameter.replace("const ", "").split()
+        letters.append("Q" if "*" in declared[0] else SIZES[declared[0]])
+    return letters
+
+
+def letters_of(layout: struct.Struct) -> list[str]:
+    return [
+        letter
+        for count, letter in re.findall(r"(\d*)([a-zA-Z])", layout.format)
+        if letter != "x"
+        for _ in range(int(count or 1))
+    ]
+
+
+def test_params_are_those_of_the_kernel():
+    fields = struct_of(source("work.cuh"), "Params")
+    assert [letter for _, letter in fields] == letters_of(prepared.PARAMS)
+    assert prepared.PARAMS.size % 8 == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("combine", prepared.COMBINE_PARAMS), ("schedule", launch.SCHEDULE_PARAMS)],
+)
+def test_parameters_are_those_of_the_kernel(name, layout):
+    assert parameters_of(source(f"{name}.cu"), name) == letters_of(layout)
+
+
+def test_constants_are_those_of_the_kernels():
+    assert f"SHARED_BYTES == {prepared.DECODE_SHARED_BYTES}" in source("ring.cuh")
+    assert f"__launch_bounds__({prepared.DECODE_THREADS}, 1)" in source("dense_decode.cu")
+    assert f"constexpr int THREADS = {prepared.COMBINE_THREADS}," in source("combine.cu")
+    reasons = re.search(r"enum Reason {(.*?)}", source("work.cuh"))[1].split(",")
+    assert [name.strip().lower().replace("_", " ") for name in reasons] == list(launch.REASONS)
+
+
+def test_offsets_are_those_of_struct():
+    for layout in ("5Q6i", "Q4i2Q", "9Qq12if"):
+        values = range(1, len(letters_of(struct.Struct(layout))) + 1)
+        packed = struct.pack(layout, *values)
+        at = prepared._offsets(layout)
+        letters = letters_of(struct.Struct(layout))
+        read = [
+            struct.unpack_from(letter, packed, o)[0] for letter, o in zip(letters, at, strict=True)
+        ]
+        assert read == list(values)
+
+
+class FakeDriver:
+    """Accepts every call and keeps the arguments of launches, as the driver would see them."""
+
+    def __init__(self):
+        self.maps: list[tuple] = []
+        self.launches: list[tuple] = []
+
+        def start(config, function, arguments, extra):
+            seen = ctypes.cast(config, ctypes.POINTER(driver._Config)).contents
+            self.launches.append(
+                (tuple(seen.grid), tuple(seen.block), seen.shared_bytes, seen.stream, arguments)
+            )
+            return 0
+
+        self.cuLaunchKernelEx = start
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    made = FakeDriver()
+
+    def tensor_map(*args, nan_outside):
+        made.maps.append((*args, nan_outside))
+        return (ctypes.c_char * 128)()
+
+    monkeypatch.setattr(driver, "_library", lambda: made)
+    monkeypatch.setattr(prepared, "tensor_map", tensor_map)
+    return made
+
+
+def function(entry: str, block: int) -> driver.Function:
+    made = object.__new__(driver.Function)
+    made.handle, made.entry, made.block, made.overlaps = 1, entry, block, True
+    return made
+
+
+def prepare(q, k_cache, table, parts=66):
+    geometry = Geometry.of(q, k_cache, table, parts)
+    kernels = function("dense_decode", 384), function("combine", 256)
+    return prepared.Prepared(geometry, *kernels, 132)
+
+
+def info(*shape, strides=None, dtype="bfloat16"):
+    inner = [1]
+    for length in reversed(shape[1:]):
+        inner.insert(0, inner[0] * length)
+    return ArrayInfo(1 << 20, shape, tuple(strides or inner), dtype, 0)
+
+
+TABLE = info(3, 5, dtype="int32")
+
+
+@pytest.mark.parametrize(
+    ("q", "k_cache", "grid"),
+    [
+        (info(3, 1, 128, 576), info(9, 64, 1, 576), (2, 1, 66)),
+        (info(3, 2, 128, 576), info(9, 64, 1, 576), (4, 1, 66)),  # positions in one slab
+        (info(3, 2, 24, 576), info(9, 16, 8, 576), (2, 8, 66)),  # a slab for each position
+        (info(3, 70, 5, 576), info(9, 256, 1, 576), (6, 1, 66)),
+    ],
+)
+def test_grid_and_tensor_maps(fake, q, k_cache, grid):
+    made = prepare(q, k_cache, TABLE)
+    assert made.grid == grid
+    made.q_maps(q.ptr)
+    made.k_maps(k_cache.ptr)
+    page_size, h_kv = k_cache.shape[1:3]
+    for address, dtype, dims, strides, box, nan_outside in fake.maps:
+        assert (address, dtype) == (1 << 20, "bfloat16")
+        assert dims[0] == box[0] == 64
+        assert dims[2] == 9
+        assert strides[1] == 128
+        assert all(stride % 16 == 0 for stride in strides)
+        if nan_outside:  # k_cache: a page number of num_pages is outside
+            assert dims == (64, page_size, 9, h_kv, 9)
+            assert box[1] == min(page_size, 64)
+        else:
+            assert dims[1] * dims[3] == q.shape[1] * q.shape[2]
+            assert box[1] == 64
+    halves = [box[2] for *_, box, nan_outside in fake.maps if nan_outside]
+    assert halves == ([4, 5] if page_size >= 64 else [1])
+    before = len(fake.maps)
+    made.q_maps(q.ptr)
+    assert len(fake.maps) == before  # once for an address
+
+
+def test_decode_launches_both_kernels(fake):
+    made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE)
+    engine = object.__new__(launch.Engine)
+    engine._prepared, engine._key = {id(made.geometry): made}, 77
+    engine._host = ctypes.c_uint64()
+    engine._host.ptr = 88
+    pointers = {"cache_seqlens": 1, "tile_scheduler_metadata": 2, "num_splits": 3}
+    outputs = {"out": 4, "lse": 5, "scratch": 1 << 30}
+    arrays = info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE
+    engine.decode(
+        9, *arrays, **pointers, **outputs, geometry=made.geometry, softmax_scale=0.5, causal=False
+    )
+    decode, combine = fake.launches
+    assert decode[:4] == ((2, 1, 66), (384, 1, 1), prepared.DECODE_SHARED_BYTES, 9)
+    assert combine[:4] == ((128, 3, 1), (256, 1, 1), 0, 9)
+
+    names = [name for name, _ in struct_of(source("work.cuh"), "Params")]
+    packed = ctypes.string_at(decode[4][4], prepared.PARAMS.size)
+    seen = dict(zip(names, prepared.PARAMS.unpack(packed), strict=True))
+    slots = 2 * 65
+    assert seen.pop("scale_log2") == pytest.approx(0.5 * 1.4426950408889634)
+    assert seen == {
+        "tile_scheduler_metadata": 2,
+        "cache_seqlens": 1,
+        "block_table": 1 << 20,
+        "out": 4,
+        "lse": 5,
+        "out_partial": 1 << 30,
+        "lse_partial": (1 << 30) + slots * 128 * 512 * 4,
+        "refusal": 77,
+        "refused": 88,
+        "table_stride": 5,
+        "batch": 3,
+        "s_q": 1,
+        "h_q": 128,
+        "group": 128,
+        "slab_rows": 128,
+        "blocks": 2,
+        "num_pages": 9,
+        "page_tiles_log2": 0,
+        "max_length": 320,
+        "slots": slots,
+        "causal": 0,
+        "border_tiles": 1,
+    }
+
+
+def test_no_combine_where_nothing_can_be_split(fake):
+    made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE, parts=1)
+    assert made.launches().combine is None
+
+
+def test_a_forked_engine_refuses():
+    engine = object.__new__(launch.Engine)
+    engine.__class__ = launch._Forked
+    for call in (engine.schedule, engine.decode, engine.check, engine.raise_pending):
+        with pytest.raises(ForkedProcessError, match="spawn"):
+            call()
