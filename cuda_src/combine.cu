@@ -14,6 +14,7 @@ constexpr int THREADS = 256, WARPS = THREADS / 32, MAX_SPLITS = 256;
 constexpr int IN_FLIGHT = 4;  // splits that a warp loads at once
 constexpr int REQUEST_BITS = 20, REQUEST_MASK = (1 << REQUEST_BITS) - 1;
 constexpr float LN2 = 0.69314718056f;
+constexpr uint32_t MERGED_LSE = 0x7fc0ffee;  // pair.cuh
 
 DEVICE float warp_max(float x) {
 #pragma unroll
@@ -50,13 +51,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             const float* __restrict__ lse_partial,            // [slots, s_q * h_q], log2
             uint16_t* __restrict__ out,                       // [batch, s_q, h_q, 512]
             float* __restrict__ lse,                          // [batch, h_q, s_q]
-            int batch, int s_q, int h_q, int group, int slots, int warps_per_row) {
+            uint64_t* __restrict__ pairs,                     // [words], see pair.cuh
+            int words, int batch, int s_q, int h_q, int group, int slots, int warps_per_row) {
   __shared__ float weights[WARPS][MAX_SPLITS];
   __shared__ float sums[WARPS][512];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int* entry = tile_scheduler_metadata + blockIdx.y * 8 + 7;
   const uint32_t this_one = entry[0], next_one = entry[8];
   const int request = this_one & REQUEST_MASK;
+  if (blockIdx.x + blockIdx.y == 0) {
+    griddepcontrol_wait();
+    for (int i = threadIdx.x; i < words; i += THREADS) pairs[i] = 0;
+  }
   if (request >= batch) return;
   const int first_slot = this_one >> REQUEST_BITS;
   const int splits = (int)(next_one >> REQUEST_BITS) - first_slot;
@@ -69,6 +75,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   griddepcontrol_wait();
 
   const int64_t first_row = (int64_t)first_slot * rows + (active ? row : 0);
+  if (splits == 2 && __float_as_uint(__ldg(lse_partial + first_row)) == MERGED_LSE) return;
   const float4* source = (const float4*)(out_partial + first_row * 512) + lane;
   const int64_t pitch = (int64_t)rows * 128;
   const int stride = warps_per_row;

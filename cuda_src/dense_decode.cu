@@ -21,7 +21,7 @@
 //   K multicast to clusters of 2 row blocks 1.00 to 1.03 | cursor in shared memory 1.10
 //   releasing P V after all of S 1.04, before it 1.02 (compute-bound) | exact maximum 1.05
 //   launch_dependents at the start 1.5 at batch 1: waiting combine blocks hold the SMs
-#include "ring.cuh"
+#include "pair.cuh"
 
 #define POS_INF __int_as_float(0x7f800000)
 #define NEG_INF __int_as_float(0xff800000)
@@ -223,6 +223,43 @@ DEVICE void store_no_keys(const Params& p, int request, const Piece& piece) {
   for (int i = thread; i < rows * 64; i += 128) st_global_v4(to + i * 8, {pair, pair, pair, pair});
 }
 
+// What the matrix warpgroups do with a piece, in the RESULT word.
+DEVICE uint32_t result_word(const Piece& piece) {
+  return piece.kind << 16 | (piece.slot & 0xffff);
+}
+
+// The end of a head, which is the last piece of its part: the softmax warpgroup looks for the tail,
+// fetches it and weighs the two; the matrix warpgroups wait for that.
+DEVICE void finish_head(const Params& p, int request, int slot, const float (&m)[2],
+                        const float (&l)[2], Place last) {
+  const RowBlock block = row_block();
+  if (thread_index() == 0 && await_tail(p)) {
+    st_shared_u32(shared_base() + RESULT, MERGED << 16 | slot);
+  }
+  __syncwarp();
+  bar_sync<1, 128>();
+  const bool merged = ld_shared_u32(shared_base() + RESULT) >> 16 == MERGED;
+  if (merged && thread_index() < 32) fetch_tail(p, block, slot + 1, last);
+  if ((lane_index() & 3) == 0) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = block.first_row + row_in_block() + 8 * h;
+      if (row >= p.slab_rows) continue;
+      const float lse = l[h] == 0.f ? NEG_INF : lg2(l[h]) + m[h];  // log2
+      float* partial = p.lse_partial + partial_row(p, slot, block, row);
+      *partial = merged ? __uint_as_float(MERGED_LSE) : lse;
+      if (merged) {
+        const Merged both = merge_rows(lse, partial[p.s_q * p.h_q]);  // the next slot
+        store_lse(p, request, block, row, both.lse);
+        st_shared_f32(row_floats(WEIGHTS) + 32 * h, both.head);
+        st_shared_f32(row_floats(WEIGHTS) + 256 + 32 * h, both.tail);
+      }
+    }
+  }
+  __syncwarp();
+  bar_arrive<4, 384>();
+}
+
 DEVICE void softmax_role(const Params& p) {
   uint32_t q[4 * Q_STEPS];
   float s[32];
@@ -233,6 +270,7 @@ DEVICE void softmax_role(const Params& p) {
     int tiles_left, first_token;
     {
       const Piece piece = piece_of(p, request);
+      if (piece.kind == TAIL && !piece.refused && thread_index() == 0) tail_started(p);
       tiles_left = piece.end - piece.begin, first_token = piece.begin * TOKENS;
       if (tiles_left == 0) {
         store_no_keys(p, request, piece);
@@ -270,9 +308,13 @@ DEVICE void softmax_role(const Params& p) {
         st_shared_f32(row_floats(INVERSE_L) + 32 * h, l[h] == 0.f ? 0.f : 1.f / l[h]);
       }
     }
-    const int slot = piece_of(p, request).slot;
-    if (thread_index() == 0) st_shared_u32(shared_base() + SLOT, slot);
+    const Piece piece = piece_of(p, request);
+    if (thread_index() == 0) st_shared_u32(shared_base() + RESULT, result_word(piece));
     release(p_ready(place.stage));  // ahead of the stores: their latency must not delay P V
+    if (piece.kind == HEAD) {
+      finish_head(p, request, piece.slot, m, l, place);
+      return;
+    }
     place.advance();
     if ((lane_index() & 3) == 0) {
       const RowBlock block = row_block();
@@ -281,13 +323,15 @@ DEVICE void softmax_role(const Params& p) {
         const int row = block.first_row + row_in_block() + 8 * h;
         if (row >= p.slab_rows) continue;
         const float lse = lg2(l[h]) + m[h];  // log2
-        if (slot < 0) {
+        if (piece.kind == WHOLE) {
           store_lse(p, request, block, row, l[h] == 0.f ? POS_INF : lse * LN2);
         } else {
-          p.lse_partial[partial_row(p, slot, block, row)] = l[h] == 0.f ? NEG_INF : lse;
+          p.lse_partial[partial_row(p, piece.slot, block, row)] = l[h] == 0.f ? NEG_INF : lse;
         }
       }
     }
+    __syncwarp();
+    if (piece.kind == TAIL) bar_arrive<4, 384>();
   }
 }
 
@@ -343,6 +387,26 @@ DEVICE void store_out(const float (&o)[128], const Params& p, int request, float
   }
 }
 
+// O of the head -> out of both pieces.
+template <int Half>
+DEVICE void merge_tail(float (&o)[128], Place after, float inverse0, float inverse1) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = row_in_block() + 8 * h;
+    const float inverse = h ? inverse1 : inverse0;
+    const float head = ld_shared_f32(shared_base() + WEIGHTS + row * 4);
+    const float tail = ld_shared_f32(shared_base() + WEIGHTS + 256 + row * 4);
+    const uint32_t from = tail_row(after.stage, row) + Half * 1024 + column_pair() * 4;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const float2 other = ld_shared_v2_f32(from + i * 32);
+      float* x = o + 4 * i + 2 * h;
+      x[0] = merge_out(head, x[0] * inverse, tail, other.x);
+      x[1] = merge_out(head, x[1] * inverse, tail, other.y);
+    }
+  }
+}
+
 template <int Half>
 DEVICE void store_partial(const float (&o)[128], const Params& p, int slot, float inverse0,
                           float inverse1) {
@@ -361,6 +425,25 @@ DEVICE void store_partial(const float (&o)[128], const Params& p, int slot, floa
   }
 }
 
+// The end of a head; `after` is the place after its last tile.
+template <int Half>
+DEVICE void finish_head(float (&o)[128], const Params& p, int request, Place after, float inverse0,
+                        float inverse1) {
+  bar_sync<4, 384>();  // with the softmax warpgroup
+  const uint32_t result = ld_shared_u32(shared_base() + RESULT);
+  if (result >> 16 == MERGED) {
+    mbarrier_wait(other_full(), 0);
+    merge_tail<Half>(o, after, inverse0, inverse1);
+    store_out<Half>(o, p, request, 1.f, 1.f);
+  } else {
+    store_partial<Half>(o, p, result & 0xffff, inverse0, inverse1);
+  }
+}
+
+DEVICE void free_results() {
+  __syncwarp();
+  if (lane_index() == 0) mbarrier_arrive(results_free());
+}
 DEVICE bool is_producer() { return warp_in_group() == 0; }
 
 template <int Half>
@@ -428,15 +511,24 @@ DEVICE void matrix_role(const Params& p, const TensorMap& q_map, const TensorMap
     }
     const float inverse0 = ld_shared_f32(row_floats(INVERSE_L));
     const float inverse1 = ld_shared_f32(row_floats(INVERSE_L) + 32);
-    const int slot = ld_shared_u32(shared_base() + SLOT);
-    __syncwarp();
-    if (lane_index() == 0) mbarrier_arrive(results_free());
+    const uint32_t result = ld_shared_u32(shared_base() + RESULT), kind = result >> 16;
+    if (kind >= HEAD) {
+      finish_head<Half>(o, p, request, place, inverse0, inverse1);
+      return;
+    }
+    if (kind != TAIL) free_results();
     // The stage of the next piece's Q; the softmax warpgroup frees it.
     if (is_producer()) produce<Half>(p, q_map, k_map, cursor, place, true);
-    if (slot < 0) {
+    if (kind == WHOLE) {
       store_out<Half>(o, p, request, inverse0, inverse1);
     } else {
-      store_partial<Half>(o, p, slot, inverse0, inverse1);
+      store_partial<Half>(o, p, result & 0xffff, inverse0, inverse1);
+    }
+    if (kind == TAIL) {
+      __syncwarp();
+      bar_sync<4, 384>();  // with the lse of the softmax warpgroup
+      if (thread_index() == 128) tail_written(p);
+      free_results();
     }
   }
 }

@@ -95,6 +95,20 @@ template <int Barrier, int Threads>
 DEVICE void bar_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(Barrier), "n"(Threads) : "memory");
 }
+template <int Barrier, int Threads>
+DEVICE void bar_arrive() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(Barrier), "n"(Threads) : "memory");
+}
+// The same for global memory, too: TMA may read what other threads wrote.
+DEVICE void fence_proxy_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
+DEVICE uint64_t ld_acquire(const uint64_t* p) {
+  uint64_t x;
+  asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
+  return x;
+}
+DEVICE void st_release(uint64_t* p, uint64_t x) {
+  asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
+}
 DEVICE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void griddepcontrol_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -128,6 +142,14 @@ DEVICE void cp_async_bulk_tensor_5d(uint32_t to, const TensorMap& map, uint32_t 
       : "memory");
 }
 
+// cp.async.bulk (9.7.9.25): contiguous bytes from global to shared memory.
+DEVICE void cp_async_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(to), "l"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // ---- shared and global memory (9.7.9) -------------------------------------------------------
 
 DEVICE uint32_t shared_address(const void* pointer) {
@@ -153,6 +175,11 @@ DEVICE float ld_shared_f32(uint32_t a) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(a) : "memory");
   return x;
+}
+DEVICE float2 ld_shared_v2_f32(uint32_t a) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(a) : "memory");
+  return v;
 }
 DEVICE void st_shared_f32(uint32_t a, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(a), "f"(x) : "memory");

@@ -21,10 +21,10 @@ constexpr int INVERSE_L = FACTORS + STAGES * ROWS * 2;  // float [64]
 constexpr int RESCALE = INVERSE_L + ROWS * 4;          // uint32 [STAGES][4], of each warp
 constexpr int PART_ROW = RESCALE + STAGES * 16;        // int32 [8]
 constexpr int ROW_BLOCK = PART_ROW + 32;               // int32 [3]
-constexpr int SLOT = ROW_BLOCK + 12;                   // int32: where the piece's results go
-constexpr int BARRIERS = SLOT + 4;
-constexpr int SHARED_BYTES = BARRIERS + 5 * STAGES * 8 + 8;
-static_assert(BARRIERS % 8 == 0 && SHARED_BYTES == 232288, "of 232448; launch.py has it too");
+constexpr int RESULT = ROW_BLOCK + 12;                 // int32: where the piece's results go
+constexpr int BARRIERS = RESULT + 4;
+constexpr int SHARED_BYTES = BARRIERS + 5 * STAGES * 8 + 16;
+static_assert(BARRIERS % 8 == 0 && SHARED_BYTES == 232296, "of 232448; launch.py has it too");
 
 extern __shared__ __align__(1024) uint8_t shared[];
 
@@ -42,8 +42,10 @@ DEVICE uint32_t empty(uint32_t stage) {
 DEVICE uint32_t p_ready(uint32_t stage) {
   return shared_base() + BARRIERS + (4 * STAGES + stage) * 8;
 }
-// INVERSE_L and SLOT have been read (8 warps).
+// INVERSE_L and RESULT have been read (8 warps).
 DEVICE uint32_t results_free() { return shared_base() + BARRIERS + 5 * STAGES * 8; }
+// The other piece of a pair has arrived (pair.cuh).
+DEVICE uint32_t other_full() { return shared_base() + BARRIERS + 5 * STAGES * 8 + 8; }
 DEVICE uint32_t part_row() { return shared_base() + PART_ROW; }
 DEVICE uint32_t row_block_address() { return shared_base() + ROW_BLOCK; }
 
@@ -56,6 +58,7 @@ DEVICE void init_barriers() {
     mbarrier_init(p_ready(stage), 4);
   }
   mbarrier_init(results_free(), 8);
+  mbarrier_init(other_full(), 1);
   fence_mbarrier_init();
 }
 
@@ -64,6 +67,9 @@ struct Place {
   uint32_t stage = 0, phase = 0;
   DEVICE void advance() {
     if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+  DEVICE void retreat() {
+    if (stage-- == 0) stage = STAGES - 1, phase ^= 1;
   }
 };
 

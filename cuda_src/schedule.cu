@@ -31,6 +31,7 @@ constexpr int T_COMB = 40000;
 constexpr int T_GAIN = 1000;
 constexpr int PARTIAL_ROWS = 36;
 
+constexpr int BEGINS_IN_PAIR = 1 << 16, ENDS_IN_PAIR = 1 << 17;
 constexpr int REQUEST_BITS = 20, NO_REQUEST = (1 << REQUEST_BITS) - 1;
 constexpr int WHOLE = 1 << 30;
 constexpr int WARPS = THREADS / 32;
@@ -59,6 +60,14 @@ __device__ __forceinline__ bool is_busy(Cut a, Cut b) {
 __device__ __forceinline__ int split_pieces(Cut a, Cut b) {
   const bool middle = a.tile > 0 && b.tile > 0 && a.request == b.request;
   return is_busy(a, b) ? (a.tile > 0) + (b.tile > 0) - middle : 0;
+}
+
+// Whether cut i is the only one of its request, between neighbouring parts.
+__device__ __forceinline__ bool is_pair(const Cut* cuts, int i, int parts) {
+  if (i <= 0 || i >= parts) return false;
+  const Cut before = cuts[i - 1], cut = cuts[i];
+  return cut.tile > 0 && (before.request < cut.request || before.tile == 0) &&
+         cuts[i + 1].request > cut.request;
 }
 
 extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
@@ -262,7 +271,9 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
       const int first_tiles = tiles_of(cache_seqlens[a.request]);
       const int last_tiles = tiles_of(cache_seqlens[last]);
       range = {a.request, a.tile, last, b.tile > 0 ? b.tile : last_tiles};
-      rest = {slot, first_tiles, last_tiles};
+      const int flags = (is_pair(mine, tid, parts) ? BEGINS_IN_PAIR : 0) |
+                        (is_pair(mine, tid + 1, parts) ? ENDS_IN_PAIR : 0);
+      rest = {slot | flags, first_tiles, last_tiles};
     }
     int* row = tile_scheduler_metadata + 8 * tid;
     *reinterpret_cast<int4*>(row) = range;

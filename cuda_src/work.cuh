@@ -8,6 +8,7 @@
 
 constexpr int ROWS = 64;    // query rows of a thread block
 constexpr int TOKENS = 64;  // tokens of a tile
+constexpr int BEGINS_IN_PAIR = 1 << 16, ENDS_IN_PAIR = 1 << 17;  // schedule.py, column 4
 
 // launch.py packs the same fields in the same order.
 struct Params {
@@ -18,6 +19,8 @@ struct Params {
   float* lse;                          // [batch, h_q, s_q], natural logarithm
   float* out_partial;                  // [slots, s_q * h_q, 512]
   float* lse_partial;                  // [slots, s_q * h_q], log2
+  uint64_t* pairs;                     // [parts, row blocks]; pair.cuh
+  uint64_t epoch;                      // of this launch, or this launch of a graph
   uint64_t* refusal;                   // the least key of `refuse` so far
   uint32_t* refused;                   // in host memory: a call need not wait to look at it
   int64_t table_stride;
@@ -54,33 +57,41 @@ DEVICE Part part_of(const Params& p) {
   return {max((int)row.x, 0), (int)row.y, min((int)row.z, p.batch - 1), (int)row.w};
 }
 
+// What becomes of a piece: all of its request; one of several; or of a pair (pair.cuh).
+enum Kind { WHOLE, SPLIT, TAIL, HEAD, MERGED };
+
 struct Piece {
   int begin, end;  // tiles of the request; equal: nothing to compute
   int length;      // tokens of the request
   int slot;        // of out_partial, -1 if the piece is all of the request
+  Kind kind;       // never MERGED
   bool refused;    // its rows become NaN
   Reason reason;
 };
 DEVICE Piece piece_of(const Params& p, int request) {
   const Part part = part_of(p);
   const Vector4 more = ld_shared_v4(part_row() + 16);
-  const int slot = more.x, first_tiles = more.y, last_tiles = more.z;
+  const int slot = more.x & 0xffff, first_tiles = more.y, last_tiles = more.z;
   const int length = __ldg(p.cache_seqlens + request);
   const int tiles = ((length - 1) >> 6) + 1;  // length + 63 could overflow
   const bool is_first = request == part.first_request, is_last = request == part.last_request;
   const bool from_inside = part.begin_tile > 0;
 
-  Piece piece = {is_first ? part.begin_tile : 0, is_last ? part.end_tile : tiles, length, -1};
+  Piece piece = {is_first ? part.begin_tile : 0, is_last ? part.end_tile : tiles, length, -1,
+                 WHOLE};
   if (is_first && from_inside) {
     piece.slot = slot;
+    piece.kind = more.x & BEGINS_IN_PAIR ? TAIL : SPLIT;
   } else if (is_last && part.end_tile < last_tiles) {
     piece.slot = slot + (!is_first && from_inside);
+    piece.kind = more.x & ENDS_IN_PAIR ? HEAD : SPLIT;
   }
   // Metadata of other lengths does not fit; garbage must not lead out of bounds.
   bool stale = (is_first && first_tiles != tiles) || (is_last && last_tiles != tiles) ||
                piece.begin < 0 || piece.begin > piece.end || piece.end > tiles;
   if (piece.slot < -1 || piece.slot >= p.slots) {
     piece.slot = -1;
+    piece.kind = WHOLE;
     stale = true;
   }
   const bool bad_length = (uint32_t)length > (uint32_t)p.max_length;

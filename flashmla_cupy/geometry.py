@@ -107,5 +107,9 @@ class Geometry:
 
     @property
     def scratch_floats(self) -> int:
-        """float32 for the partial results: [slots, s_q * h_q, 512] and [slots, s_q * h_q]."""
-        return self.partial_slots * self.h_kv * self.rows * (HEAD_DIM_V + 1)
+        """float32 for the partial results, [slots, s_q * h_q, 512] and [slots, s_q * h_q], and a
+        64-bit word for every thread block (pair.cuh)."""
+        if not self.partial_slots:
+            return 0
+        results = self.partial_slots * self.h_kv * self.rows * (HEAD_DIM_V + 1)
+        return results + 2 * self.parts * self.row_blocks

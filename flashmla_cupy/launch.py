@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import itertools
 import os
+import random
 import struct
 import threading
 from typing import Any
@@ -86,6 +88,8 @@ class Engine:
         self._prepared: dict[int, Prepared] = {}
         self._load_lock = threading.Lock()
         self._own = threading.local()
+        # Scratch memory holds anything, but hardly a number of this launch.
+        self._epochs = itertools.count(random.SystemRandom().getrandbits(60))
 
     def _require_hopper(self) -> None:
         runtime = self._cuda.runtime
@@ -186,6 +190,7 @@ class Engine:
             prepared = self._prepared[id(geometry)]
         launches = prepared.launches()
         lse_partial = scratch + prepared.out_partial_bytes
+        pairs = scratch + prepared.partial_bytes
         launches.decode_arguments.set_maps(prepared.q_maps(q.ptr), prepared.k_maps(k_cache.ptr))
         PARAMS.pack_into(
             launches.decode_arguments.buffer,
@@ -197,6 +202,8 @@ class Engine:
             lse,
             scratch,
             lse_partial,
+            pairs,
+            next(self._epochs),
             self._key,
             self._host.ptr,
             *prepared.sizes,
@@ -214,6 +221,7 @@ class Engine:
                 lse_partial,
                 out,
                 lse,
+                pairs,
                 *prepared.combine_sizes,
             )
             launches.combine(stream, launches.combine_arguments.pointers)

@@ -14,15 +14,15 @@ from .geometry import HEAD_DIM, HEAD_DIM_V, ROWS_PER_BLOCK, TOKENS_PER_TILE, Geo
 
 # dense_decode.cu
 DECODE_THREADS = 384
-DECODE_SHARED_BYTES = 232288  # SHARED_BYTES in ring.cuh
-PARAMS = struct.Struct("9Qq12if4x")  # Params in work.cuh
+DECODE_SHARED_BYTES = 232296  # SHARED_BYTES in ring.cuh
+PARAMS = struct.Struct("11Qq12if4x")  # Params in work.cuh
 HALVES = (4, 5)  # column blocks in each half of a ring slot
 COLUMN_BLOCK = 64  # elements: 128 bytes
 COLUMN_BLOCKS = HEAD_DIM // COLUMN_BLOCK
 # combine.cu
 COMBINE_THREADS = 256
 COMBINE_WARPS = 8
-COMBINE_PARAMS = struct.Struct("5Q6i")
+COMBINE_PARAMS = struct.Struct("6Q7i")
 
 MAX_MAPS = 8192  # of one geometry, a bound; a model has as many caches as layers
 
@@ -105,6 +105,8 @@ class Prepared:
         self.causal_tiles = 1 + ceil_div(g.s_q - 1, TOKENS_PER_TILE)
         rows = g.s_q * g.h_q
         self.out_partial_bytes = g.partial_slots * rows * HEAD_DIM_V * 4
+        self.partial_bytes = g.partial_slots * rows * (HEAD_DIM_V + 1) * 4
+        words = g.parts * g.row_blocks
         # Few rows: eight warps each, or most of the GPU would idle.
         warps_per_row = COMBINE_WARPS if g.batch * rows < num_sms * COMBINE_WARPS else 1
         self.combine_grid = (
@@ -112,7 +114,7 @@ class Prepared:
             min(g.batch, g.parts - 1),
             1,
         )
-        self.combine_sizes = (g.batch, g.s_q, g.h_q, g.group, g.partial_slots, warps_per_row)
+        self.combine_sizes = (words, g.batch, g.s_q, g.h_q, g.group, g.partial_slots, warps_per_row)
         self._own = threading.local()
         self._q_maps: dict[int, Maps] = {}
         self._k_maps: dict[int, Maps] = {}

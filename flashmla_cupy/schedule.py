@@ -13,9 +13,11 @@ tile_scheduler_metadata [parts, 8] int32, one row a part:
 
     0  first_request   1  begin_tile: the first tile of first_request that this part computes
     2  last_request    3  end_tile: one past the last tile of last_request
-    4  slot: split pieces in all earlier parts. A piece is split if it is not all of its request.
-       The first piece, if split, writes slot `slot`; the last one, if split and another piece,
-       the slot after it. So the pieces of one request have consecutive slots.
+    4  slot: split pieces in all earlier parts, in the low 16 bits. A piece is split if it is not
+       all of its request. The first piece, if split, writes slot `slot`; the last one, if split
+       and another piece, the slot after it. So the pieces of one request have consecutive slots.
+       Bit 16: the first piece is the second of two that neighbouring parts share; bit 17: the last
+       one is the first of two. The decode kernel merges these itself.
     5  tiles of first_request   6  tiles of last_request: a later length differs from them, and the
        decode kernel sees that the metadata is stale
     7  of row i, whatever its part: the i-th split request, request | first slot << 20; the rows
@@ -46,6 +48,7 @@ PREFIX_ENTRIES = 8192  # of the cost prefix in shared memory; larger batches kee
 UNIT = 8  # cost units of a tile
 C_REQ = 4  # cost units of a request that has tiles: loading q, the epilogue
 CANDIDATES = 7  # limits: pieces of at least 1, 2, 4, ... 32 tiles; the last: nothing is split
+BEGINS_IN_PAIR, ENDS_IN_PAIR = 1 << 16, 1 << 17  # column 4
 T_TILE = 14500  # 0.1 ns: one tile of 64 rows on one multiprocessor, memory permitting
 T_TILE_MEM = 178  # 0.1 ns: the bytes of one tile at the memory bandwidth of the whole GPU
 T_SPLIT = 18000  # 0.1 ns: writing one partial result
@@ -70,6 +73,15 @@ class _Cuts(NamedTuple):
         step = np.diff(self.request)
         busy: npt.NDArray[np.bool_] = (step > 0) | ((step == 0) & (np.diff(self.tile) > 0))
         return busy
+
+    @property
+    def pairs(self) -> npt.NDArray[np.bool_]:
+        """[parts + 1]: which cuts are the only one of their request, between neighbours."""
+        pair = np.zeros(len(self.tile), np.bool_)
+        request, inside = self.request[1:-1], self.tile[1:-1] > 0
+        before = (self.request[:-2] < request) | (self.tile[:-2] == 0)
+        pair[1:-1] = inside & before & (self.request[2:] > request)
+        return pair
 
     @property
     def split_pieces(self) -> Ints:
@@ -118,7 +130,9 @@ def plan(
     end = np.where(cuts.tile[1:] > 0, cuts.tile[1:], tiles[last])
     slot = np.cumsum(cuts.split_pieces) - cuts.split_pieces
     first_tiles = tiles[np.minimum(first, batch - 1)]  # empty parts may begin past the batch
-    columns = np.stack([first, begin, last, end, slot, first_tiles, tiles[last]], axis=1)
+    pair = cuts.pairs
+    flags = pair[:-1] * BEGINS_IN_PAIR + pair[1:] * ENDS_IN_PAIR
+    columns = np.stack([first, begin, last, end, slot | flags, first_tiles, tiles[last]], axis=1)
     busy = cuts.busy
     metadata[busy, :7] = columns[busy]
 

@@ -181,6 +181,7 @@ def test_decode_launches_both_kernels(fake):
     made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE)
     engine = object.__new__(launch.Engine)
     engine._prepared, engine._key = {id(made.geometry): made}, 77
+    engine._epochs = iter([99])
     engine._host = ctypes.c_uint64()
     engine._host.ptr = 88
     pointers = {"cache_seqlens": 1, "tile_scheduler_metadata": 2, "num_splits": 3}
@@ -206,6 +207,8 @@ def test_decode_launches_both_kernels(fake):
         "lse": 5,
         "out_partial": 1 << 30,
         "lse_partial": (1 << 30) + slots * 128 * 512 * 4,
+        "pairs": (1 << 30) + slots * 128 * 513 * 4,
+        "epoch": 99,
         "refusal": 77,
         "refused": 88,
         "table_stride": 5,

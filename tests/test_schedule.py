@@ -34,11 +34,14 @@ def problems_of(metadata, num_splits, lengths) -> list[str]:
     lengths = [int(n) for n in lengths]
     batch, wrong = len(lengths), []
     pieces: list[list[tuple[int, int, int | None]]] = [[] for _ in range(batch)]
+    where: list[list[int]] = [[] for _ in range(batch)]  # the parts of the pieces
+    flags = [0] * len(metadata)
     slots = 0  # those given away so far
     for part, row in enumerate(metadata.tolist()):
         first, begin, last, end, slot, first_tiles, last_tiles, _ = row
+        flags[part], slot = slot >> 16, slot & 0xFFFF
         if last == -1:
-            if any((first, begin, end, slot, first_tiles, last_tiles)):
+            if any((first, begin, end, *row[4:7])):
                 wrong.append(f"part {part} is empty and not zero")
             continue
         if not 0 <= first <= last < batch:
@@ -52,6 +55,7 @@ def problems_of(metadata, num_splits, lengths) -> list[str]:
             count = tiles_of(lengths[request])
             start = begin if request == first else 0
             stop = end if request == last else count
+            where[request].append(part)
             if (start, stop) == (0, count):
                 pieces[request].append((start, stop, None))
                 continue
@@ -75,6 +79,13 @@ def problems_of(metadata, num_splits, lengths) -> list[str]:
             wrong.append(f"request {request}: slots {own}")
         if num_splits[request + 1] - num_splits[request] != len(found):
             wrong.append(f"request {request}: num_splits does not say {len(found)} pieces")
+    pairs = [0] * len(metadata)
+    for found in where:
+        if len(found) == 2 and found[0] + 1 == found[1]:
+            pairs[found[0]] |= 2
+            pairs[found[1]] |= 1
+    if flags != pairs:
+        wrong.append(f"pairs {pairs} are marked {flags}")
     split = [(found[0][2], request) for request, found in enumerate(pieces) if len(found) > 1]
     listed = [slot << 20 | request for slot, request in split]
     listed += [slots << 20 | schedule.MAX_BATCH] * (len(metadata) - len(split))
@@ -251,11 +262,22 @@ def test_constants_of_the_device():
         if re.fullmatch("[A-Z][A-Z_]+", name) and isinstance(value, int)
     }
     # No part of the kernel, or written in another way.
-    elsewhere = {"MAX_BATCH", "MAX_PARTS", "NUM_SMS_CPU", "TOKENS_PER_TILE"}
+    elsewhere = {
+        "BEGINS_IN_PAIR",
+        "ENDS_IN_PAIR",
+        "MAX_BATCH",
+        "MAX_PARTS",
+        "NUM_SMS_CPU",
+        "TOKENS_PER_TILE",
+    }
     assert {name: int(value) for name, value in found.items()} == {
         name: value for name, value in ours.items() if name not in elsewhere
     }
     assert "constexpr int WHOLE = 1 << 30;" in SOURCE.read_text()
+    marks = "constexpr int BEGINS_IN_PAIR = 1 << 16, ENDS_IN_PAIR = 1 << 17;"
+    assert marks in SOURCE.read_text()
+    assert marks in SOURCE.with_name("work.cuh").read_text()
+    assert (schedule.BEGINS_IN_PAIR, schedule.ENDS_IN_PAIR) == (1 << 16, 1 << 17)
     combine = SOURCE.with_name("combine.cu").read_text()
     for text in (SOURCE.read_text(), combine):
         assert "constexpr int REQUEST_BITS = 20, " in text

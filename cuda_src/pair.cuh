@@ -1,0 +1,89 @@
+// Pairs: the two pieces of a request that neighbouring parts share, merged without `combine`.
+//
+// The tail is the first piece of part p, the head the last one of part p - 1. So the tail is usually
+// long done when the head ends, and the head merges: it copies the tail's partial result into the
+// ring, which nothing else needs any more, and writes out and lse. Otherwise a pair is merged as all
+// split requests are.
+//
+// They meet in a word of `pairs`: epoch * 4 + state. A word of another epoch means that the tail has
+// not started: scratch memory comes as it is. The head waits for a tail only if that has started,
+// and so is resident and will end; there is no deadlock, however few multiprocessors there are. In
+// a graph every replay has the same epoch: `combine` clears the words.
+//
+// The arithmetic is that of `combine`, operation by operation: who merges changes no bit.
+#pragma once
+#include "ring.cuh"
+
+constexpr uint64_t STARTED = 1, WRITTEN = 2;
+// In the ring, rows are padded so that a quad of lanes each from 4 rows reads 32 different banks.
+constexpr int OTHER_PITCH = 2048 + 32, OTHER_ROWS = 32;  // of each of two stages
+static_assert(OTHER_PITCH * OTHER_ROWS <= STAGE_BYTES, "half of the rows fit a stage");
+// Where Q was: what out of the head (with l divided out) and out of the tail weigh.
+constexpr int WEIGHTS = Q_STEP_31;  // float [2][64]
+// In lse_partial: a row that `combine` must leave alone. A NaN that no arithmetic makes.
+constexpr uint32_t MERGED_LSE = 0x7fc0ffee;
+
+DEVICE uint64_t* pair_word(const Params& p, int tail_part) {
+  const int row_blocks = gridDim.x * gridDim.y;
+  return p.pairs + (int64_t)tail_part * row_blocks + blockIdx.y * gridDim.x + blockIdx.x;
+}
+DEVICE void tail_started(const Params& p) {
+  st_release(pair_word(p, blockIdx.z), p.epoch * 4 + STARTED);
+}
+// By one thread, after a barrier behind all stores of the block.
+DEVICE void tail_written(const Params& p) {
+  __threadfence();
+  fence_proxy_async_all();
+  st_release(pair_word(p, blockIdx.z), p.epoch * 4 + WRITTEN);
+}
+// Whether the tail's result is there, or will be: then waits for it.
+DEVICE bool await_tail(const Params& p) {
+  const uint64_t* word = pair_word(p, blockIdx.z + 1);
+  uint64_t state = ld_acquire(word);
+  while (state == p.epoch * 4 + STARTED) state = ld_acquire(word);
+  return state == p.epoch * 4 + WRITTEN;
+}
+
+// Brings the tail's rows into the two stages after the last one of the head, by one warp. `last` is
+// the place of the head's last tile.
+DEVICE void fetch_tail(const Params& p, const RowBlock& block, int slot, Place last) {
+  Place place = last;
+  for (int i = 0; i < 2; ++i) {  // P V of the tiles before may still read them
+    place.retreat();
+    mbarrier_wait(empty<0>(place.stage), place.phase);
+    mbarrier_wait(empty<1>(place.stage), place.phase);
+  }
+  const int rows = min(ROWS, p.slab_rows - block.first_row);
+  if (lane_index() == 0) mbarrier_arrive_expect_tx(other_full(), rows * 2048);
+  __syncwarp();
+  fence_proxy_async_all();
+  const float* from = p.out_partial + partial_row(p, slot, block, block.first_row) * 512;
+  last.advance();
+  for (int row = lane_index(); row < rows; row += 32) {
+    const uint32_t stage = row < OTHER_ROWS ? last.stage : (last.stage + 1) % STAGES;
+    cp_async_bulk(stage_address(stage) + row % OTHER_ROWS * OTHER_PITCH, from + row * 512, 2048,
+                  other_full());
+  }
+}
+// The address of a row of the tail, for the place after the head's last tile.
+DEVICE uint32_t tail_row(uint32_t stage, int row) {
+  if (row >= OTHER_ROWS) stage = (stage + 1) % STAGES;
+  return stage_address(stage) + row % OTHER_ROWS * OTHER_PITCH;
+}
+
+// lse in log2 of the two pieces of a row -> that of both, and their weights.
+struct Merged {
+  float lse, head, tail;  // natural logarithm
+};
+DEVICE Merged merge_rows(float head_lse, float tail_lse) {
+  const float top = fmaxf(fmaxf(-1e38f, head_lse), tail_lse);
+  const float head = ex2(head_lse - top), tail = ex2(tail_lse - top), sum = head + tail;
+  const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+  const float lse = sum == 0.f ? __int_as_float(0x7f800000) : (lg2(sum) + top) * 0.69314718056f;
+  return {lse, head * inverse, tail * inverse};
+}
+// One value of out; a piece without a key of this row weighs 0, and may be NaN from V.
+DEVICE float merge_out(float head_weight, float head, float tail_weight, float tail) {
+  const float x = head_weight == 0.f ? 0.f : fmaf(head_weight, head, 0.f);
+  return tail_weight == 0.f ? x : fmaf(tail_weight, tail, x);
+}
