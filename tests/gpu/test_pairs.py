@@ -1,0 +1,64 @@
+"""Pairs of pieces: the head merges the tail, or `combine` does, and no bit tells which.
+
+The marks in column 4 of the metadata decide who merges, so clearing them gives the other ways: with
+no mark, both pieces are merged by `combine`; with the head's mark alone, the head looks for a tail
+that never says it has started, and gives up.
+"""
+
+from __future__ import annotations
+
+import gpu_oracle
+import gpu_problems
+import numpy as np
+import pytest
+from gpu_arrays import DRY, fill_nan, host, mark, same, xp
+
+import flashmla_cupy
+from flashmla_cupy.schedule import BEGINS_IN_PAIR, ENDS_IN_PAIR
+
+pytestmark = mark
+
+SHAPES = ((1, 128, 1), (2, 64, 1), (1, 16, 1), (3, 24, 2), (1, 100, 1), (5, 3, 1))
+
+
+def problem_of(case: int):
+    rng = np.random.default_rng(case)
+    s_q, h_q, h_kv = SHAPES[case % len(SHAPES)]
+    lengths = [
+        lambda: rng.integers(1, 4000, 90),
+        lambda: np.maximum(rng.normal(2000, 1000, 128), 4).astype(int),
+        lambda: rng.integers(0, 800, 150),
+        lambda: np.where(rng.random(70) < 0.2, 0, rng.integers(300, 6000, 70)),
+    ][case % 4]()
+    return gpu_problems.make(
+        lengths[:9] if DRY else lengths,
+        s_q=s_q,
+        h_q=h_q,
+        h_kv=h_kv,
+        page_size=gpu_problems.PAGE_SIZES[case % 5],
+        dtype=("bfloat16", "float16")[case // 2 % 2],
+        causal=case % 3 == 0,
+        seed=case,
+    )
+
+
+@pytest.mark.parametrize("case", range(24))
+def test_who_merges_changes_no_bit(case):
+    problem = problem_of(case)
+    metadata, num_splits = problem.metadata()
+    marks = host(metadata)[:, 4] & (BEGINS_IN_PAIR | ENDS_IN_PAIR)
+    assert DRY or marks.any(), "no pair: the case tests nothing"
+    results = []
+    for cleared in (0, BEGINS_IN_PAIR | ENDS_IN_PAIR, BEGINS_IN_PAIR, ENDS_IN_PAIR):
+        changed = xp.array(metadata)
+        changed[:, 4] &= ~cleared
+        out, lse = problem.outputs()
+        fill_nan(out)
+        fill_nan(lse)
+        problem.decode((changed, num_splits), out, lse)
+        results.append((out, lse))
+    flashmla_cupy.check()
+    gpu_oracle.assert_right(problem, *results[0], what=f"case {case}")
+    for out, lse in results[1:]:
+        assert same(out, results[0][0])
+        assert same(lse, results[0][1])
