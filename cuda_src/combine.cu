@@ -27,6 +27,9 @@ DEVICE float warp_sum(float x) {
   return x;
 }
 
+// Rounded twice, so that two splits give the same bits in one warp, in two, and in dense_decode.
+DEVICE float add_product(float sum, float a, float b) { return __fadd_rn(sum, __fmul_rn(a, b)); }
+
 // out_i of a row: each lane takes columns 4 lane .. + 3 of every 128.
 struct Rows {
   float4 columns[IN_FLIGHT][4];
@@ -59,20 +62,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int* entry = tile_scheduler_metadata + blockIdx.y * 8 + 7;
   const uint32_t this_one = entry[0], next_one = entry[8];
   const int request = this_one & REQUEST_MASK;
-  if (blockIdx.x + blockIdx.y == 0) {
-    griddepcontrol_wait();
-    for (int i = threadIdx.x; i < words; i += THREADS) pairs[i] = 0;
-  }
-  if (request >= batch) return;
   const int first_slot = this_one >> REQUEST_BITS;
   const int splits = (int)(next_one >> REQUEST_BITS) - first_slot;
   // Metadata that does not fit is refused by dense_decode; here it must only do no harm.
-  if (splits < 2 || splits > MAX_SPLITS || first_slot + splits > slots) return;
+  const bool fits = splits >= 2 && splits <= MAX_SPLITS && first_slot + splits <= slots;
+  const bool clears = blockIdx.x + blockIdx.y == 0;
+  if (!clears && (request >= batch || !fits)) return;
 
   const int rows = s_q * h_q;
   const int row = blockIdx.x * (WARPS / warps_per_row) + warp / warps_per_row;
   const bool active = row < rows;
   griddepcontrol_wait();
+  if (clears) {  // for the next replay, if this is in a graph
+    for (int i = threadIdx.x; i < words; i += THREADS) pairs[i] = 0;
+    if (request >= batch || !fits) return;
+  }
 
   const int64_t first_row = (int64_t)first_slot * rows + (active ? row : 0);
   if (splits == 2 && __float_as_uint(__ldg(lse_partial + first_row)) == MERGED_LSE) return;
@@ -116,10 +120,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
         const float4 v = loaded.columns[u][c];
-        o[c].x = fmaf(weight, v.x, o[c].x);
-        o[c].y = fmaf(weight, v.y, o[c].y);
-        o[c].z = fmaf(weight, v.z, o[c].z);
-        o[c].w = fmaf(weight, v.w, o[c].w);
+        o[c].x = add_product(o[c].x, weight, v.x);
+        o[c].y = add_product(o[c].y, weight, v.y);
+        o[c].z = add_product(o[c].z, weight, v.z);
+        o[c].w = add_product(o[c].w, weight, v.w);
       }
     }
     split += IN_FLIGHT * stride;

@@ -7,8 +7,8 @@
 //
 //   softmax   S [64, 64] = Q K^T, then P. Q stays in 124 registers, 31 of 36 steps in K; the other
 //             five come from shared memory. 184 registers a thread.
-//   matrix<0> O[:, :256] += P V[:, :256], 128 of its 160 registers; its warp 0 also loads half 0.
-//   matrix<1> O[:, 256:] += P V[:, 256:], likewise.
+//   matrix    twice: O[:, :256] += P V[:, :256], half 0, and the other columns, half 1. O takes 128 of
+//             160 registers. Warp 0 of each also loads that half of Q and K.
 //
 // P of a tile overwrites the rotary columns of the same tile, which S no longer needs, so the ring
 // holds three tiles in 227 KB. The running maximum m is lazy: it moves only when a row's maximum
@@ -66,8 +66,8 @@ DEVICE void release(uint32_t barrier) {
 // The rows of Q, from their slot: steps 0..30 to registers, 31 and the rotary block to shared
 // memory of their own. Frees the slot.
 DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], Place place) {
-  mbarrier_wait(full<0>(place.stage), place.phase);
-  mbarrier_wait(full<1>(place.stage), place.phase);
+  mbarrier_wait(full(0, place.stage), place.phase);
+  mbarrier_wait(full(1, place.stage), place.phase);
   const uint32_t stage = stage_address(place.stage), fragment = stage + fragment_offset();
 #pragma unroll
   for (int k = 0; k < Q_STEPS; ++k) {
@@ -89,8 +89,8 @@ DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], Place place) {
   bar_sync<1, 128>();
   if (lane_index() == 0) mbarrier_arrive(p_ready(place.stage));  // keeps its parity in step
   if (thread == 0) {
-    mbarrier_arrive(empty<0>(place.stage), 4);
-    mbarrier_arrive(empty<1>(place.stage), 8);
+    mbarrier_arrive(empty(0, place.stage), 4);
+    mbarrier_arrive(empty(1, place.stage), 8);
   }
 }
 
@@ -101,11 +101,11 @@ DEVICE void issue_scores(float (&s)[32], const uint32_t (&q)[4 * Q_STEPS], Place
   const uint64_t k_tile = descriptor_k_major(stage_address(place.stage));
   const uint64_t q_rope = descriptor_k_major(shared_base() + Q_ROPE);
   auto columns = [&](int step) { return k_tile + (step >> 2) * (BLOCK_BYTES >> 4) + (step & 3) * 2; };
-  mbarrier_wait(full<0>(place.stage), place.phase);
+  mbarrier_wait(full(0, place.stage), place.phase);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 16; ++k) wgmma_m64n64k16_rs(s, q + 4 * k, columns(k), k != 0);
-  mbarrier_wait(full<1>(place.stage), place.phase);
+  mbarrier_wait(full(1, place.stage), place.phase);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < 4; ++k) wgmma_m64n64k16_ss(s, q_rope + k * 2, columns(32 + k));
@@ -280,11 +280,12 @@ DEVICE void softmax_role(const Params& p) {
     take_q(q, place);
     place.advance();
     float m[2] = {NEG_INF, NEG_INF}, l[2] = {0.f, 0.f};
-    issue_scores(s, q, place, 0);
-    wgmma_wait_all();
-    pin(s);
+    uint32_t to_release = 0;
 #pragma unroll 1
     for (;;) {
+      issue_scores(s, q, place, to_release);
+      wgmma_wait_all();
+      pin(s);
       if (tiles_left <= p.border_tiles) mask(s, p, request, first_token);
       softmax_step(s, m, l, place.stage, p.scale_log2);
       if (--tiles_left == 0) break;
@@ -292,11 +293,9 @@ DEVICE void softmax_role(const Params& p) {
       const uint32_t p_written = p_ready(place.stage);
       place.advance();
       const bool arrived =
-          __all_sync(~0u, mbarrier_test_wait(full<0>(place.stage), place.phase));
+          __all_sync(~0u, mbarrier_test_wait(full(0, place.stage), place.phase));
       if (!arrived) release(p_written);  // memory-bound: P V runs while K is on its way
-      issue_scores(s, q, place, arrived ? p_written : 0);
-      wgmma_wait_all();
-      pin(s);
+      to_release = arrived ? p_written : 0;
     }
 
     mbarrier_wait(results_free(), results_phase);
@@ -338,27 +337,25 @@ DEVICE void softmax_role(const Params& p) {
 // ---- matrix warpgroups ----------------------------------------------------------------------
 
 // Zeroes the rows of V past the end of the request: unused memory may hold NaN, and 0 * NaN is NaN.
-template <int Half>
-DEVICE void clear_rows(uint32_t stage, int rows_used) {
+DEVICE void clear_rows(int half, uint32_t stage, int rows_used) {
   const uint32_t thread = thread_index() & 127;
   const uint32_t column =
-      stage_address(stage) + (Half * 4 + ((thread & 31) >> 3)) * BLOCK_BYTES + (thread & 7) * 16;
+      stage_address(stage) + (half * 4 + ((thread & 31) >> 3)) * BLOCK_BYTES + (thread & 7) * 16;
 #pragma unroll 1
   for (int row = rows_used + (thread >> 5); row < TOKENS; row += 4) {
     st_shared_v4(column + row * 128, {0, 0, 0, 0});
   }
   fence_proxy_async();
-  bar_sync<2 + Half, 128>();
+  bar_sync<128>(2 + half);
 }
 
 // O * inverse -> out, 16 bytes a lane: 4x4 transposes within each quad of lanes.
-template <int Half>
-DEVICE void store_out(const float (&o)[128], const Params& p, int request, float inverse0,
+DEVICE void store_out(const float (&o)[128], int half, const Params& p, int request, float inverse0,
                       float inverse1) {
   const RowBlock block = row_block();
   const int row = block.first_row + row_in_block();
   const bool odd = lane_index() & 1, upper = lane_index() & 2;
-  uint16_t* to = p.out + out_row(p, request, block, row) * 512 + Half * 256 +
+  uint16_t* to = p.out + out_row(p, request, block, row) * 512 + half * 256 +
                  (lane_index() & 3) * 8;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -388,15 +385,14 @@ DEVICE void store_out(const float (&o)[128], const Params& p, int request, float
 }
 
 // O of the head -> out of both pieces.
-template <int Half>
-DEVICE void merge_tail(float (&o)[128], Place after, float inverse0, float inverse1) {
+DEVICE void merge_tail(float (&o)[128], int half, Place after, float inverse0, float inverse1) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int row = row_in_block() + 8 * h;
     const float inverse = h ? inverse1 : inverse0;
     const float head = ld_shared_f32(shared_base() + WEIGHTS + row * 4);
     const float tail = ld_shared_f32(shared_base() + WEIGHTS + 256 + row * 4);
-    const uint32_t from = tail_row(after.stage, row) + Half * 1024 + column_pair() * 4;
+    const uint32_t from = tail_row(after.stage, row) + half * 1024 + column_pair() * 4;
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       const float2 other = ld_shared_v2_f32(from + i * 32);
@@ -407,13 +403,12 @@ DEVICE void merge_tail(float (&o)[128], Place after, float inverse0, float inver
   }
 }
 
-template <int Half>
-DEVICE void store_partial(const float (&o)[128], const Params& p, int slot, float inverse0,
+DEVICE void store_partial(const float (&o)[128], int half, const Params& p, int slot, float inverse0,
                           float inverse1) {
   const RowBlock block = row_block();
   const int row = block.first_row + row_in_block();
   float* to =
-      p.out_partial + partial_row(p, slot, block, row) * 512 + Half * 256 + column_pair();
+      p.out_partial + partial_row(p, slot, block, row) * 512 + half * 256 + column_pair();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const float x = h ? inverse1 : inverse0;
@@ -426,17 +421,16 @@ DEVICE void store_partial(const float (&o)[128], const Params& p, int slot, floa
 }
 
 // The end of a head; `after` is the place after its last tile.
-template <int Half>
-DEVICE void finish_head(float (&o)[128], const Params& p, int request, Place after, float inverse0,
-                        float inverse1) {
+DEVICE void finish_head(float (&o)[128], int half, const Params& p, int request, Place after,
+                        float inverse0, float inverse1) {
   bar_sync<4, 384>();  // with the softmax warpgroup
   const uint32_t result = ld_shared_u32(shared_base() + RESULT);
   if (result >> 16 == MERGED) {
     mbarrier_wait(other_full(), 0);
-    merge_tail<Half>(o, after, inverse0, inverse1);
-    store_out<Half>(o, p, request, 1.f, 1.f);
+    merge_tail(o, half, after, inverse0, inverse1);
+    store_out(o, half, p, request, 1.f, 1.f);
   } else {
-    store_partial<Half>(o, p, result & 0xffff, inverse0, inverse1);
+    store_partial(o, half, p, result & 0xffff, inverse0, inverse1);
   }
 }
 
@@ -446,21 +440,19 @@ DEVICE void free_results() {
 }
 DEVICE bool is_producer() { return warp_in_group() == 0; }
 
-template <int Half>
-DEVICE void matrix_role(const Params& p, const TensorMap& q_map, const TensorMap& k_map) {
+DEVICE void matrix_role(const Params& p, int half, const TensorMap& q_map, const TensorMap& k_map) {
   Cursor cursor;
   cursor.tile = Cursor::DONE;
   if (is_producer()) {
     cursor.request = part_of(p).first_request - 1;
     next_piece(p, cursor);
 #pragma unroll 1
-    for (uint32_t stage = 0; stage < STAGES; ++stage) {
-      produce<Half>(p, q_map, k_map, cursor, {stage, 0}, false);
+    for (uint32_t slot = 0; slot <= STAGES; ++slot) {  // the last one where Q was
+      produce(p, half, q_map, k_map, cursor, {slot % STAGES, 0}, slot == STAGES);
     }
   }
   float o[128];
   Place place;
-  bool is_first_piece = true;
 #pragma unroll 1
   for (int request = part_of(p).first_request; request <= part_of(p).last_request; ++request) {
     int tiles, last_rows;  // of the piece; of the request in its last tile
@@ -472,57 +464,56 @@ DEVICE void matrix_role(const Params& p, const TensorMap& q_map, const TensorMap
     }
 #pragma unroll
     for (int i = 0; i < 128; ++i) o[i] = 0.f;
-    // Refills the stage of this piece's Q: the first one here, later ones at the end of a piece.
-    if (is_first_piece && is_producer()) produce<Half>(p, q_map, k_map, cursor, place, true);
-    is_first_piece = false;
-    place.advance();
+    place.advance();  // Q
 #pragma unroll 1
-    for (int i = 0; i < tiles; ++i) {
-      mbarrier_wait(p_ready(place.stage), place.phase);
-      if (i + 1 == tiles && last_rows < TOKENS) clear_rows<Half>(place.stage, last_rows);
-      if (i > 0 && ld_shared_u32(rescale_flag(place.stage))) {
-        const float a = __uint_as_float(ld_shared_u16(factors(place.stage)) << 16);
-        const float b = __uint_as_float(ld_shared_u16(factors(place.stage) + 16) << 16);
+    for (int i = 0;; ++i) {
+      // The last round is for the next piece's Q, which the softmax warpgroup frees: only a refill.
+      if (i < tiles) {
+        mbarrier_wait(p_ready(place.stage), place.phase);
+        if (i + 1 == tiles && last_rows < TOKENS) clear_rows(half, place.stage, last_rows);
+        if (i > 0 && ld_shared_u32(rescale_flag(place.stage))) {
+          const float a = __uint_as_float(ld_shared_u16(factors(place.stage)) << 16);
+          const float b = __uint_as_float(ld_shared_u16(factors(place.stage) + 16) << 16);
 #pragma unroll
-        for (int j = 0; j < 32; ++j) {
-          o[4 * j] *= a, o[4 * j + 1] *= a;
-          o[4 * j + 2] *= b, o[4 * j + 3] *= b;
+          for (int j = 0; j < 32; ++j) {
+            o[4 * j] *= a, o[4 * j + 1] *= a;
+            o[4 * j + 2] *= b, o[4 * j + 3] *= b;
+          }
+        }
+        {
+          const uint32_t stage = stage_address(place.stage);
+          const uint64_t p_tile = descriptor_k_major(stage + ROPE * BLOCK_BYTES);
+          const uint64_t v_tile = descriptor_mn_major(stage + half * 4 * BLOCK_BYTES);
+          pin(o);
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < 4; ++k) wgmma_m64n256k16_ss(o, p_tile + k * 2, v_tile + k * 128);
+          wgmma_commit_group();
+          wgmma_wait_all();
+          pin(o);
+        }
+        __syncwarp();
+        if (lane_index() == 0) {
+          if (half == 0) mbarrier_arrive(empty(0, place.stage));
+          mbarrier_arrive(empty(1, place.stage));  // P lies in half 1
         }
       }
-      {
-        const uint32_t stage = stage_address(place.stage);
-        const uint64_t p_tile = descriptor_k_major(stage + ROPE * BLOCK_BYTES);
-        const uint64_t v_tile = descriptor_mn_major(stage + Half * 4 * BLOCK_BYTES);
-        pin(o);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) wgmma_m64n256k16_ss(o, p_tile + k * 2, v_tile + k * 128);
-        wgmma_commit_group();
-        wgmma_wait_all();
-        pin(o);
-      }
-      __syncwarp();
-      if (lane_index() == 0) {
-        if (Half == 0) mbarrier_arrive(empty<0>(place.stage));
-        mbarrier_arrive(empty<1>(place.stage));  // P lies in half 1
-      }
-      if (is_producer()) produce<Half>(p, q_map, k_map, cursor, place, true);
+      if (is_producer()) produce(p, half, q_map, k_map, cursor, place, true);
+      if (i == tiles) break;
       place.advance();
     }
     const float inverse0 = ld_shared_f32(row_floats(INVERSE_L));
     const float inverse1 = ld_shared_f32(row_floats(INVERSE_L) + 32);
     const uint32_t result = ld_shared_u32(shared_base() + RESULT), kind = result >> 16;
     if (kind >= HEAD) {
-      finish_head<Half>(o, p, request, place, inverse0, inverse1);
+      finish_head(o, half, p, request, place, inverse0, inverse1);
       return;
     }
     if (kind != TAIL) free_results();
-    // The stage of the next piece's Q; the softmax warpgroup frees it.
-    if (is_producer()) produce<Half>(p, q_map, k_map, cursor, place, true);
     if (kind == WHOLE) {
-      store_out<Half>(o, p, request, inverse0, inverse1);
+      store_out(o, half, p, request, inverse0, inverse1);
     } else {
-      store_partial<Half>(o, p, result & 0xffff, inverse0, inverse1);
+      store_partial(o, half, p, result & 0xffff, inverse0, inverse1);
     }
     if (kind == TAIL) {
       __syncwarp();
@@ -551,12 +542,10 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   if (warpgroup == 0) {
     setmaxnreg_inc<184>();
     softmax_role(p);
-  } else if (warpgroup == 1) {
-    setmaxnreg_dec<160>();
-    matrix_role<0>(p, q_map_0, k_map_0);
   } else {
     setmaxnreg_dec<160>();
-    matrix_role<1>(p, q_map_1, k_map_1);
+    const int half = warpgroup - 1;
+    matrix_role(p, half, half ? q_map_1 : q_map_0, half ? k_map_1 : k_map_0);
   }
   griddepcontrol_launch_dependents();
 }

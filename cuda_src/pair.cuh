@@ -50,8 +50,8 @@ DEVICE void fetch_tail(const Params& p, const RowBlock& block, int slot, Place l
   Place place = last;
   for (int i = 0; i < 2; ++i) {  // P V of the tiles before may still read them
     place.retreat();
-    mbarrier_wait(empty<0>(place.stage), place.phase);
-    mbarrier_wait(empty<1>(place.stage), place.phase);
+    mbarrier_wait(empty(0, place.stage), place.phase);
+    mbarrier_wait(empty(1, place.stage), place.phase);
   }
   const int rows = min(ROWS, p.slab_rows - block.first_row);
   if (lane_index() == 0) mbarrier_arrive_expect_tx(other_full(), rows * 2048);
@@ -84,6 +84,6 @@ DEVICE Merged merge_rows(float head_lse, float tail_lse) {
 }
 // One value of out; a piece without a key of this row weighs 0, and may be NaN from V.
 DEVICE float merge_out(float head_weight, float head, float tail_weight, float tail) {
-  const float x = head_weight == 0.f ? 0.f : fmaf(head_weight, head, 0.f);
-  return tail_weight == 0.f ? x : fmaf(tail_weight, tail, x);
+  const float x = head_weight == 0.f ? 0.f : __fadd_rn(0.f, __fmul_rn(head_weight, head));
+  return tail_weight == 0.f ? x : __fadd_rn(x, __fmul_rn(tail_weight, tail));
 }

@@ -95,6 +95,10 @@ template <int Barrier, int Threads>
 DEVICE void bar_sync() {
   asm volatile("bar.sync %0, %1;" ::"n"(Barrier), "n"(Threads) : "memory");
 }
+template <int Threads>
+DEVICE void bar_sync(int barrier) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(Threads) : "memory");
+}
 template <int Barrier, int Threads>
 DEVICE void bar_arrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(Barrier), "n"(Threads) : "memory");

@@ -10,8 +10,7 @@
 constexpr int STAGES = 3;
 constexpr int BLOCK_BYTES = ROWS * 128, COLUMN_BLOCKS = 9, ROPE = 8;  // ROPE: the last block
 constexpr int STAGE_BYTES = COLUMN_BLOCKS * BLOCK_BYTES;
-template <int Half>
-constexpr int HALF_BLOCKS = Half ? 5 : 4;
+DEVICE int half_blocks(int half) { return 4 + half; }
 
 // Byte offsets in shared memory.
 constexpr int Q_ROPE = STAGES * STAGE_BYTES;           // column block 8 of Q
@@ -31,13 +30,11 @@ extern __shared__ __align__(1024) uint8_t shared[];
 DEVICE uint32_t shared_base() { return shared_address(shared); }
 DEVICE uint32_t stage_address(uint32_t stage) { return shared_base() + stage * STAGE_BYTES; }
 // Barriers: data has arrived; all have finished with it (4 and 8 warps); P is written (4 warps).
-template <int Half>
-DEVICE uint32_t full(uint32_t stage) {
-  return shared_base() + BARRIERS + (Half * STAGES + stage) * 8;
+DEVICE uint32_t full(int half, uint32_t stage) {
+  return shared_base() + BARRIERS + (half * STAGES + stage) * 8;
 }
-template <int Half>
-DEVICE uint32_t empty(uint32_t stage) {
-  return shared_base() + BARRIERS + ((2 + Half) * STAGES + stage) * 8;
+DEVICE uint32_t empty(int half, uint32_t stage) {
+  return shared_base() + BARRIERS + ((2 + half) * STAGES + stage) * 8;
 }
 DEVICE uint32_t p_ready(uint32_t stage) {
   return shared_base() + BARRIERS + (4 * STAGES + stage) * 8;
@@ -51,10 +48,10 @@ DEVICE uint32_t row_block_address() { return shared_base() + ROW_BLOCK; }
 
 DEVICE void init_barriers() {
   for (int stage = 0; stage < STAGES; ++stage) {
-    mbarrier_init(full<0>(stage), 1);
-    mbarrier_init(full<1>(stage), 1);
-    mbarrier_init(empty<0>(stage), 4);
-    mbarrier_init(empty<1>(stage), 8);
+    mbarrier_init(full(0, stage), 1);
+    mbarrier_init(full(1, stage), 1);
+    mbarrier_init(empty(0, stage), 4);
+    mbarrier_init(empty(1, stage), 8);
     mbarrier_init(p_ready(stage), 4);
   }
   mbarrier_init(results_free(), 8);
@@ -129,19 +126,18 @@ DEVICE int checked_page(const Params& p, const Cursor& cursor) {
 }
 
 // Loads this half of the cursor's slot into its stage, once it is empty, and moves on.
-template <int Half>
-DEVICE void produce(const Params& p, const TensorMap& q_map, const TensorMap& k_map,
+DEVICE void produce(const Params& p, int half, const TensorMap& q_map, const TensorMap& k_map,
                     Cursor& cursor, Place place, bool wait) {
   if (cursor.tile == Cursor::DONE) return;
-  constexpr int FIRST = Half * 4;
-  const uint32_t to = stage_address(place.stage) + FIRST * BLOCK_BYTES;
-  const uint32_t barrier = full<Half>(place.stage);
-  if (wait) mbarrier_wait(empty<Half>(place.stage), place.phase);
+  const int first = half * 4;
+  const uint32_t to = stage_address(place.stage) + first * BLOCK_BYTES;
+  const uint32_t barrier = full(half, place.stage);
+  if (wait) mbarrier_wait(empty(half, place.stage), place.phase);
   if (cursor.tile == Cursor::Q_SLOT) {
     if (elect_sync()) {
       const RowBlock block = row_block();
-      mbarrier_arrive_expect_tx(barrier, HALF_BLOCKS<Half> * BLOCK_BYTES);
-      cp_async_bulk_tensor_5d(to, q_map, barrier, 0, block.first_head + block.first_row, FIRST,
+      mbarrier_arrive_expect_tx(barrier, half_blocks(half) * BLOCK_BYTES);
+      cp_async_bulk_tensor_5d(to, q_map, barrier, 0, block.first_head + block.first_row, first,
                               block.slab, cursor.request, createpolicy_evict_first());
     }
     __syncwarp();
@@ -157,19 +153,19 @@ DEVICE void produce(const Params& p, const TensorMap& q_map, const TensorMap& k_
 #endif
   if (elect_sync()) {
     const uint64_t policy = createpolicy_evict_first();
-    mbarrier_arrive_expect_tx(barrier, HALF_BLOCKS<Half> * BLOCK_BYTES);
+    mbarrier_arrive_expect_tx(barrier, half_blocks(half) * BLOCK_BYTES);
 #if PAGE_SIZE < 64
 #pragma unroll
     for (int i = 0; i < PAGES_PER_TILE; ++i) {
 #pragma unroll 1
-      for (int block = 0; block < HALF_BLOCKS<Half>; ++block) {
+      for (int block = 0; block < half_blocks(half); ++block) {
         cp_async_bulk_tensor_5d(to + block * BLOCK_BYTES + i * PAGE_SIZE * 128, k_map, barrier, 0,
-                                0, FIRST + block, blockIdx.y, pages[i], policy);
+                                0, first + block, blockIdx.y, pages[i], policy);
       }
     }
 #else
     const int row = (cursor.tile & ((1 << p.page_tiles_log2) - 1)) * TOKENS;
-    cp_async_bulk_tensor_5d(to, k_map, barrier, 0, row, FIRST, blockIdx.y, page, policy);
+    cp_async_bulk_tensor_5d(to, k_map, barrier, 0, row, first, blockIdx.y, page, policy);
 #endif
   }
   __syncwarp();
