@@ -15,7 +15,8 @@ from flashmla_cupy import PagedKVCache, flash_mla_with_kvcache, get_mla_metadata
 
 HEADS = 128  # query heads of DeepSeek-V3; they share one latent vector a token
 D_QK, D_V = 576, 512  # a latent vector: 512 columns (all of V) and 64 rotary ones
-ATOL, RTOL = 8e-4, 2.01 / 128  # what FlashMLA's own tests allow in bfloat16
+# What FlashMLA's own tests allow in bfloat16; its values are a tenth of those here, so is its ATOL.
+ATOL, RTOL = 8e-3, 2.01 / 128
 
 
 def main() -> int:

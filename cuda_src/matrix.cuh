@@ -1,0 +1,194 @@
+// A matrix warpgroup: O += P V for one half of the 512 columns, and where O goes in the end. O takes
+// 128 of 160 registers. Warp 0 is also the producer of that half of Q and K.
+#pragma once
+#include "fragments.cuh"
+#include "pair.cuh"
+
+// Zeroes the rows of V past the end of the request: unused memory may hold NaN, and 0 * NaN is NaN.
+DEVICE void clear_rows(int half, uint32_t stage, int rows_used) {
+  const uint32_t thread = thread_index() & 127;
+  const uint32_t column =
+      stage_address(stage) + (half * 4 + ((thread & 31) >> 3)) * BLOCK_BYTES + (thread & 7) * 16;
+#pragma unroll 1
+  for (int row = rows_used + (thread >> 5); row < TOKENS; row += 4) {
+    st_shared_v4(column + row * 128, {0, 0, 0, 0});
+  }
+  fence_proxy_async();
+  bar_sync<128>(2 + half);
+}
+
+// O * inverse -> out, 16 bytes a lane: 4x4 transposes within each quad of lanes.
+DEVICE void store_out(const float (&o)[128], int half, const Params& p, int request, float inverse0,
+                      float inverse1) {
+  const RowBlock block = row_block();
+  const int row = block.first_row + row_in_block();
+  const bool odd = lane_index() & 1, upper = lane_index() & 2;
+  uint16_t* to = p.out + out_row(p, request, block, row) * 512 + half * 256 +
+                 (lane_index() & 3) * 8;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float x = h ? inverse1 : inverse0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float* t = o + 16 * i + 2 * h;
+      uint32_t u0 = cvt_x2(t[0] * x, t[1] * x), u1 = cvt_x2(t[4] * x, t[5] * x);
+      uint32_t u2 = cvt_x2(t[8] * x, t[9] * x), u3 = cvt_x2(t[12] * x, t[13] * x);
+      uint32_t a = __shfl_xor_sync(~0u, odd ? u0 : u1, 1);
+      uint32_t b = __shfl_xor_sync(~0u, odd ? u2 : u3, 1);
+      if (odd) {
+        u0 = a, u2 = b;
+      } else {
+        u1 = a, u3 = b;
+      }
+      a = __shfl_xor_sync(~0u, upper ? u0 : u2, 2);
+      b = __shfl_xor_sync(~0u, upper ? u1 : u3, 2);
+      if (upper) {
+        u0 = a, u1 = b;
+      } else {
+        u2 = a, u3 = b;
+      }
+      if (row + 8 * h < p.slab_rows) st_global_v4(to + h * 8 * 512 + i * 32, {u0, u1, u2, u3});
+    }
+  }
+}
+
+// O of the head -> out of both pieces.
+DEVICE void merge_tail(float (&o)[128], int half, Place after, float inverse0, float inverse1) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = row_in_block() + 8 * h;
+    const float inverse = h ? inverse1 : inverse0;
+    const float head = ld_shared_f32(shared_base() + WEIGHTS + row * 4);
+    const float tail = ld_shared_f32(shared_base() + WEIGHTS + 256 + row * 4);
+    const uint32_t from = tail_row(after.stage, row) + half * 1024 + column_pair() * 4;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const float2 other = ld_shared_v2_f32(from + i * 32);
+      float* x = o + 4 * i + 2 * h;
+      x[0] = merge_out(head, x[0] * inverse, tail, other.x);
+      x[1] = merge_out(head, x[1] * inverse, tail, other.y);
+    }
+  }
+}
+
+DEVICE void store_partial(const float (&o)[128], int half, const Params& p, int slot, float inverse0,
+                          float inverse1) {
+  const RowBlock block = row_block();
+  const int row = block.first_row + row_in_block();
+  float* to =
+      p.out_partial + partial_row(p, slot, block, row) * 512 + half * 256 + column_pair();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float x = h ? inverse1 : inverse0;
+    if (row + 8 * h >= p.slab_rows) continue;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      st_global_v2(to + h * 8 * 512 + i * 8, o[4 * i + 2 * h] * x, o[4 * i + 2 * h + 1] * x);
+    }
+  }
+}
+
+// The end of a head; `after` is the place after its last tile.
+DEVICE void finish_head(float (&o)[128], int half, const Params& p, int request, Place after,
+                        float inverse0, float inverse1) {
+  bar_sync<4, 384>();  // with the softmax warpgroup
+  const uint32_t result = ld_shared_u32(shared_base() + RESULT);
+  if (result >> 16 == MERGED) {
+    mbarrier_wait(other_full(), 0);
+    merge_tail(o, half, after, inverse0, inverse1);
+    store_out(o, half, p, request, 1.f, 1.f);
+  } else {
+    store_partial(o, half, p, result & 0xffff, inverse0, inverse1);
+  }
+}
+
+DEVICE void free_results() {
+  __syncwarp();
+  if (lane_index() == 0) mbarrier_arrive(results_free());
+}
+DEVICE bool is_producer() { return warp_in_group() == 0; }
+
+DEVICE void matrix_role(const Params& p, int half, const TensorMap& q_map, const TensorMap& k_map) {
+  Cursor cursor;
+  cursor.tile = Cursor::DONE;
+  if (is_producer()) {
+    cursor.request = part_of(p).first_request - 1;
+    next_piece(p, cursor);
+#pragma unroll 1
+    for (uint32_t slot = 0; slot <= STAGES; ++slot) {  // the last one where Q was
+      produce(p, half, q_map, k_map, cursor, {slot % STAGES, 0}, slot == STAGES);
+    }
+  }
+  float o[128];
+  Place place;
+#pragma unroll 1
+  for (int request = part_of(p).first_request; request <= part_of(p).last_request; ++request) {
+    int tiles, last_rows;  // of the piece; of the request in its last tile
+    {
+      const Piece piece = piece_of(p, request);
+      tiles = piece.end - piece.begin;
+      last_rows = piece.length - (piece.end - 1) * TOKENS;
+      if (tiles == 0) continue;  // store_no_keys
+    }
+#pragma unroll
+    for (int i = 0; i < 128; ++i) o[i] = 0.f;
+    mbarrier_wait(p_ready(place.stage), place.phase);  // Q has been taken
+    place.advance();
+#pragma unroll 1
+    for (int i = 0;; ++i) {
+      // The last round is for the next piece's Q, which the softmax warpgroup frees: only a refill.
+      if (i < tiles) {
+        mbarrier_wait(p_ready(place.stage), place.phase);
+        if (i + 1 == tiles && last_rows < TOKENS) clear_rows(half, place.stage, last_rows);
+        if (i > 0 && ld_shared_u32(rescale_flag(place.stage))) {
+          const float a = __uint_as_float(ld_shared_u16(factors(place.stage)) << 16);
+          const float b = __uint_as_float(ld_shared_u16(factors(place.stage) + 16) << 16);
+#pragma unroll
+          for (int j = 0; j < 32; ++j) {
+            o[4 * j] *= a, o[4 * j + 1] *= a;
+            o[4 * j + 2] *= b, o[4 * j + 3] *= b;
+          }
+        }
+        {
+          const uint32_t stage = stage_address(place.stage);
+          const uint64_t p_tile = descriptor_k_major(stage + ROPE * BLOCK_BYTES);
+          const uint64_t v_tile = descriptor_mn_major(stage + half * 4 * BLOCK_BYTES);
+          pin(o);
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < 4; ++k) wgmma_m64n256k16_ss(o, p_tile + k * 2, v_tile + k * 128);
+          wgmma_commit_group();
+          wgmma_wait_all();
+          pin(o);
+        }
+        __syncwarp();
+        if (lane_index() == 0) {
+          if (half == 0) mbarrier_arrive(empty(0, place.stage));
+          mbarrier_arrive(empty(1, place.stage));  // P lies in half 1
+        }
+      }
+      if (is_producer()) produce(p, half, q_map, k_map, cursor, place, true);
+      if (i == tiles) break;
+      place.advance();
+    }
+    const float inverse0 = ld_shared_f32(row_floats(INVERSE_L));
+    const float inverse1 = ld_shared_f32(row_floats(INVERSE_L) + 32);
+    const uint32_t result = ld_shared_u32(shared_base() + RESULT), kind = result >> 16;
+    if (kind >= HEAD) {
+      finish_head(o, half, p, request, place, inverse0, inverse1);
+      return;
+    }
+    if (kind != TAIL) free_results();
+    if (kind == WHOLE) {
+      store_out(o, half, p, request, inverse0, inverse1);
+    } else {
+      store_partial(o, half, p, result & 0xffff, inverse0, inverse1);
+    }
+    if (kind == TAIL) {
+      __syncwarp();
+      bar_sync<4, 384>();  // with the lse of the softmax warpgroup
+      if (thread_index() == 128) tail_written(p);
+      free_results();
+    }
+  }
+}

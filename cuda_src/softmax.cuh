@@ -1,0 +1,295 @@
+// The softmax warpgroup: S = Q K^T, P = 2^(scale S - m), the running maximum m and sum l of each row,
+// lse. Q stays in 124 registers, 31 of 36 steps in K; the other five come from shared memory.
+#pragma once
+#include "fragments.cuh"
+#include "pair.cuh"
+
+constexpr float LAZY = 8.f;    // log2 units that a row may exceed its running maximum
+constexpr int Q_STEPS = 31;    // of 16 columns, kept in registers
+constexpr int TAIL_STEPS = 8;  // of S still to be issued when P V of the last tile is released
+
+DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+// What this thread wrote to shared memory becomes visible to wgmma and TMA, then its warp arrives.
+DEVICE void release(uint32_t barrier) {
+  fence_proxy_async();
+  __syncwarp();
+  if (lane_index() == 0) mbarrier_arrive(barrier);
+}
+
+// The rows of Q, from their slot: steps 0..30 to registers, 31 and the rotary block to shared
+// memory of their own. Frees the slot.
+DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], Place place) {
+  mbarrier_wait(full(0, place.stage), place.phase);
+  mbarrier_wait(full(1, place.stage), place.phase);
+  const uint32_t stage = stage_address(place.stage), fragment = stage + fragment_offset();
+#pragma unroll
+  for (int k = 0; k < Q_STEPS; ++k) {
+    ldmatrix_x4((fragment ^ ((k & 3) << 5)) + (k >> 2) * BLOCK_BYTES, q[4 * k], q[4 * k + 1],
+                q[4 * k + 2], q[4 * k + 3]);
+  }
+  const uint32_t thread = thread_index() & 127;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t offset = i * 2048 + thread * 16;
+    st_shared_v4(shared_base() + Q_ROPE + offset,
+                 ld_shared_v4(stage + ROPE * BLOCK_BYTES + offset));
+  }
+  const uint32_t row = thread >> 1, half = thread & 1;  // 16-byte chunks 6 and 7 of block 7
+  st_shared_v4(
+      shared_base() + Q_STEP_31 + half * 1024 + row * 16,
+      ld_shared_v4(stage + 7 * BLOCK_BYTES + row * 128 + (((6 + half) ^ (row & 7)) << 4)));
+  fence_proxy_async();
+  bar_sync<1, 128>();
+  if (lane_index() == 0) mbarrier_arrive(p_ready(place.stage));  // every slot has its phase
+  if (thread == 0) {
+    mbarrier_arrive(empty(0, place.stage), 4);
+    mbarrier_arrive(empty(1, place.stage), 8);
+  }
+}
+
+// Issues S = Q K^T for the tile at `place`. `to_release`: P V of the tile before, or 0. Issuing is
+// nearly synchronous, since a warp can queue only a few wgmmas.
+DEVICE void issue_scores(float (&s)[32], const uint32_t (&q)[4 * Q_STEPS], Place place,
+                         uint32_t to_release) {
+  const uint64_t k_tile = descriptor_k_major(stage_address(place.stage));
+  const uint64_t q_rope = descriptor_k_major(shared_base() + Q_ROPE);
+  auto columns = [&](int step) { return k_tile + (step >> 2) * (BLOCK_BYTES >> 4) + (step & 3) * 2; };
+  mbarrier_wait(full(0, place.stage), place.phase);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 16; ++k) wgmma_m64n64k16_rs(s, q + 4 * k, columns(k), k != 0);
+  mbarrier_wait(full(1, place.stage), place.phase);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) wgmma_m64n64k16_ss(s, q_rope + k * 2, columns(32 + k));
+  wgmma_m64n64k16_ss(s, descriptor_k_major_plain(shared_base() + Q_STEP_31), columns(31));
+#pragma unroll
+  for (int k = 16; k < Q_STEPS; ++k) {
+    if (k == Q_STEPS - TAIL_STEPS) {
+      if (to_release) release(to_release);
+      wgmma_fence();
+    }
+    wgmma_m64n64k16_rs(s, q + 4 * k, columns(k), 1);
+  }
+  wgmma_commit_group();
+}
+
+// -inf for keys that a row does not see: those past the end and, if causal, past its position.
+// NaN among the live keys stays, so that a refused page reaches every row.
+DEVICE void mask(float (&s)[32], const Params& p, int request, int first_token) {
+  const int live = __ldg(p.cache_seqlens + request) - first_token - column_pair();
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    int seen = live;
+    if (p.causal) {
+      const RowBlock block = row_block();
+      const int row = block.first_row + row_in_block() + 8 * h;
+      if (row < p.slab_rows) seen -= p.s_q - 1 - block.slab - row / p.group;
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = s[4 * j + 2 * h + i];
+        if (8 * j + i >= seen && !(x != x && 8 * j + i < live)) x = NEG_INF;
+      }
+    }
+  }
+}
+
+// A new maximum `top` for a row: m moves, and what is summed so far shrinks by the returned factor.
+DEVICE float raise_maximum(float& m, float& l, float top) {
+  const float by = ceilf(top - m);
+  float factor;
+  if (by < 126.f) {
+    m += by;
+    factor = __uint_as_float((127 - (int)by) << 23);
+  } else {  // the first keys, or all before them are negligible: one dominant key has P == 1
+    m = top;
+    factor = 0.f;
+  }
+  l *= factor;
+  return factor;
+}
+
+// Scores -> P in the rotary block of the stage, and the running maximum m and sum l of the
+// thread's two rows (l of this thread's columns only).
+DEVICE void softmax_step(float (&s)[32], float (&m)[2], float (&l)[2], uint32_t stage,
+                         float scale_log2) {
+  float x0 = fmaxf(s[0], s[1]), x1 = fmaxf(s[2], s[3]);
+  float y0 = fmaxf(s[4], s[5]), y1 = fmaxf(s[6], s[7]);
+#pragma unroll
+  for (int j = 2; j < 8; j += 2) {
+    x0 = fmaxf(x0, fmaxf(s[4 * j], s[4 * j + 1]));
+    x1 = fmaxf(x1, fmaxf(s[4 * j + 2], s[4 * j + 3]));
+    y0 = fmaxf(y0, fmaxf(s[4 * j + 4], s[4 * j + 5]));
+    y1 = fmaxf(y1, fmaxf(s[4 * j + 6], s[4 * j + 7]));
+  }
+  const float top0 = quad_max(fmaxf(x0, y0)) * scale_log2;
+  const float top1 = quad_max(fmaxf(x1, y1)) * scale_log2;
+  const bool raise0 = top0 > m[0] + LAZY, raise1 = top1 > m[1] + LAZY;
+  const bool any = __any_sync(~0u, raise0 || raise1);
+  if (any) {  // rare after the first tiles
+    const float factor0 = raise0 ? raise_maximum(m[0], l[0], top0) : 1.f;
+    const float factor1 = raise1 ? raise_maximum(m[1], l[1], top1) : 1.f;
+    if ((lane_index() & 3) == 0) {
+      st_shared_u16(factors(stage), __float_as_uint(factor0) >> 16);
+      st_shared_u16(factors(stage) + 16, __float_as_uint(factor1) >> 16);
+    }
+  }
+  if (lane_index() == 0) st_shared_u32(rescale_flag(stage), any);
+
+  const float minus_m0 = m[0] == NEG_INF ? 0.f : -m[0], minus_m1 = m[1] == NEG_INF ? 0.f : -m[1];
+  const uint32_t p_tile = stage_address(stage) + ROPE * BLOCK_BYTES + fragment_offset();
+  float a0 = 0.f, a1 = 0.f, b0 = 0.f, b1 = 0.f;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    float* t = s + 8 * k;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) t[i] = ex2(fmaf(t[i], scale_log2, i & 2 ? minus_m1 : minus_m0));
+    stmatrix_x4(p_tile ^ (k << 5), cvt_x2(t[0], t[1]), cvt_x2(t[2], t[3]), cvt_x2(t[4], t[5]),
+                cvt_x2(t[6], t[7]));
+    a0 += t[0] + t[1], a1 += t[2] + t[3];
+    b0 += t[4] + t[5], b1 += t[6] + t[7];
+  }
+  l[0] += a0 + b0, l[1] += a1 + b1;
+}
+
+// A piece without tiles: its rows are NaN if the request is refused, else the results of no keys.
+DEVICE void store_no_keys(const Params& p, int request, const Piece& piece) {
+  const uint32_t thread = thread_index() & 127;
+  if (piece.refused && thread == 0) refuse(p, request, piece.reason, 0);
+  const RowBlock block = row_block();
+  const int rows = min(ROWS, p.slab_rows - block.first_row);
+  if (piece.slot >= 0) {  // combine makes the row NaN; a split piece has tiles unless refused
+    if (thread < rows) {
+      p.lse_partial[partial_row(p, piece.slot, block, block.first_row + thread)] = QUIET_NAN;
+    }
+    return;
+  }
+  if (thread < rows) {
+    store_lse(p, request, block, block.first_row + thread, piece.refused ? QUIET_NAN : POS_INF);
+  }
+  const uint32_t pair = piece.refused ? 0x7fff7fffu : 0;
+  uint16_t* to = p.out + out_row(p, request, block, block.first_row) * 512;
+#pragma unroll 1
+  for (int i = thread; i < rows * 64; i += 128) st_global_v4(to + i * 8, {pair, pair, pair, pair});
+}
+
+// What the matrix warpgroups do with a piece, in the RESULT word.
+DEVICE uint32_t result_word(const Piece& piece) {
+  return piece.kind << 16 | (piece.slot & 0xffff);
+}
+
+// The end of a head, which is the last piece of its part: the softmax warpgroup looks for the tail,
+// fetches it and weighs the two; the matrix warpgroups wait for that.
+DEVICE void finish_head(const Params& p, int request, int slot, const float (&m)[2],
+                        const float (&l)[2], Place last) {
+  const RowBlock block = row_block();
+  if (thread_index() == 0 && await_tail(p)) {
+    st_shared_u32(shared_base() + RESULT, MERGED << 16 | slot);
+  }
+  __syncwarp();
+  bar_sync<1, 128>();
+  const bool merged = ld_shared_u32(shared_base() + RESULT) >> 16 == MERGED;
+  if (merged && thread_index() < 32) fetch_tail(p, block, slot + 1, last);
+  if ((lane_index() & 3) == 0) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = block.first_row + row_in_block() + 8 * h;
+      if (row >= p.slab_rows) continue;
+      const float lse = l[h] == 0.f ? NEG_INF : lg2(l[h]) + m[h];  // log2
+      float* partial = p.lse_partial + partial_row(p, slot, block, row);
+      *partial = merged ? __uint_as_float(MERGED_LSE) : lse;
+      if (merged) {
+        const Merged both = merge_rows(lse, partial[p.s_q * p.h_q]);  // the next slot
+        store_lse(p, request, block, row, both.lse);
+        st_shared_f32(row_floats(WEIGHTS) + 32 * h, both.head);
+        st_shared_f32(row_floats(WEIGHTS) + 256 + 32 * h, both.tail);
+      }
+    }
+  }
+  __syncwarp();
+  bar_arrive<4, 384>();
+}
+
+DEVICE void softmax_role(const Params& p) {
+  uint32_t q[4 * Q_STEPS];
+  float s[32];
+  Place place;
+  uint32_t results_phase = 1;
+#pragma unroll 1
+  for (int request = part_of(p).first_request; request <= part_of(p).last_request; ++request) {
+    int tiles_left, first_token;
+    {
+      const Piece piece = piece_of(p, request);
+      if (piece.kind == TAIL && !piece.refused && thread_index() == 0) tail_started(p);
+      tiles_left = piece.end - piece.begin, first_token = piece.begin * TOKENS;
+      if (tiles_left == 0) {
+        store_no_keys(p, request, piece);
+        continue;
+      }
+    }
+    take_q(q, place);
+    place.advance();
+    float m[2] = {NEG_INF, NEG_INF}, l[2] = {0.f, 0.f};
+    uint32_t to_release = 0;
+#pragma unroll 1
+    for (;;) {
+      issue_scores(s, q, place, to_release);
+      wgmma_wait_all();
+      pin(s);
+      if (tiles_left <= p.border_tiles) mask(s, p, request, first_token);
+      softmax_step(s, m, l, place.stage, p.scale_log2);
+      if (--tiles_left == 0) break;
+      first_token += TOKENS;
+      const uint32_t p_written = p_ready(place.stage);
+      place.advance();
+      const bool arrived =
+          __all_sync(~0u, mbarrier_test_wait(full(0, place.stage), place.phase));
+      if (!arrived) release(p_written);  // memory-bound: P V runs while K is on its way
+      to_release = arrived ? p_written : 0;
+    }
+
+    mbarrier_wait(results_free(), results_phase);
+    results_phase ^= 1;
+    l[0] = quad_sum(l[0]), l[1] = quad_sum(l[1]);
+    if ((lane_index() & 3) == 0) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        st_shared_f32(row_floats(INVERSE_L) + 32 * h, l[h] == 0.f ? 0.f : 1.f / l[h]);
+      }
+    }
+    const Piece piece = piece_of(p, request);
+    if (thread_index() == 0) st_shared_u32(shared_base() + RESULT, result_word(piece));
+    release(p_ready(place.stage));  // ahead of the stores: their latency must not delay P V
+    if (piece.kind == HEAD) {
+      finish_head(p, request, piece.slot, m, l, place);
+      return;
+    }
+    place.advance();
+    if ((lane_index() & 3) == 0) {
+      const RowBlock block = row_block();
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = block.first_row + row_in_block() + 8 * h;
+        if (row >= p.slab_rows) continue;
+        const float lse = lg2(l[h]) + m[h];  // log2
+        if (piece.kind == WHOLE) {
+          store_lse(p, request, block, row, l[h] == 0.f ? POS_INF : lse * LN2);
+        } else {
+          p.lse_partial[partial_row(p, piece.slot, block, row)] = l[h] == 0.f ? NEG_INF : lse;
+        }
+      }
+    }
+    __syncwarp();
+    if (piece.kind == TAIL) bar_arrive<4, 384>();
+  }
+}
