@@ -30,11 +30,11 @@ from .frameworks import ArrayInfo
 from .geometry import TOKENS_PER_TILE, Geometry
 from .nvrtc import binding
 from .prepared import (
-    COMBINE_PARAMS,
+    CALL_PARAMS,
+    COMBINE_CALL_PARAMS,
     COMBINE_THREADS,
     DECODE_SHARED_BYTES,
     DECODE_THREADS,
-    PARAMS,
     Arguments,
     Prepared,
 )
@@ -43,7 +43,6 @@ SCHEDULE_PARAMS = struct.Struct("Q4i2Q")
 
 REASONS = ("length", "stale metadata", "page id")  # Reason in work.cuh
 NOTHING_REFUSED = (1 << 64) - 1
-LOG2_E = 1.4426950408889634
 MAX_GEOMETRIES = 1024  # a bound, not a policy
 
 _engines: dict[int, Engine] = {}
@@ -191,8 +190,9 @@ class Engine:
         launches = prepared.launches()
         lse_partial = scratch + prepared.out_partial_bytes
         pairs = scratch + prepared.partial_bytes
+        launches.set_options(softmax_scale, causal, (self._key, self._host.ptr))
         launches.decode_arguments.set_maps(prepared.q_maps(q.ptr), prepared.k_maps(k_cache.ptr))
-        PARAMS.pack_into(
+        CALL_PARAMS.pack_into(
             launches.decode_arguments.buffer,
             0,
             tile_scheduler_metadata,
@@ -204,16 +204,10 @@ class Engine:
             lse_partial,
             pairs,
             next(self._epochs),
-            self._key,
-            self._host.ptr,
-            *prepared.sizes,
-            causal,
-            prepared.causal_tiles if causal else 1,
-            softmax_scale * LOG2_E,
         )
         launches.decode(stream, launches.decode_arguments.pointers)
         if launches.combine is not None:
-            COMBINE_PARAMS.pack_into(
+            COMBINE_CALL_PARAMS.pack_into(
                 launches.combine_arguments.buffer,
                 0,
                 tile_scheduler_metadata,
@@ -222,7 +216,6 @@ class Engine:
                 out,
                 lse,
                 pairs,
-                *prepared.combine_sizes,
             )
             launches.combine(stream, launches.combine_arguments.pointers)
 

@@ -79,17 +79,18 @@ class Plan:
         return not (out or lse) or not self._overlap(pointers)
 
     def _overlap(self, pointers: tuple[int, ...]) -> bool:
-        covered = [
-            (pointer + low, pointer + high)
-            for pointer, (low, high) in zip(pointers, self.spans, strict=True)
-        ]
-        (out_begin, out_end), (lse_begin, lse_end) = covered[6:]
+        *_, out, lse = pointers
+        *inputs, (out_low, out_high), (lse_low, lse_high) = self.spans
+        out_begin, out_end, lse_begin, lse_end = (
+            out + out_low, out + out_high, lse + lse_low, lse + lse_high
+        )  # fmt: skip
         if out_begin < lse_end and lse_begin < out_end:
             return True
-        return any(
-            (begin < out_end and out_begin < end) or (begin < lse_end and lse_begin < end)
-            for begin, end in covered[:6]
-        )
+        for pointer, (low, high) in zip(pointers, inputs):  # noqa: B905, the outputs come last
+            begin, end = pointer + low, pointer + high
+            if (begin < out_end and out_begin < end) or (begin < lse_end and lse_begin < end):
+                return True
+        return False
 
 
 class _AtAddress(dict[int, ArrayInfo]):

@@ -16,6 +16,7 @@ from .geometry import HEAD_DIM, HEAD_DIM_V, ROWS_PER_BLOCK, TOKENS_PER_TILE, Geo
 DECODE_THREADS = 384
 DECODE_SHARED_BYTES = 232296  # SHARED_BYTES in ring.cuh
 PARAMS = struct.Struct("11Qq12if4x")  # Params in work.cuh
+CALL_PARAMS = struct.Struct("9Q")  # those of them that differ from call to call, the first ones
 HALVES = (4, 5)  # column blocks in each half of a ring slot
 COLUMN_BLOCK = 64  # elements: 128 bytes
 COLUMN_BLOCKS = HEAD_DIM // COLUMN_BLOCK
@@ -23,6 +24,8 @@ COLUMN_BLOCKS = HEAD_DIM // COLUMN_BLOCK
 COMBINE_THREADS = 256
 COMBINE_WARPS = 8
 COMBINE_PARAMS = struct.Struct("6Q7i")
+COMBINE_CALL_PARAMS = struct.Struct("6Q")
+LOG2_E = 1.4426950408889634
 
 MAX_MAPS = 8192  # of one geometry, a bound; a model has as many caches as layers
 
@@ -36,11 +39,15 @@ class Arguments:
         offsets = [0] if tensor_maps else list(_offsets(layout.format))
         addresses = [0] * tensor_maps + [start + offset for offset in offsets]
         self.pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+        self._maps: tuple[Maps, Maps] | None = None
 
     def set_maps(self, q_maps: Maps, k_maps: Maps) -> None:
-        pointers = self.pointers
-        pointers[0], pointers[1] = q_maps.addresses
-        pointers[2], pointers[3] = k_maps.addresses
+        """The first four pointers; those of another call often are the same."""
+        if self._maps != (q_maps, k_maps):
+            self._maps = q_maps, k_maps
+            pointers = self.pointers
+            pointers[0], pointers[1] = q_maps.addresses
+            pointers[2], pointers[3] = k_maps.addresses
 
 
 def _offsets(layout: str) -> list[int]:
@@ -74,9 +81,28 @@ class Launches:
         self.decode = Launch(prepared.decode, prepared.grid, DECODE_SHARED_BYTES)
         self.decode_arguments = Arguments(PARAMS, tensor_maps=4)
         self.combine_arguments = Arguments(COMBINE_PARAMS)
+        zeros = (0,) * 6
+        COMBINE_PARAMS.pack_into(self.combine_arguments.buffer, 0, *zeros, *prepared.combine_sizes)
+        self._prepared = prepared
+        self._options: tuple[float, bool] | None = None
         self.combine = None
         if prepared.geometry.partial_slots:
             self.combine = Launch(prepared.combine, prepared.combine_grid)
+
+    def set_options(self, softmax_scale: float, causal: bool, status: tuple[int, int]) -> None:
+        """What is the same in most calls: the parameters after CALL_PARAMS."""
+        if self._options != (softmax_scale, causal):
+            self._options = softmax_scale, causal
+            PARAMS.pack_into(
+                self.decode_arguments.buffer,
+                0,
+                *(0,) * 9,
+                *status,
+                *self._prepared.sizes,
+                causal,
+                self._prepared.causal_tiles if causal else 1,
+                softmax_scale * LOG2_E,
+            )
 
 
 class Prepared:

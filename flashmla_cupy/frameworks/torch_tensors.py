@@ -100,11 +100,17 @@ class Torch:
             m_pointer, s_pointer = metadata.data_ptr(), splits.data_ptr()
             some = some and m_pointer and s_pointer
         if out is not None:
-            facts += ("out", *self.describe(out, "out")[1:])
+            if out.requires_grad and self._grad_enabled():
+                raise needs_gradient("out")
+            facts += ("out", out.shape, out.stride(), out.dtype, out.get_device())
             out_pointer = out.data_ptr()
+            some = some and out_pointer
         if lse is not None:
-            facts += ("lse", *self.describe(lse, "lse")[1:])
+            if lse.requires_grad and self._grad_enabled():
+                raise needs_gradient("lse")
+            facts += ("lse", lse.shape, lse.stride(), lse.dtype, lse.get_device())
             lse_pointer = lse.data_ptr()
+            some = some and lse_pointer
         if not some:  # empty, or a wrapper without memory: `describe` tells which
             raise ValueError("a tensor without an address")
         pointers = (

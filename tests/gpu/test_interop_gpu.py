@@ -654,8 +654,11 @@ def test_host_time_of_an_eager_call(name, outputs):
         lambda: flash_mla_with_kvcache(*arrays, 512, *metadata, **given),
         cupy.cuda.Device().synchronize,
     )
-    print(f"\n{name}, outputs {outputs}: {took:.1f} us of host time a call")
-    assert took <= 15
+    x = arrays[3] + 0
+    add = host_microseconds(lambda: x.__iadd__(1), cupy.cuda.Device().synchronize)
+    print(f"\n{name}, outputs {outputs}: {took:.1f} us of host time a call, {add:.1f} for x += 1")
+    # 15 us where the framework's own smallest launch takes 6: hosts differ by a factor of two.
+    assert took <= max(15, 2.5 * add)
 
 
 def test_host_time_of_a_compiled_call(torch):
@@ -674,9 +677,11 @@ def test_host_time_of_a_compiled_call(torch):
     with torch.cuda.graph(graph):
         flash_mla_with_kvcache(*arrays, 512, *metadata)
 
-    def device_microseconds(call, repeats=200):
+    def device_microseconds(call, repeats=20):
+        """Behind a delay of the stream, so that the host, however slow, is ahead."""
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        torch.cuda._sleep(100_000_000)  # some 50 ms
         start.record()
         for _ in range(repeats):
             call()
