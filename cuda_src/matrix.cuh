@@ -104,7 +104,7 @@ DEVICE void finish_head(float (&o)[128], int half, const Params& p, int request,
 
 DEVICE void free_results() {
   __syncwarp();
-  if (lane_index() == 0) mbarrier_arrive(results_free());
+  if (arrives()) mbarrier_arrive(results_free());
 }
 DEVICE bool is_producer() { return warp_in_group() == 0; }
 
@@ -162,7 +162,7 @@ DEVICE void matrix_role(const Params& p, int half, const TensorMap& q_map, const
           pin(o);
         }
         __syncwarp();
-        if (lane_index() == 0) {
+        if (arrives()) {
           if (half == 0) mbarrier_arrive(empty(0, place.stage));
           mbarrier_arrive(empty(1, place.stage));  // P lies in half 1
         }

@@ -20,7 +20,7 @@ DEVICE float quad_sum(float x) {
 DEVICE void release(uint32_t barrier) {
   fence_proxy_async();
   __syncwarp();
-  if (lane_index() == 0) mbarrier_arrive(barrier);
+  if (arrives()) mbarrier_arrive(barrier);
 }
 
 // The rows of Q, from their slot: steps 0..30 to registers, 31 and the rotary block to shared
@@ -47,10 +47,10 @@ DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], Place place) {
       ld_shared_v4(stage + 7 * BLOCK_BYTES + row * 128 + (((6 + half) ^ (row & 7)) << 4)));
   fence_proxy_async();
   bar_sync<1, 128>();
-  if (lane_index() == 0) mbarrier_arrive(p_ready(place.stage));  // every slot has its phase
-  if (thread == 0) {
-    mbarrier_arrive(empty(0, place.stage), 4);
-    mbarrier_arrive(empty(1, place.stage), 8);
+  if (arrives()) mbarrier_arrive(p_ready(place.stage));  // every slot has its phase
+  if (arrives()) {
+    mbarrier_arrive(empty(0, place.stage));
+    mbarrier_arrive(empty(1, place.stage), 2);
   }
 }
 

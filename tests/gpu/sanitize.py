@@ -1,19 +1,25 @@
 """Small configurations of every kernel variant, once each, for NVIDIA's compute-sanitizer.
 
-    for tool in memcheck racecheck synccheck initcheck; do
+    for tool in memcheck synccheck initcheck; do
         compute-sanitizer --tool $tool --error-exitcode 1 python tests/gpu/sanitize.py || exit 1
     done
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py --racecheck
 
-memcheck should get `--padding 512` as well. CuPy's memory pool is off, so that every array is an
-allocation of its own and the tools see its ends. No other framework is used. The script prints how
-many configurations ran and fails if a result is not what the float64 oracle says; `--fast` leaves
-the oracle out, for racecheck, which slows every kernel down.
+memcheck should get `--padding 512` as well. racecheck does not follow the order that __syncwarp
+makes between a warp's accesses and the arrival of one of its lanes at an mbarrier, so for it the
+kernels are compiled with EVERY_LANE_ARRIVES (ring.cuh). `--part 2/4` runs the second quarter.
+
+CuPy's memory pool is off, so that every array is an allocation of its own and the tools see its
+ends. No other framework is used. The script prints how many configurations ran and fails if a
+result is not what the float64 oracle says; `--fast` leaves the oracle out; so does racecheck, which
+slows every kernel down.
 
 A configuration is split where a request has more than one piece on a GPU of 132 multiprocessors.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -26,6 +32,7 @@ import gpu_problems
 from gpu_arrays import DRY, DTYPES, synchronize, xp
 
 import flashmla_cupy
+from flashmla_cupy import compiler
 
 # (s_q, h_q, h_kv): one row; a full block; two; positions in blocks of their own; many positions.
 SHAPES = ((1, 16, 1), (1, 128, 1), (2, 40, 1), (3, 6, 3), (70, 1, 1))
@@ -60,14 +67,22 @@ def configurations() -> list[dict]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Runs every kernel variant once.")
+    parser.add_argument("--fast", action="store_true", help="without the oracle")
+    parser.add_argument("--racecheck", action="store_true", help="every lane arrives; --fast")
+    parser.add_argument("--part", default="1/1", help="2/4: the second quarter")
+    options = parser.parse_args()
+    part, parts = map(int, options.part.split("/"))
+    if options.racecheck:
+        compiler._BASE_OPTIONS += ("-DEVERY_LANE_ARRIVES",)
     if not DRY:
         xp.cuda.set_allocator(None)
     count = 0
-    for settings in configurations():
+    for settings in configurations()[part - 1 :: parts]:
         problem = gpu_problems.make(**settings)
         out, lse = problem.decode()
         synchronize()
-        if "--fast" not in sys.argv:
+        if not (options.fast or options.racecheck):
             gpu_oracle.assert_right(problem, out, lse)
         flashmla_cupy.check()
         count += 1
