@@ -16,7 +16,8 @@
 // When the next tile has already arrived (a compute-bound launch), S of it is issued before P V is
 // released, 8 steps before its end, so that the tensor cores never wait; otherwise at once.
 //
-// What was tried, on an H200; microseconds at 128 heads, batch 132 and 8192 tokens unless said:
+// What was tried in a prototype of this kernel, on an H200; microseconds at 128 heads, batch 132 and
+// 8192 tokens unless said:
 //   who loads K        one warpgroup, nine boxes a tile 548 | each its half, one box 504
 //   page id            loaded a slot ahead | by cp.async, cursor in shared memory: 700 cycles a slot
 //   P V released       k steps of S before its end: 2 517 | 4 505 | 8 502 | 12 504 | 15 514;
