@@ -1,6 +1,4 @@
-// Merges the partial results of split requests:
-//
-//     lse = log2 sum_i 2^lse_i        out = sum_i 2^(lse_i - lse) out_i
+// Merges the partial results of split requests, by the arithmetic of merge.cuh.
 //
 // Grid (row groups, at most so many split requests). Block row i takes the i-th split request, if
 // there is one, from column 7 of the metadata (schedule.py). `warps_per_row` warps (1 or 8) share a
@@ -8,13 +6,11 @@
 // Launched programmatically behind dense_decode: metadata is older than that kernel, so reading it
 // need not wait. What this kernel takes is the latency of its loads, so as many as fit into
 // registers are in flight at once, the first of them before their weights are known.
-#include "ptx.cuh"
+#include "merge.cuh"
+#include "metadata.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32, MAX_SPLITS = 256;
 constexpr int IN_FLIGHT = 4;  // splits that a warp loads at once
-constexpr int REQUEST_BITS = 20, REQUEST_MASK = (1 << REQUEST_BITS) - 1;
-constexpr float LN2 = 0.69314718056f;
-constexpr uint32_t MERGED_LSE = 0x7fc0ffee;  // pair.cuh
 
 DEVICE float warp_max(float x) {
 #pragma unroll
@@ -26,9 +22,6 @@ DEVICE float warp_sum(float x) {
   for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
   return x;
 }
-
-// Rounded twice, so that two splits give the same bits in one warp, in two, and in dense_decode.
-DEVICE float add_product(float sum, float a, float b) { return __fadd_rn(sum, __fmul_rn(a, b)); }
 
 // out_i of a row: each lane takes columns 4 lane .. + 3 of every 128.
 struct Rows {
@@ -61,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int* entry = tile_scheduler_metadata + blockIdx.y * 8 + 7;
   const uint32_t this_one = entry[0], next_one = entry[8];
-  const int request = this_one & REQUEST_MASK;
+  const int request = this_one & NO_REQUEST;
   const int first_slot = this_one >> REQUEST_BITS;
   const int splits = (int)(next_one >> REQUEST_BITS) - first_slot;
   // Metadata that does not fit is refused by dense_decode; here it must only do no harm.
@@ -88,24 +81,24 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   load_rows(loaded, source, pitch, split, stride, splits);
 
   float part_lse[MAX_SPLITS / 32];
-  float max_lse = -1e38f, sum = 0.f;
+  float max_lse = LEAST_LSE, sum = 0.f;
 #pragma unroll
   for (int i = 0; i < MAX_SPLITS / 32; ++i) {
     const int at = i * 32 + lane;
     part_lse[i] = at < splits ? __ldg(lse_partial + first_row + (int64_t)at * rows)
-                              : __int_as_float(0xff800000);
+                              : NEG_INF;
   }
 #pragma unroll
   for (int i = 0; i < MAX_SPLITS / 32; ++i) max_lse = fmaxf(max_lse, part_lse[i]);
   max_lse = warp_max(max_lse);
 #pragma unroll
   for (int i = 0; i < MAX_SPLITS / 32; ++i) {
-    const float weight = ex2(part_lse[i] - max_lse);  // NaN stays NaN
+    const float weight = weight_of(part_lse[i], max_lse);
     weights[warp][i * 32 + lane] = weight;
     sum += weight;
   }
   sum = warp_sum(sum);
-  const float inverse = sum == 0.f ? 0.f : 1.f / sum;
+  const float inverse = inverse_of(sum);
   __syncwarp();
 
   float4 o[4];
@@ -157,7 +150,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (active) ((uint32_t*)out_row)[threadIdx.x] = cvt_x2(x, y);
   }
   if (active && lane == 0 && warp % warps_per_row == 0) {
-    lse[((int64_t)request * h_q + head) * s_q + position] =
-        sum == 0.f ? __int_as_float(0x7f800000) : (lg2(sum) + max_lse) * LN2;
+    lse[((int64_t)request * h_q + head) * s_q + position] = merged_lse(sum, max_lse);
   }
 }

@@ -3,11 +3,6 @@
 #pragma once
 #include "ring.cuh"
 
-#define POS_INF __int_as_float(0x7f800000)
-#define NEG_INF __int_as_float(0xff800000)
-#define QUIET_NAN __int_as_float(0x7fffffff)
-constexpr float LN2 = 0.69314718056f;
-
 DEVICE int row_in_block() { return warp_in_group() * 16 + (lane_index() >> 2); }
 DEVICE int column_pair() { return (lane_index() & 3) * 2; }
 // Byte offset in a swizzled column block for ldmatrix and stmatrix; ^ (step << 5) for step 1..3.

@@ -10,8 +10,9 @@
 // and so is resident and will end; there is no deadlock, however few multiprocessors there are. In
 // a graph every replay has the same epoch: `combine` clears the words.
 //
-// The arithmetic is that of `combine`, operation by operation: who merges changes no bit.
+// The arithmetic is that of `combine`: who merges changes no bit.
 #pragma once
+#include "merge.cuh"
 #include "ring.cuh"
 
 constexpr uint64_t STARTED = 1, WRITTEN = 2;
@@ -20,8 +21,6 @@ constexpr int OTHER_PITCH = 2048 + 32, OTHER_ROWS = 32;  // of each of two stage
 static_assert(OTHER_PITCH * OTHER_ROWS <= STAGE_BYTES, "half of the rows fit a stage");
 // Where Q was: what out of the head (with l divided out) and out of the tail weigh.
 constexpr int WEIGHTS = Q_STEP_31;  // float [2][64]
-// In lse_partial: a row that `combine` must leave alone. A NaN that no arithmetic makes.
-constexpr uint32_t MERGED_LSE = 0x7fc0ffee;
 
 DEVICE uint64_t* pair_word(const Params& p, int tail_part) {
   const int row_blocks = gridDim.x * gridDim.y;
@@ -76,14 +75,13 @@ struct Merged {
   float lse, head, tail;  // natural logarithm
 };
 DEVICE Merged merge_rows(float head_lse, float tail_lse) {
-  const float top = fmaxf(fmaxf(-1e38f, head_lse), tail_lse);
-  const float head = ex2(head_lse - top), tail = ex2(tail_lse - top), sum = head + tail;
-  const float inverse = sum == 0.f ? 0.f : 1.f / sum;
-  const float lse = sum == 0.f ? __int_as_float(0x7f800000) : (lg2(sum) + top) * 0.69314718056f;
-  return {lse, head * inverse, tail * inverse};
+  const float top = fmaxf(fmaxf(LEAST_LSE, head_lse), tail_lse);
+  const float head = weight_of(head_lse, top), tail = weight_of(tail_lse, top), sum = head + tail;
+  const float inverse = inverse_of(sum);
+  return {merged_lse(sum, top), head * inverse, tail * inverse};
 }
 // One value of out; a piece without a key of this row weighs 0, and may be NaN from V.
 DEVICE float merge_out(float head_weight, float head, float tail_weight, float tail) {
-  const float x = head_weight == 0.f ? 0.f : __fadd_rn(0.f, __fmul_rn(head_weight, head));
-  return tail_weight == 0.f ? x : __fadd_rn(x, __fmul_rn(tail_weight, tail));
+  const float x = head_weight == 0.f ? 0.f : add_product(0.f, head_weight, head);
+  return tail_weight == 0.f ? x : add_product(x, tail_weight, tail);
 }

@@ -12,6 +12,11 @@ typedef long long int64_t;
 
 #define DEVICE __device__ __forceinline__
 
+#define POS_INF __int_as_float(0x7f800000)
+#define NEG_INF __int_as_float(0xff800000)
+#define QUIET_NAN __int_as_float(0x7fffffff)
+constexpr float LN2 = 0.69314718056f;
+
 #if defined(DTYPE_FP16)
 #define WGMMA_TYPES "f32.f16.f16"
 #else

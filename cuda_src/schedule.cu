@@ -17,6 +17,9 @@
 //
 // Costs are 64-bit: lengths are whatever the caller's buffer holds, up to 2^31 - 1.
 
+#include "metadata.cuh"
+#include "ptx.cuh"
+
 constexpr int THREADS = 1024;
 constexpr int PREFIX_ENTRIES = 8192;
 
@@ -31,8 +34,6 @@ constexpr int T_COMB = 40000;
 constexpr int T_GAIN = 1000;
 constexpr int PARTIAL_ROWS = 36;
 
-constexpr int BEGINS_IN_PAIR = 1 << 16, ENDS_IN_PAIR = 1 << 17;
-constexpr int REQUEST_BITS = 20, NO_REQUEST = (1 << REQUEST_BITS) - 1;
 constexpr int WHOLE = 1 << 30;
 constexpr int WARPS = THREADS / 32;
 constexpr unsigned ALL = 0xffffffffu;
@@ -44,26 +45,26 @@ struct alignas(16) Cut {
   long long at;  // cost of everything before it; the part that ends inside pays C_REQ more
 };
 
-__device__ __forceinline__ int tiles_of(int length) {
+DEVICE int tiles_of(int length) {
   return length > 0 ? ((length - 1) >> 6) + 1 : 0;  // length + 63 could overflow
 }
 
-__device__ __forceinline__ int cost_of(int tiles) {
+DEVICE int cost_of(int tiles) {
   return tiles ? UNIT * tiles + C_REQ : 0;
 }
 
-__device__ __forceinline__ bool is_busy(Cut a, Cut b) {
+DEVICE bool is_busy(Cut a, Cut b) {
   return a.request < b.request || (a.request == b.request && a.tile < b.tile);
 }
 
 // Split pieces of the part between two cuts; a piece cut at both ends counts once.
-__device__ __forceinline__ int split_pieces(Cut a, Cut b) {
+DEVICE int split_pieces(Cut a, Cut b) {
   const bool middle = a.tile > 0 && b.tile > 0 && a.request == b.request;
   return is_busy(a, b) ? (a.tile > 0) + (b.tile > 0) - middle : 0;
 }
 
 // Whether cut i is the only one of its request, between neighbouring parts.
-__device__ __forceinline__ bool is_pair(const Cut* cuts, int i, int parts) {
+DEVICE bool is_pair(const Cut* cuts, int i, int parts) {
   if (i <= 0 || i >= parts) return false;
   const Cut before = cuts[i - 1], cut = cuts[i];
   return cut.tile > 0 && (before.request < cut.request || before.tile == 0) &&
@@ -92,7 +93,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
   Cut* cuts = reinterpret_cast<Cut*>(shared);
   long long* prefix = reinterpret_cast<long long*>(cuts + CANDIDATES * (parts + 1));
 
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // the lengths may be the work of a kernel
+  griddepcontrol_wait();  // the lengths may be the work of a kernel
 
   // ---- 1. prefix ---------------------------------------------------------------------------
 

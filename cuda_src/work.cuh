@@ -4,13 +4,13 @@
 // Grid (row blocks, h_kv, parts). A row block is 64 of the `slab_rows` query rows of a slab (see
 // geometry.py); row r of a slab is query position slab + r / group, head kv_head * group + r % group.
 #pragma once
+#include "metadata.cuh"
 #include "ptx.cuh"
 
 constexpr int ROWS = 64;    // query rows of a thread block
 constexpr int TOKENS = 64;  // tokens of a tile
-constexpr int BEGINS_IN_PAIR = 1 << 16, ENDS_IN_PAIR = 1 << 17;  // schedule.py, column 4
 
-// launch.py packs the same fields in the same order.
+// prepared.py packs the same fields in the same order.
 struct Params {
   const int* tile_scheduler_metadata;  // [parts, 8]; schedule.py documents the columns
   const int* cache_seqlens;            // [batch]
@@ -89,7 +89,7 @@ DEVICE Piece piece_of(const Params& p, int request) {
   // Metadata of other lengths does not fit; garbage must not lead out of bounds.
   bool stale = (is_first && first_tiles != tiles) || (is_last && last_tiles != tiles) ||
                piece.begin < 0 || piece.begin > piece.end || piece.end > tiles;
-  if (piece.slot < -1 || piece.slot >= p.slots) {
+  if (piece.slot >= p.slots) {
     piece.slot = -1;
     piece.kind = WHOLE;
     stale = true;

@@ -275,12 +275,15 @@ def test_constants_of_the_device():
     }
     assert "constexpr int WHOLE = 1 << 30;" in SOURCE.read_text()
     marks = "constexpr int BEGINS_IN_PAIR = 1 << 16, ENDS_IN_PAIR = 1 << 17;"
-    assert marks in SOURCE.read_text()
-    assert marks in SOURCE.with_name("work.cuh").read_text()
+    metadata = SOURCE.with_name("metadata.cuh").read_text()
+    assert marks in metadata
     assert (schedule.BEGINS_IN_PAIR, schedule.ENDS_IN_PAIR) == (1 << 16, 1 << 17)
-    combine = SOURCE.with_name("combine.cu").read_text()
-    for text in (SOURCE.read_text(), combine):
-        assert "constexpr int REQUEST_BITS = 20, " in text
+    assert "constexpr int REQUEST_BITS = 20, " in metadata
+    for name in ("schedule.cu", "work.cuh", "combine.cu"):
+        text = SOURCE.with_name(name).read_text()
+        assert '#include "metadata.cuh"' in text
+        assert "REQUEST_BITS =" not in text
+        assert "BEGINS_IN_PAIR =" not in text
     assert schedule.MAX_BATCH == (1 << 20) - 1
     assert schedule._WHOLE == 1 << 30
 
