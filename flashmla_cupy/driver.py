@@ -110,6 +110,9 @@ class Launch:
         self._start = _library().cuLaunchKernelEx
         self._start.argtypes = (ctypes.c_void_p,) * 4
 
+    def set_shared_bytes(self, count: int) -> None:
+        self._config.shared_bytes = count
+
     def __call__(self, stream: int, arguments: ctypes.Array[ctypes.c_void_p]) -> None:
         """Launches with `arguments`, an array of addresses of the kernel's parameters."""
         self._config.stream = stream

@@ -95,9 +95,14 @@ class Geometry:
         return self.rows // self.slabs
 
     @property
+    def slab_blocks(self) -> int:
+        """Row blocks of a slab."""
+        return ceil_div(self.slab_rows, ROWS_PER_BLOCK)
+
+    @property
     def row_blocks(self) -> int:
-        """Row blocks of all kv heads: the first axis of the grid."""
-        return self.h_kv * self.slabs * ceil_div(self.slab_rows, ROWS_PER_BLOCK)
+        """Row blocks of all kv heads: thread blocks of a part."""
+        return self.h_kv * self.slabs * self.slab_blocks
 
     @property
     def partial_slots(self) -> int:
@@ -105,11 +110,17 @@ class Geometry:
         beginning of another."""
         return 2 * (self.parts - 1)
 
+    # Scratch holds the partial results, out [slots, s_q * h_q, 512] and lse [slots, s_q * h_q], and
+    # then a 64-bit word for every thread block (pair.cuh).
+
+    @property
+    def partial_rows(self) -> int:
+        return self.partial_slots * self.s_q * self.h_q
+
+    @property
+    def pair_words(self) -> int:
+        return self.parts * self.row_blocks if self.partial_slots else 0
+
     @property
     def scratch_floats(self) -> int:
-        """float32 for the partial results, [slots, s_q * h_q, 512] and [slots, s_q * h_q], and a
-        64-bit word for every thread block (pair.cuh)."""
-        if not self.partial_slots:
-            return 0
-        results = self.partial_slots * self.h_kv * self.rows * (HEAD_DIM_V + 1)
-        return results + 2 * self.parts * self.row_blocks
+        return self.partial_rows * (HEAD_DIM_V + 1) + 2 * self.pair_words

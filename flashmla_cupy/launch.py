@@ -149,7 +149,7 @@ class Engine:
         num_splits: int,
     ) -> None:
         """Launches schedule.cu on addresses; batch >= 1."""
-        arguments = self._arguments("schedule", SCHEDULE_PARAMS)
+        launch, arguments = self._schedule_launch()
         SCHEDULE_PARAMS.pack_into(
             arguments.buffer,
             0,
@@ -161,10 +161,8 @@ class Engine:
             tile_scheduler_metadata,
             num_splits,
         )
-        shared_bytes = schedule_module.shared_bytes(batch, parts)
-        Launch(self._kernels[Variant("schedule")], (1, 1, 1), shared_bytes)(
-            stream, arguments.pointers
-        )
+        launch.set_shared_bytes(schedule_module.shared_bytes(batch, parts))
+        launch(stream, arguments.pointers)
 
     def decode(
         self,
@@ -191,7 +189,7 @@ class Engine:
         lse_partial = scratch + prepared.out_partial_bytes
         pairs = scratch + prepared.partial_bytes
         launches.set_options(softmax_scale, causal, (self._key, self._host.ptr))
-        launches.decode_arguments.set_maps(prepared.q_maps(q.ptr), prepared.k_maps(k_cache.ptr))
+        launches.decode_arguments.set_maps(prepared.q_maps[q.ptr], prepared.k_maps[k_cache.ptr])
         CALL_PARAMS.pack_into(
             launches.decode_arguments.buffer,
             0,
@@ -219,11 +217,12 @@ class Engine:
             )
             launches.combine(stream, launches.combine_arguments.pointers)
 
-    def _arguments(self, name: str, layout: struct.Struct) -> Arguments:
-        found: Arguments | None = getattr(self._own, name, None)
+    def _schedule_launch(self) -> tuple[Launch, Arguments]:
+        """Of this thread."""
+        found: tuple[Launch, Arguments] | None = getattr(self._own, "schedule", None)
         if found is None:
-            found = Arguments(layout)
-            setattr(self._own, name, found)
+            launch = Launch(self._kernels[Variant("schedule")], (1, 1, 1))
+            found = self._own.schedule = launch, Arguments(SCHEDULE_PARAMS)
         return found
 
     # ---- what the device refused -------------------------------------------------------------

@@ -6,6 +6,7 @@ Grids, sizes in the kernels' order, and the tensor maps of each array that a geo
 from __future__ import annotations
 
 import ctypes
+import re
 import struct
 import threading
 
@@ -52,18 +53,11 @@ class Arguments:
 
 def _offsets(layout: str) -> list[int]:
     """Byte offset of every field of a struct format such as "6Q6i"."""
-    offsets, offset, count = [], 0, ""
-    for letter in layout:
-        if letter.isdigit():
-            count += letter
-            continue
-        size = struct.calcsize(letter)
-        for _ in range(int(count or 1)):
-            offset = -(-offset // size) * size
-            offsets.append(offset)
-            offset += size
-        count = ""
-    return offsets
+    fields = "".join(
+        letter * int(count or 1) for count, letter in re.findall(r"(\d*)([a-zA-Z])", layout)
+    )
+    # A repeat count of 0 adds nothing but alignment.
+    return [struct.calcsize(f"{fields[:i]}0{field}") for i, field in enumerate(fields)]
 
 
 class Maps:
@@ -72,6 +66,50 @@ class Maps:
     def __init__(self, *maps: ctypes.Array[ctypes.c_char]) -> None:
         self._maps = maps
         self.addresses = ctypes.addressof(maps[0]), ctypes.addressof(maps[-1])
+
+
+class MapsByAddress(dict[int, Maps]):
+    """Address -> the tensor maps of an array there, made when they are first asked for.
+
+    dims and strides in elements, the innermost dimension first, strides without it."""
+
+    def __init__(
+        self,
+        dtype: str,
+        dims: tuple[int, ...],
+        strides: tuple[int, ...],
+        *,
+        box_rows: int,
+        nan_outside: bool,
+    ) -> None:
+        super().__init__()
+        self._dtype, self._dims, self._nan_outside = dtype, dims, nan_outside
+        # Along a dimension of one element any stride will do, and NumPy's rule lets it be odd.
+        self._strides = [
+            2 * stride if length > 1 else 2 * HEAD_DIM
+            for stride, length in zip(strides, dims[1:], strict=True)
+        ]
+        # A box for each half of a slot, or, of small pages, for each column block.
+        counts = HALVES if box_rows == TOKENS_PER_TILE else (1,)
+        self._boxes = [(COLUMN_BLOCK, box_rows, count, 1, 1) for count in counts]
+
+    def __missing__(self, address: int) -> Maps:
+        if len(self) >= MAX_MAPS:
+            self.clear()
+        made = self[address] = Maps(
+            *(
+                tensor_map(
+                    address,
+                    self._dtype,
+                    self._dims,
+                    self._strides,
+                    box,
+                    nan_outside=self._nan_outside,
+                )
+                for box in self._boxes
+            )
+        )
+        return made
 
 
 class Launches:
@@ -113,8 +151,7 @@ class Prepared:
     ) -> None:
         g = self.geometry = geometry
         self.decode, self.combine = decode, combine
-        blocks = ceil_div(g.slab_rows, ROWS_PER_BLOCK)
-        self.grid = (g.slabs * blocks, g.h_kv, g.parts)
+        self.grid = (g.slabs * g.slab_blocks, g.h_kv, g.parts)
         self.sizes = (
             g.table_stride,
             g.batch,
@@ -122,7 +159,7 @@ class Prepared:
             g.h_q,
             g.group,
             g.slab_rows,
-            blocks,
+            g.slab_blocks,
             g.num_pages,
             max(0, (g.page_size // TOKENS_PER_TILE).bit_length() - 1),
             min(g.max_pages * g.page_size, 2**31 - 1),
@@ -130,9 +167,8 @@ class Prepared:
         )
         self.causal_tiles = 1 + ceil_div(g.s_q - 1, TOKENS_PER_TILE)
         rows = g.s_q * g.h_q
-        self.out_partial_bytes = g.partial_slots * rows * HEAD_DIM_V * 4
-        self.partial_bytes = g.partial_slots * rows * (HEAD_DIM_V + 1) * 4
-        words = g.parts * g.row_blocks
+        self.out_partial_bytes = g.partial_rows * HEAD_DIM_V * 4
+        self.partial_bytes = g.partial_rows * (HEAD_DIM_V + 1) * 4
         # Few rows: eight warps each, or most of the GPU would idle.
         warps_per_row = COMBINE_WARPS if g.batch * rows < num_sms * COMBINE_WARPS else 1
         self.combine_grid = (
@@ -140,70 +176,38 @@ class Prepared:
             min(g.batch, g.parts - 1),
             1,
         )
-        self.combine_sizes = (words, g.batch, g.s_q, g.h_q, g.group, g.partial_slots, warps_per_row)
+        self.combine_sizes = (
+            g.pair_words,
+            g.batch,
+            g.s_q,
+            g.h_q,
+            g.group,
+            g.partial_slots,
+            warps_per_row,
+        )
         self._own = threading.local()
-        self._q_maps: dict[int, Maps] = {}
-        self._k_maps: dict[int, Maps] = {}
+        batch, position, head, _ = g.q_strides
+        # Over q as [batch, slab, column block, head or row, 64]; rows past the last are zero.
+        heads = g.h_q if g.slabs == g.s_q else g.s_q * g.h_q
+        self.q_maps = MapsByAddress(
+            g.dtype,
+            (COLUMN_BLOCK, heads, COLUMN_BLOCKS, g.slabs, g.batch),
+            (head, COLUMN_BLOCK, position, batch),
+            box_rows=ROWS_PER_BLOCK,
+            nan_outside=False,
+        )
+        page, token, head, _ = g.k_strides
+        # Over k_cache as [page, kv head, column block, token, 64]; pages outside are NaN.
+        self.k_maps = MapsByAddress(
+            g.dtype,
+            (COLUMN_BLOCK, g.page_size, COLUMN_BLOCKS, g.h_kv, g.num_pages),
+            (token, COLUMN_BLOCK, head, page),
+            box_rows=min(g.page_size, TOKENS_PER_TILE),
+            nan_outside=True,
+        )
 
     def launches(self) -> Launches:
         found: Launches | None = getattr(self._own, "launches", None)
         if found is None:
             found = self._own.launches = Launches(self)
         return found
-
-    def q_maps(self, address: int) -> Maps:
-        """Over q as [batch, slab, column block, head or row, 64]."""
-        found = self._q_maps.get(address)
-        if found is None:
-            g = self.geometry
-            batch, position, head, _ = g.q_strides
-            heads = g.h_q if g.slabs == g.s_q else g.s_q * g.h_q
-            dims = (COLUMN_BLOCK, heads, COLUMN_BLOCKS, g.slabs, g.batch)
-            found = self._remember(
-                self._q_maps, address, dims, (head, COLUMN_BLOCK, position, batch), False
-            )
-        return found
-
-    def k_maps(self, address: int) -> Maps:
-        """Over k_cache as [page, kv head, column block, token, 64]; pages outside are NaN."""
-        found = self._k_maps.get(address)
-        if found is None:
-            g = self.geometry
-            page, token, head, _ = g.k_strides
-            dims = (COLUMN_BLOCK, g.page_size, COLUMN_BLOCKS, g.h_kv, g.num_pages)
-            found = self._remember(
-                self._k_maps, address, dims, (token, COLUMN_BLOCK, head, page), True
-            )
-        return found
-
-    def _remember(
-        self,
-        maps: dict[int, Maps],
-        address: int,
-        dims: tuple[int, ...],
-        strides: tuple[int, ...],
-        nan_outside: bool,
-    ) -> Maps:
-        # Along a dimension of one element any stride will do, and NumPy's rule lets it be odd.
-        in_bytes = [
-            2 * stride if length > 1 else 2 * HEAD_DIM
-            for stride, length in zip(strides, dims[1:], strict=True)
-        ]
-        rows = min(dims[1], 64) if nan_outside else 64
-        counts = HALVES if rows == TOKENS_PER_TILE else (1,)
-        if len(maps) >= MAX_MAPS:
-            maps.clear()
-        made = maps[address] = Maps(
-            *(
-                tensor_map(
-                    address,
-                    self.geometry.dtype,
-                    dims,
-                    in_bytes,
-                    (COLUMN_BLOCK, rows, count, 1, 1),
-                    nan_outside=nan_outside,
-                )
-                for count in counts
-            )
-        )
-        return made

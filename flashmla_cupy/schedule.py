@@ -84,13 +84,20 @@ class _Cuts(NamedTuple):
         return pair
 
     @property
+    def begins_inside(self) -> npt.NDArray[np.bool_]:
+        """[parts]: which parts begin with a later piece of a split request."""
+        return self.busy & (self.tile[:-1] > 0)
+
+    @property
+    def starts_split(self) -> npt.NDArray[np.bool_]:
+        """[parts]: which parts end with the first piece of a split request."""
+        same = self.request[:-1] == self.request[1:]
+        return self.busy & (self.tile[1:] > 0) & ~(same & (self.tile[:-1] > 0))
+
+    @property
     def split_pieces(self) -> Ints:
         """[parts]: split pieces of each part; a piece cut at both ends counts once."""
-        inside = self.tile > 0
-        both = inside[:-1] & inside[1:]
-        middle = both & (self.request[:-1] == self.request[1:])
-        count = inside[:-1].astype(np.int64) + inside[1:] - middle
-        return np.where(self.busy, count, 0)
+        return self.begins_inside.astype(np.int64) + self.starts_split
 
 
 def shared_bytes(batch: int, parts: int = MAX_PARTS) -> int:
@@ -136,15 +143,14 @@ def plan(
     busy = cuts.busy
     metadata[busy, :7] = columns[busy]
 
-    # A split request starts in the part that ends inside it without having begun inside it.
-    opens = busy & (cuts.tile[1:] > 0) & ~((begin > 0) & (first == last))
-    first_slot = (slot + (begin > 0))[opens]
+    splits = cuts.starts_split
+    first_slot = (slot + cuts.begins_inside)[splits]
     metadata[:, 7] |= int(cuts.split_pieces.sum()) << 20
-    metadata[: len(first_slot), 7] = first_slot << 20 | last[opens]
+    metadata[: len(first_slot), 7] = first_slot << 20 | last[splits]
 
     # A request is in one piece more than there are parts that begin inside it.
     pieces = np.ones(batch, np.int64)
-    np.add.at(pieces, first[busy & (begin > 0)], 1)
+    np.add.at(pieces, first[cuts.begins_inside], 1)
     return metadata, np.concatenate([[0], np.cumsum(pieces)]).astype(np.int32)
 
 

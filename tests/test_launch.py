@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import re
 import struct
+import threading
 from pathlib import Path
 
 import pytest
 
-from flashmla_cupy import driver, launch, prepared
+from flashmla_cupy import compiler, driver, launch, prepared, schedule
 from flashmla_cupy.errors import ForkedProcessError
 from flashmla_cupy.frameworks import ArrayInfo
 from flashmla_cupy.geometry import Geometry
@@ -155,8 +156,8 @@ TABLE = info(3, 5, dtype="int32")
 def test_grid_and_tensor_maps(fake, q, k_cache, grid):
     made = prepare(q, k_cache, TABLE)
     assert made.grid == grid
-    made.q_maps(q.ptr)
-    made.k_maps(k_cache.ptr)
+    made.q_maps[q.ptr]
+    made.k_maps[k_cache.ptr]
     page_size, h_kv = k_cache.shape[1:3]
     for address, dtype, dims, strides, box, nan_outside in fake.maps:
         assert (address, dtype) == (1 << 20, "bfloat16")
@@ -173,7 +174,7 @@ def test_grid_and_tensor_maps(fake, q, k_cache, grid):
     halves = [box[2] for *_, box, nan_outside in fake.maps if nan_outside]
     assert halves == ([4, 5] if page_size >= 64 else [1])
     before = len(fake.maps)
-    made.q_maps(q.ptr)
+    made.q_maps[q.ptr]
     assert len(fake.maps) == before  # once for an address
 
 
@@ -225,6 +226,19 @@ def test_decode_launches_both_kernels(fake):
         "causal": 0,
         "border_tiles": 1,
     }
+
+
+def test_schedule_launches_with_the_room_that_a_batch_needs(fake):
+    engine = object.__new__(launch.Engine)
+    engine._kernels = {compiler.Variant("schedule"): function("schedule", schedule.THREADS)}
+    engine._own = threading.local()
+    for batch in (3, 9000, 1):
+        engine.schedule(9, 1, batch, 66, 128, 1, 2, 3)
+        grid, block, shared_bytes, stream, arguments = fake.launches[-1]
+        assert (grid, block, stream) == ((1, 1, 1), (1024, 1, 1), 9)
+        assert shared_bytes == schedule.shared_bytes(batch, 66)
+        packed = ctypes.string_at(arguments[0], launch.SCHEDULE_PARAMS.size)
+        assert launch.SCHEDULE_PARAMS.unpack(packed) == (1, batch, 66, 128, 1, 2, 3)
 
 
 def test_no_combine_where_nothing_can_be_split(fake):

@@ -50,8 +50,8 @@ class Torch:
         try:
             dtype = x.dtype
             name = self._names.get(dtype) or str(dtype).removeprefix("torch.")
-            if dtype is not self._int32 and x.requires_grad and self._grad_enabled():
-                raise needs_gradient(argument)
+            if dtype is not self._int32:
+                self._refuse_gradient(x, argument)
             ptr = x.data_ptr() or self._null(x, argument)
             if x.is_cuda:
                 return ArrayInfo(ptr, x.shape, x.stride(), name, x.get_device())
@@ -100,14 +100,12 @@ class Torch:
             m_pointer, s_pointer = metadata.data_ptr(), splits.data_ptr()
             some = some and m_pointer and s_pointer
         if out is not None:
-            if out.requires_grad and self._grad_enabled():
-                raise needs_gradient("out")
+            self._refuse_gradient(out, "out")
             facts += ("out", out.shape, out.stride(), out.dtype, out.get_device())
             out_pointer = out.data_ptr()
             some = some and out_pointer
         if lse is not None:
-            if lse.requires_grad and self._grad_enabled():
-                raise needs_gradient("lse")
+            self._refuse_gradient(lse, "lse")
             facts += ("lse", lse.shape, lse.stride(), lse.dtype, lse.get_device())
             lse_pointer = lse.data_ptr()
             some = some and lse_pointer
@@ -118,6 +116,10 @@ class Torch:
             m_pointer, s_pointer, out_pointer, lse_pointer,
         )  # fmt: skip
         return facts, pointers
+
+    def _refuse_gradient(self, x: Any, argument: str) -> None:
+        if x.requires_grad and self._grad_enabled():
+            raise needs_gradient(argument)
 
     def _null(self, x: Any, argument: str) -> int:
         """0, the address of an empty tensor; a wrapper such as DTensor has it too, of no use."""
