@@ -29,18 +29,23 @@ PLATFORMS = ("manylinux_2_31_x86_64", "manylinux_2_28_x86_64", "manylinux2014_x8
 DEFAULT_FOLDER = ".peers"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=f"Fetches the FlashMLA and FlashAttention-3 libraries of {WHEEL}."
-    )
+def add_folder(parser: argparse.ArgumentParser, what: str) -> None:
+    """The argument FOLDER, which peers.py takes as well."""
     parser.add_argument(
         "folder",
         nargs="?",
         type=Path,
         default=Path(DEFAULT_FOLDER),
         metavar="FOLDER",
-        help=f"where the libraries go (default: {DEFAULT_FOLDER})",
+        help=f"{what} (default: {DEFAULT_FOLDER})",
     )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=f"Fetches the FlashMLA and FlashAttention-3 libraries of {WHEEL}."
+    )
+    add_folder(parser, "where the libraries go")
     folder: Path = parser.parse_args(argv).folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

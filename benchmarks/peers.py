@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from fetch_peers import DEFAULT_FOLDER, LIBRARIES, WHEEL
+from fetch_peers import LIBRARIES, WHEEL, add_folder
 
 from flashmla_cupy import __version__, bench, nvrtc
 from flashmla_cupy.bench import Case
@@ -257,14 +257,7 @@ def parser() -> argparse.ArgumentParser:
         description="Times this library beside FlashMLA and FlashAttention-3 on a Hopper GPU.",
         epilog="The exit status is 1 if an implementation failed in a case, 2 if nothing ran.",
     )
-    made.add_argument(
-        "folder",
-        nargs="?",
-        type=Path,
-        default=Path(DEFAULT_FOLDER),
-        metavar="FOLDER",
-        help=f"where fetch_peers.py put the peers (default: {DEFAULT_FOLDER})",
-    )
+    add_folder(made, "where fetch_peers.py put the peers")
     made.add_argument(
         "--impls", nargs="+", choices=(OURS, *PEERS), default=(OURS, *PEERS), help="default: all"
     )

@@ -91,8 +91,9 @@ class _Cuts(NamedTuple):
     @property
     def starts_split(self) -> npt.NDArray[np.bool_]:
         """[parts]: which parts end with the first piece of a split request."""
-        same = self.request[:-1] == self.request[1:]
-        return self.busy & (self.tile[1:] > 0) & ~(same & (self.tile[:-1] > 0))
+        middle = (self.request[:-1] == self.request[1:]) & (self.tile[:-1] > 0)
+        starts: npt.NDArray[np.bool_] = self.busy & (self.tile[1:] > 0) & ~middle
+        return starts
 
     @property
     def split_pieces(self) -> Ints:

@@ -1,10 +1,15 @@
-"""For all tests: GPU tests skip, visibly, without a Hopper GPU; the user's cache is left alone."""
+"""For all tests: GPU tests skip, visibly, without a Hopper GPU; the user's kernel cache is left
+alone; fixtures for tests that compile."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
+
+from flashmla_cupy import compiler, cubin_cache, nvrtc
+from flashmla_cupy.errors import NVRTCNotFoundError
 
 
 def _hopper() -> str | None:
@@ -41,3 +46,24 @@ def _own_cubin_cache(tmp_path_factory: pytest.TempPathFactory):
         del os.environ["FLASHMLA_CUPY_CACHE_DIR"]
     else:
         os.environ["FLASHMLA_CUPY_CACHE_DIR"] = before
+
+
+@pytest.fixture(scope="session")
+def has_nvrtc() -> None:
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    try:
+        nvrtc.version()
+    except NVRTCNotFoundError:
+        pytest.skip("NVRTC is not installed")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty memo, an empty cache directory, and no settings of the user."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setenv("FLASHMLA_CUPY_CACHE_DIR", str(tmp_path / "cubins"))
+    monkeypatch.delenv("FLASHMLA_CUPY_CACHE_VERIFY", raising=False)
+    monkeypatch.delenv("FLASHMLA_CUPY_VERBOSE", raising=False)
+    monkeypatch.setattr(cubin_cache, "_warned", set())
+    monkeypatch.setattr(compiler, "_memo", {})
+    return tmp_path / "cubins"

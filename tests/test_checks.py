@@ -831,6 +831,13 @@ BAD_METADATA = [
     ("2d", {"cache_seqlens": LENGTHS[None]}, ShapeError, "cache_seqlens", "(batch,)"),
     ("0d", {"cache_seqlens": LENGTHS[0, ...].reshape(())}, ShapeError, "cache_seqlens", "()"),
     ("gap", {"cache_seqlens": with_gap(LENGTHS)}, StrideError, "cache_seqlens", "contiguous"),
+    (
+        "too-many",
+        {"cache_seqlens": np.zeros(2**20, np.int32)},
+        ShapeError,
+        "cache_seqlens",
+        "at most 1048575 requests",
+    ),
     ("address", {"cache_seqlens": offset_bytes(LENGTHS, 1)}, AlignmentError, "cache_seqlens", "4"),
     ("no-lengths", {"cache_seqlens": None}, ArgTypeError, "cache_seqlens", "no argument"),
     (

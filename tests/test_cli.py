@@ -41,25 +41,10 @@ METADATA = {
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache, and small kernels in place of the library's."""
-    tmp_path.chmod(0o700)
-    monkeypatch.setenv("FLASHMLA_CUPY_CACHE_DIR", str(tmp_path / "cubins"))
-    monkeypatch.delenv("FLASHMLA_CUPY_CACHE_VERIFY", raising=False)
-    monkeypatch.delenv("FLASHMLA_CUPY_VERBOSE", raising=False)
-    monkeypatch.setattr(cubin_cache, "_warned", set())
-    monkeypatch.setattr(compiler, "_memo", {})
     monkeypatch.setattr(compiler, "_sources", lambda: SOURCES)
-    return tmp_path / "cubins"
-
-
-@pytest.fixture(scope="session")
-def has_nvrtc() -> None:
-    pytest.importorskip("cupy", reason="CuPy is not installed")
-    try:
-        nvrtc.version()
-    except NVRTCNotFoundError:
-        pytest.skip("NVRTC is not installed")
+    return fresh
 
 
 @pytest.fixture
@@ -272,8 +257,9 @@ def test_warmup_shows_the_first_error_of_the_compiler(capsys, folder, has_nvrtc,
     assert err.count("\n") == 1
 
 
-def test_warmup_without_cupy(capsys, folder, no_cupy):
-    assert main(["warmup"]) == 2
+@pytest.mark.parametrize("command", ["warmup", "bench"])
+def test_without_cupy(command, capsys, folder, no_cupy):
+    assert main([command]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("flashmla-cupy: error: CuPy is needed")
@@ -281,14 +267,6 @@ def test_warmup_without_cupy(capsys, folder, no_cupy):
 
 
 # ---- bench ---------------------------------------------------------------------------------------
-
-
-def test_bench_without_cupy(capsys, no_cupy):
-    assert main(["bench"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("flashmla-cupy: error: CuPy is needed")
-    assert err.count("\n") == 1
 
 
 def test_bench_without_a_gpu(capsys, tmp_path):

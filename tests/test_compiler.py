@@ -26,7 +26,6 @@ from flashmla_cupy.errors import (
     CacheConfigError,
     CacheTrustWarning,
     KernelCompileError,
-    NVRTCNotFoundError,
 )
 
 ROOT = Path(compiler.__file__).resolve().parent.parent
@@ -37,27 +36,6 @@ extern "C" __global__ void schedule(int* a) { *a = PART; }""",
     "part.cuh": b"#define PART 7\n",
 }
 SCHEDULE = Variant("schedule")
-
-
-@pytest.fixture(scope="session")
-def has_nvrtc() -> None:
-    pytest.importorskip("cupy", reason="CuPy is not installed")
-    try:
-        nvrtc.version()
-    except NVRTCNotFoundError:
-        pytest.skip("NVRTC is not installed")
-
-
-@pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty memo, an empty cache directory, and no settings of the user."""
-    tmp_path.chmod(0o700)
-    monkeypatch.setenv("FLASHMLA_CUPY_CACHE_DIR", str(tmp_path / "cubins"))
-    monkeypatch.delenv("FLASHMLA_CUPY_CACHE_VERIFY", raising=False)
-    monkeypatch.delenv("FLASHMLA_CUPY_VERBOSE", raising=False)
-    monkeypatch.setattr(cubin_cache, "_warned", set())
-    monkeypatch.setattr(compiler, "_memo", {})
-    return tmp_path / "cubins"
 
 
 @pytest.fixture
