@@ -1,0 +1,474 @@
+// Thread blocks of a GPU on one CPU thread, for running the kernels of cuda_src without a GPU.
+//
+// Every CUDA thread is a coroutine. It runs until it has to wait for another one, and which goes on
+// is drawn at random, so that a missing barrier shows as a wrong result for some seed. What the GPU
+// does asynchronously (bulk copies, wgmma) waits in a queue and happens at a random time before it
+// is waited for. When nothing can go on, that is a deadlock, reported with what the threads wait for.
+//
+// Also reported: an asynchronous access to shared memory that a thread wrote without
+// fence.proxy.async, more arrivals than an mbarrier expects, and threads of a warpgroup that do not
+// agree on a wgmma.
+//
+// Not modelled: the memory model of ordinary accesses, time, registers, and two kernels at once.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+struct dim3 {
+  uint32_t x = 1, y = 1, z = 1;
+};
+inline dim3 threadIdx, blockIdx, gridDim, blockDim;
+
+// Every __shared__ variable lies in one section of the library, which is exchanged when another
+// thread block goes on.
+#define __shared__ __attribute__((section("device_shared")))
+constexpr int DYNAMIC_SHARED_BYTES = 232448;
+extern "C" uint8_t __start_device_shared[], __stop_device_shared[];
+__shared__ __attribute__((aligned(1024))) uint8_t shared[DYNAMIC_SHARED_BYTES];
+
+namespace machine {
+
+constexpr int STACK_BYTES = 64 << 10, WARP = 32, WARPGROUP = 128, CHUNK = 16;
+constexpr uint64_t MAX_TURNS = 1 << 22;
+
+struct Thread {
+  using Condition = bool (*)(const Thread&);
+  uint32_t index = 0;
+  bool started = false, ended = false;
+  Condition ready = nullptr;  // nullptr: it can go on
+  const void* subject = nullptr;
+  uint64_t value = 0;
+  const char* waits_for = "";
+  uint64_t products = 0;           // wgmmas issued
+  std::vector<uint32_t> unfenced;  // chunks of shared memory written since the last proxy fence
+  std::unique_ptr<char[]> stack;
+  ucontext_t start;
+  jmp_buf context;
+};
+
+// wgmma: D += A B, one operation of the four warps together, so it begins when all 128 threads have
+// issued it and is complete for all of them at once.
+struct Product {
+  int columns = 0, issued = 0;
+  bool accumulate = true, a_in_registers = false, b_mn_major = false;
+  uint64_t a = 0, b = 0;  // descriptors
+  std::array<std::array<uint32_t, 4>, WARPGROUP> a_registers;
+  std::array<float*, WARPGROUP> d;
+};
+struct Warpgroup {
+  std::deque<Product> products;
+  uint64_t done = 0;
+};
+
+struct Warp {
+  uint64_t values[2][WARP];
+  uint32_t arrived = 0, generation = 0;
+};
+
+struct Barrier {  // bar.sync
+  uint32_t arrived = 0, generation = 0, threads = 0;
+  int sum = 0, result = 0;
+};
+
+struct Block {
+  dim3 index;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<Warpgroup> warpgroups;
+  std::array<Barrier, 16> barriers;
+  std::vector<std::function<void()>> copies;
+  std::vector<uint8_t> image;            // of shared memory, while another block goes on
+  std::vector<uint16_t> unfenced_by;     // thread + 1 for each chunk of dynamic shared memory
+  uint32_t alive = 0;
+  bool copies_are_slow = false;
+};
+
+inline std::mt19937_64 random_numbers;
+inline Block* block;
+inline Thread* thread;
+inline jmp_buf scheduler, grid_runner;  // where a thread returns to; a failure without a thread
+inline std::string error;
+inline std::function<void()> body;  // the kernel with its arguments
+
+inline uint32_t draw(uint32_t below) { return random_numbers() % below; }
+
+// ---- coroutines -----------------------------------------------------------------------------
+
+[[noreturn]] inline void fail(const std::string& message) {
+  if (error.empty()) {
+    error = message;
+    if (thread) {
+      error += " (thread block " + std::to_string(block->index.x) + ", " +
+               std::to_string(block->index.y) + ", " + std::to_string(block->index.z) +
+               ", thread " + std::to_string(thread->index) + ")";
+    }
+  }
+  _longjmp(thread ? scheduler : grid_runner, 1);
+}
+
+__attribute__((noinline)) inline void suspend() {
+  if (!_setjmp(thread->context)) _longjmp(scheduler, 1);
+}
+// Lets others go first, sometimes.
+inline void maybe_yield() {
+  thread->ready = nullptr;
+  if (draw(4) == 0) suspend();
+}
+inline void wait_until(Thread::Condition ready, const void* subject, uint64_t value,
+                       const char* what) {
+  Thread& t = *thread;
+  t.subject = subject, t.value = value, t.waits_for = what;
+  if (ready(t)) return maybe_yield();
+  t.ready = ready;
+  suspend();
+  t.ready = nullptr;
+}
+
+inline void release_if_complete(Barrier& barrier) {
+  if (barrier.threads && barrier.arrived == barrier.threads) {
+    barrier.result = barrier.sum;
+    barrier.arrived = barrier.sum = barrier.threads = 0;
+    ++barrier.generation;
+  }
+}
+
+inline void run_thread() {
+  body();
+  Thread& t = *thread;
+  t.ended = true;
+  --block->alive;
+  if (block->warps[t.index / WARP].arrived) fail("a thread ended while its warp waits for it");
+  Barrier& all = block->barriers[0];
+  if (all.threads) --all.threads;  // ended threads count as arrived at __syncthreads
+  release_if_complete(all);
+  _longjmp(scheduler, 1);
+}
+
+inline void resume(Thread& t) {
+  thread = &t;
+  threadIdx = {t.index, 0, 0};
+  if (!_setjmp(scheduler)) {
+    if (t.started) _longjmp(t.context, 1);
+    t.started = true;
+    t.stack.reset(new char[STACK_BYTES]);
+    getcontext(&t.start);
+    t.start.uc_stack.ss_sp = t.stack.get();
+    t.start.uc_stack.ss_size = STACK_BYTES;
+    t.start.uc_link = nullptr;
+    makecontext(&t.start, run_thread, 0);
+    setcontext(&t.start);
+  }
+  thread = nullptr;
+}
+
+// ---- what threads do together ---------------------------------------------------------------
+
+// The values of all lanes of the warp, once all of them have come here.
+inline const uint64_t* exchange(uint64_t value, const char* what) {
+  Warp& w = block->warps[thread->index / WARP];
+  const uint32_t generation = w.generation;
+  uint64_t* values = w.values[generation & 1];
+  values[thread->index % WARP] = value;
+  if (++w.arrived == WARP) {
+    w.arrived = 0;
+    ++w.generation;
+    maybe_yield();
+  } else {
+    wait_until([](const Thread& t) { return ((const Warp*)t.subject)->generation != t.value; },
+               &w, generation, what);
+  }
+  return values;
+}
+
+inline int barrier_arrive(int number, uint32_t threads, bool wait, int summand = 0) {
+  Barrier& barrier = block->barriers[number];
+  const uint32_t generation = barrier.generation;
+  if (barrier.threads && barrier.threads != threads) fail("bar.sync with another count of threads");
+  barrier.threads = threads;
+  ++barrier.arrived;
+  barrier.sum += summand;
+  release_if_complete(barrier);
+  if (!wait) return 0;
+  wait_until([](const Thread& t) { return ((const Barrier*)t.subject)->generation != t.value; },
+             &barrier, generation, "bar.sync");
+  return barrier.result;
+}
+
+// ---- shared memory and the asynchronous proxy -----------------------------------------------
+
+inline uint8_t* at(uint32_t address, uint32_t bytes) {
+  if (address % bytes || address + bytes > DYNAMIC_SHARED_BYTES) {
+    fail("shared memory: " + std::to_string(bytes) + " bytes at " + std::to_string(address));
+  }
+  return shared + address;
+}
+inline void wrote(uint32_t address) {
+  uint16_t& by = block->unfenced_by[address / CHUNK];
+  if (by != thread->index + 1) thread->unfenced.push_back(address / CHUNK);
+  by = thread->index + 1;
+}
+inline void fence() {
+  for (const uint32_t chunk : thread->unfenced) {
+    uint16_t& by = block->unfenced_by[chunk];
+    if (by == thread->index + 1) by = 0;
+  }
+  thread->unfenced.clear();
+}
+// For an asynchronous access.
+inline uint8_t* at_async(uint32_t address, uint32_t bytes) {
+  const uint16_t by = block->unfenced_by[address / CHUNK];
+  if (by) {
+    fail("asynchronous access to byte " + std::to_string(address) + " of shared memory, which" +
+         " thread " + std::to_string(by - 1) + " wrote without fence.proxy.async since");
+  }
+  return at(address, bytes);
+}
+inline uint32_t swizzle_128b(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+// ---- mbarrier -------------------------------------------------------------------------------
+
+struct Mbarrier {
+  uint64_t phase : 1, count : 15, pending : 16;
+  int64_t bytes : 32;
+};
+static_assert(sizeof(Mbarrier) == 8);
+
+inline Mbarrier& mbarrier(uint32_t address) { return *(Mbarrier*)at(address, 8); }
+inline void complete_phase(Mbarrier& b) {
+  if (b.pending == 0 && b.bytes == 0) {
+    b.phase ^= 1;
+    b.pending = b.count;
+  }
+}
+inline void arrive(uint32_t address, uint32_t count, uint32_t bytes = 0) {
+  Mbarrier& b = mbarrier(address);
+  if (b.pending < count) fail("more arrivals at an mbarrier than it expects");
+  b.bytes += bytes;
+  b.pending -= count;
+  complete_phase(b);
+}
+inline void complete_bytes(uint32_t address, uint32_t bytes) {
+  Mbarrier& b = mbarrier(address);
+  b.bytes -= bytes;
+  complete_phase(b);
+}
+inline void wait_for_phase(uint32_t address, uint32_t parity, const char* what) {
+  wait_until([](const Thread& t) { return ((const Mbarrier*)t.subject)->phase != t.value; },
+             &mbarrier(address), parity, what);
+}
+
+// ---- wgmma ----------------------------------------------------------------------------------
+
+inline float to_float(uint16_t x);  // the kernel's 16-bit type
+
+inline uint32_t field(uint64_t descriptor, int from) { return (descriptor >> from & 0x3fff) << 4; }
+// Element `k` of row `i` of a K-major operand.
+inline float k_major(uint64_t descriptor, int i, int k) {
+  const uint32_t start = field(descriptor, 0), leading = field(descriptor, 16);
+  const uint32_t stride = field(descriptor, 32);
+  const bool swizzled = descriptor >> 62 == 1;
+  const uint32_t group = start + i / 8 * stride;  // of 8 rows
+  const uint32_t address = swizzled ? swizzle_128b(group + i % 8 * 128 + k * 2)
+                                    : group + i % 8 * 16 + k / 8 * leading + k % 8 * 2;
+  return to_float(*(uint16_t*)at_async(address, 2));
+}
+// Element `k` of column `n` of an MN-major operand, 128-byte swizzle.
+inline float mn_major(uint64_t descriptor, int n, int k) {
+  const uint32_t address = field(descriptor, 0) + n / 64 * field(descriptor, 16) +
+                           k / 8 * field(descriptor, 32) + k % 8 * 128 + n % 64 * 2;
+  return to_float(*(uint16_t*)at_async(swizzle_128b(address), 2));
+}
+
+inline void execute(const Product& product) {
+  static float a[64][16], b[16][256];
+  for (int t = 0; t < WARPGROUP && product.a_in_registers; ++t) {
+    const int row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
+    for (int r = 0; r < 4; ++r) {
+      for (int i = 0; i < 2; ++i) {
+        a[row + r % 2 * 8][column + r / 2 * 8 + i] =
+            to_float(product.a_registers[t][r] >> 16 * i & 0xffff);
+      }
+    }
+  }
+  for (int row = 0; row < 64 && !product.a_in_registers; ++row) {
+    for (int k = 0; k < 16; ++k) a[row][k] = k_major(product.a, row, k);
+  }
+  for (int n = 0; n < product.columns; ++n) {
+    for (int k = 0; k < 16; ++k) {
+      b[k][n] = product.b_mn_major ? mn_major(product.b, n, k) : k_major(product.b, n, k);
+    }
+  }
+  for (int row = 0; row < 64; ++row) {
+    float sum[256] = {};
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < product.columns; ++n) sum[n] += a[row][k] * b[k][n];
+    }
+    for (int n = 0; n < product.columns; ++n) {
+      const int t = row / 16 * 32 + row % 8 * 4 + n % 8 / 2;
+      float& d = product.d[t][n / 8 * 4 + row % 16 / 8 * 2 + n % 2];
+      d = product.accumulate ? d + sum[n] : sum[n];
+    }
+  }
+}
+
+inline Warpgroup& warpgroup() { return block->warpgroups[thread->index / WARPGROUP]; }
+inline void issue(const Product& mine, const uint32_t* a_registers, float* d) {
+  Warpgroup& group = warpgroup();
+  const uint64_t place = thread->products++ - group.done;
+  if (place == group.products.size()) group.products.push_back(mine);
+  Product& product = group.products[place];
+  if (product.a != mine.a || product.b != mine.b || product.columns != mine.columns ||
+      product.accumulate != mine.accumulate) {
+    fail("the threads of a warpgroup do not agree on a wgmma");
+  }
+  const uint32_t t = thread->index % WARPGROUP;
+  for (int i = 0; a_registers && i < 4; ++i) product.a_registers[t][i] = a_registers[i];
+  product.d[t] = d;
+  ++product.issued;
+  maybe_yield();
+}
+inline void wait_for_products() {
+  wait_until([](const Thread& t) { return ((const Warpgroup*)t.subject)->done >= t.value; },
+             &warpgroup(), thread->products, "wgmma.wait_group");
+}
+
+// ---- the scheduler --------------------------------------------------------------------------
+
+inline bool copy_something() {
+  if (block->copies.empty()) return false;
+  std::swap(block->copies[draw(block->copies.size())], block->copies.back());
+  const auto copy = std::move(block->copies.back());
+  block->copies.pop_back();
+  copy();
+  return true;
+}
+inline bool multiply_something() {
+  const uint32_t first = draw(block->warpgroups.size() + 1);
+  for (size_t i = 0; i < block->warpgroups.size(); ++i) {
+    Warpgroup& group = block->warpgroups[(first + i) % block->warpgroups.size()];
+    if (group.products.empty() || group.products.front().issued < WARPGROUP) continue;
+    execute(group.products.front());
+    group.products.pop_front();
+    ++group.done;
+    return true;
+  }
+  return false;
+}
+// One of the block's asynchronous operations, if it has any. For a while wgmma is slow, and then
+// copies are: they happen only when no thread can go on.
+inline bool work_asynchronously(bool idle) {
+  if (draw(256) == 0) block->copies_are_slow = draw(2);
+  if (!block->copies_are_slow) return copy_something() || multiply_something();
+  return multiply_something() || (idle && copy_something());
+}
+
+// Gives most of the threads that can go on a turn, in some order; false if there were none.
+inline bool sweep() {
+  static constexpr uint32_t STRIDES[] = {1, 7, 19, 61, 257, 701};  // prime to any count of threads
+  const uint32_t count = block->threads.size();
+  const uint32_t stride = STRIDES[draw(6)];
+  uint32_t i = draw(count);
+  bool any = false;
+  for (uint32_t n = 0; n < count; ++n, i = (i + stride) % count) {
+    Thread& t = block->threads[i];
+    if (t.ended || (t.ready && !t.ready(t))) continue;
+    any = true;
+    if (draw(8) == 0) continue;
+    resume(t);
+    if (!error.empty()) return false;
+    if (draw(64) == 0) work_asynchronously(false);
+  }
+  return any;
+}
+
+inline void activate(Block& next) {
+  const size_t bytes = __stop_device_shared - __start_device_shared;
+  if (block == &next) return;
+  if (block) memcpy(block->image.data(), __start_device_shared, bytes);
+  memcpy(__start_device_shared, next.image.data(), bytes);
+  block = &next;
+  blockIdx = next.index;
+}
+
+inline std::unique_ptr<Block> make_block(dim3 index, uint32_t threads) {
+  auto made = std::make_unique<Block>();
+  made->index = index;
+  made->threads = std::vector<Thread>(threads);
+  for (uint32_t i = 0; i < threads; ++i) made->threads[i].index = i;
+  made->warps.resize(threads / WARP);
+  made->warpgroups.resize(threads / WARPGROUP);
+  made->image.resize(__stop_device_shared - __start_device_shared);
+  for (auto& byte : made->image) byte = random_numbers();  // shared memory comes as it is
+  made->unfenced_by.resize(DYNAMIC_SHARED_BYTES / CHUNK);
+  made->alive = threads;
+  made->copies_are_slow = draw(2);
+  return made;
+}
+
+inline void report_deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
+  std::map<std::string, int> counts;
+  for (const auto& b : blocks) {
+    for (const Thread& t : b->threads) {
+      if (!t.ended) ++counts["warp " + std::to_string(t.index / WARP) + " in " + t.waits_for];
+    }
+  }
+  error = "deadlock:";
+  for (const auto& [what, count] : counts) {
+    error += " " + std::to_string(count) + " of " + what + ",";
+  }
+  error.pop_back();
+}
+
+// Runs a grid, `resident` thread blocks at a time. False: see `error`.
+inline bool run(dim3 grid, uint32_t threads, uint32_t resident, uint64_t seed) {
+  random_numbers.seed(seed);
+  error.clear();
+  block = nullptr;
+  gridDim = grid, blockDim = {threads, 1, 1};
+  std::vector<std::unique_ptr<Block>> blocks;
+  const uint64_t total = (uint64_t)grid.x * grid.y * grid.z;
+  uint64_t next = 0;
+  uint32_t stuck = 0;  // turns since something went on
+  uint64_t turns_left = MAX_TURNS;
+  while (error.empty()) {
+    while (blocks.size() < resident && next < total) {
+      const uint32_t x = next % grid.x, y = next / grid.x % grid.y, z = next / grid.x / grid.y;
+      blocks.push_back(make_block({x, y, z}, threads));
+      ++next;
+    }
+    if (blocks.empty()) return true;
+    const size_t chosen = draw(blocks.size());
+    activate(*blocks[chosen]);
+    bool any = false;
+    if (_setjmp(grid_runner)) break;
+    for (uint32_t turns = draw(200) + 1; turns && error.empty(); --turns) {
+      if (--turns_left == 0) error = "no end in sight";
+      const bool went_on = sweep();
+      if (!error.empty() || !(went_on || work_asynchronously(true))) break;
+      any = true;
+    }
+    if (error.empty() && block->alive == 0) {
+      if (!block->copies.empty()) fail("a thread block ended before its bulk copies did");
+      block = nullptr;
+      blocks.erase(blocks.begin() + chosen);
+      any = true;
+    }
+    stuck = any ? 0 : stuck + 1;
+    if (stuck > 64 + 16 * blocks.size()) report_deadlock(blocks);
+  }
+  return false;
+}
+
+}  // namespace machine

@@ -1,0 +1,233 @@
+// Stands in for cuda_src/ptx.cuh: the same functions, on machine.h.
+#pragma once
+#include "cuda.h"
+
+#define DEVICE inline
+
+#define POS_INF __int_as_float(0x7f800000)
+#define NEG_INF __int_as_float(0xff800000)
+#define QUIET_NAN __int_as_float(0x7fffffff)
+constexpr float LN2 = 0.69314718056f;
+
+// The library that launches encodes these 128 bytes (emulator.py), dimensions innermost first.
+struct alignas(128) TensorMap {
+  uint8_t* address;
+  uint32_t dims[5];
+  uint32_t nan_outside;
+  uint64_t strides[4];  // bytes
+  uint32_t box[5];
+};
+
+// ---- special registers ----------------------------------------------------------------------
+
+DEVICE uint32_t thread_index() { return threadIdx.x; }
+DEVICE uint32_t lane_index() { return thread_index() & 31; }
+DEVICE uint32_t warp_in_group() { return (thread_index() >> 5) & 3; }
+DEVICE bool elect_sync() {
+  all_lanes(~0u, 0, "elect.sync");
+  return lane_index() == 13;
+}
+
+// ---- mbarrier -------------------------------------------------------------------------------
+
+DEVICE void mbarrier_init(uint32_t barrier, uint32_t count) {
+  machine::mbarrier(barrier) = {0, count, count, 0};
+}
+DEVICE void fence_mbarrier_init() {}
+DEVICE void mbarrier_arrive(uint32_t barrier, uint32_t count = 1) {
+  machine::arrive(barrier, count);
+  machine::maybe_yield();
+}
+DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
+  machine::arrive(barrier, 1, bytes);
+  machine::maybe_yield();
+}
+DEVICE bool mbarrier_test_wait(uint32_t barrier, uint32_t phase) {
+  machine::maybe_yield();
+  return machine::mbarrier(barrier).phase != phase;
+}
+DEVICE void mbarrier_wait(uint32_t barrier, uint32_t phase) {
+  machine::wait_for_phase(barrier, phase, "mbarrier_wait");
+}
+
+// ---- ordering -------------------------------------------------------------------------------
+
+DEVICE void fence_proxy_async() { machine::fence(); }
+DEVICE void fence_proxy_async_all() { machine::fence(); }
+template <int Threads>
+DEVICE void bar_sync(int barrier) {
+  machine::barrier_arrive(barrier, Threads, true);
+}
+template <int Barrier, int Threads>
+DEVICE void bar_sync() {
+  machine::barrier_arrive(Barrier, Threads, true);
+}
+template <int Barrier, int Threads>
+DEVICE void bar_arrive() {
+  machine::barrier_arrive(Barrier, Threads, false);
+}
+DEVICE uint64_t ld_acquire(const uint64_t* p) {
+  machine::maybe_yield();
+  return *p;
+}
+DEVICE void st_release(uint64_t* p, uint64_t x) {
+  *p = x;
+  machine::maybe_yield();
+}
+// Each kernel starts when the one before it has ended.
+DEVICE void griddepcontrol_wait() {}
+DEVICE void griddepcontrol_launch_dependents() {}
+template <int Registers>
+DEVICE void setmaxnreg_inc() {}
+template <int Registers>
+DEVICE void setmaxnreg_dec() {}
+
+// ---- bulk copies ----------------------------------------------------------------------------
+
+DEVICE void prefetch_tensormap(const TensorMap&) {}
+DEVICE uint64_t createpolicy_evict_first() { return 0; }
+
+// One row of a box, 128 bytes swizzled.
+DEVICE void copy_row(uint32_t to, const TensorMap& map, const int (&at)[5]) {
+  bool inside = true;
+  const uint8_t* from = map.address + at[0] * 2;
+  for (int i = 0; i < 5; ++i) {
+    inside &= (uint32_t)at[i] < map.dims[i];
+    if (i > 0) from += at[i] * map.strides[i - 1];
+  }
+  for (int chunk = 0; chunk < 8; ++chunk) {
+    uint8_t* chunk_to = machine::at_async(machine::swizzle_128b(to + chunk * 16), 16);
+    if (inside) {
+      memcpy(chunk_to, from + chunk * 16, 16);
+    } else {
+      for (int i = 0; i < 8; ++i) ((uint16_t*)chunk_to)[i] = map.nan_outside ? 0x7fff : 0;
+    }
+  }
+}
+DEVICE void cp_async_bulk_tensor_5d(uint32_t to, const TensorMap& map, uint32_t barrier, int c0,
+                                    int c1, int c2, int c3, int c4, uint64_t) {
+  machine::block->copies.push_back([=] {
+    uint32_t row = to;
+    int at[5] = {c0};
+    for (at[4] = c4; at[4] < c4 + (int)map.box[4]; ++at[4]) {
+      for (at[3] = c3; at[3] < c3 + (int)map.box[3]; ++at[3]) {
+        for (at[2] = c2; at[2] < c2 + (int)map.box[2]; ++at[2]) {
+          for (at[1] = c1; at[1] < c1 + (int)map.box[1]; ++at[1], row += 128) {
+            copy_row(row, map, at);
+          }
+        }
+      }
+    }
+    machine::complete_bytes(barrier, row - to);
+  });
+}
+DEVICE void cp_async_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  machine::block->copies.push_back([=] {
+    for (uint32_t i = 0; i < bytes; i += 16) {
+      memcpy(machine::at_async(to + i, 16), (const uint8_t*)from + i, 16);
+    }
+    machine::complete_bytes(barrier, bytes);
+  });
+}
+
+// ---- shared and global memory ---------------------------------------------------------------
+
+DEVICE uint32_t shared_address(const void* pointer) { return (const uint8_t*)pointer - shared; }
+template <class T>
+T ld_shared(uint32_t a) {
+  return *(const T*)machine::at(a, sizeof(T));
+}
+template <class T>
+void st_shared(uint32_t a, T x) {
+  *(T*)machine::at(a, sizeof(T)) = x;
+  machine::wrote(a);
+}
+struct Vector4 {
+  uint32_t x, y, z, w;
+};
+DEVICE Vector4 ld_shared_v4(uint32_t a) { return ld_shared<Vector4>(a); }
+DEVICE void st_shared_v4(uint32_t a, Vector4 v) { st_shared(a, v); }
+DEVICE float ld_shared_f32(uint32_t a) { return ld_shared<float>(a); }
+DEVICE float2 ld_shared_v2_f32(uint32_t a) { return ld_shared<float2>(a); }
+DEVICE void st_shared_f32(uint32_t a, float x) { st_shared(a, x); }
+DEVICE uint32_t ld_shared_u32(uint32_t a) { return ld_shared<uint32_t>(a); }
+DEVICE void st_shared_u32(uint32_t a, uint32_t x) { st_shared(a, x); }
+DEVICE uint16_t ld_shared_u16(uint32_t a) { return ld_shared<uint16_t>(a); }
+DEVICE void st_shared_u16(uint32_t a, uint16_t x) { st_shared(a, x); }
+DEVICE void st_global_v4(void* p, Vector4 v) { *(Vector4*)p = v; }
+DEVICE void st_global_v2(float* p, float x, float y) { *(float2*)p = {x, y}; }
+
+// Lane i has the address of row i % 8 of matrix i / 8; register r of a lane is two elements of row
+// lane / 4 of matrix r.
+DEVICE void ldmatrix_x4(uint32_t a, uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w) {
+  const uint64_t* rows = all_lanes(~0u, a, "ldmatrix");
+  uint32_t loaded[4];
+  for (int r = 0; r < 4; ++r) {
+    loaded[r] = ld_shared<uint32_t>(rows[r * 8 + lane_index() / 4] + lane_index() % 4 * 4);
+  }
+  x = loaded[0], y = loaded[1], z = loaded[2], w = loaded[3];
+}
+DEVICE void stmatrix_x4(uint32_t a, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+  const uint32_t stored[4] = {x, y, z, w};
+  const uint32_t matrix = lane_index() / 8, row = lane_index() % 8;
+  for (uint32_t r = 0; r < 4; ++r) {
+    const uint64_t* values = all_lanes(~0u, stored[r], "stmatrix");
+    if (r != matrix) continue;
+    for (int i = 0; i < 4; ++i) st_shared(a + i * 4, (uint32_t)values[row * 4 + i]);
+  }
+}
+
+// ---- arithmetic -----------------------------------------------------------------------------
+
+DEVICE float ex2(float x) { return exp2f(x); }
+DEVICE float lg2(float x) { return log2f(x); }
+#if defined(DTYPE_FP16)
+DEVICE uint16_t from_float(float x) { return same_bits<uint16_t>((_Float16)x); }
+inline float machine::to_float(uint16_t x) { return (float)same_bits<_Float16>(x); }
+#else
+DEVICE uint16_t from_float(float x) {
+  const uint32_t bits = same_bits<uint32_t>(x);
+  if (x != x) return 0x7fff;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline float machine::to_float(uint16_t x) { return same_bits<float>((uint32_t)x << 16); }
+#endif
+DEVICE uint32_t cvt_x2(float low, float high) {
+  return (uint32_t)from_float(high) << 16 | from_float(low);
+}
+
+// ---- wgmma ----------------------------------------------------------------------------------
+
+DEVICE void wgmma_fence() {}
+DEVICE void wgmma_commit_group() {}
+DEVICE void wgmma_wait_all() { machine::wait_for_products(); }
+template <int N>
+DEVICE void pin(float (&)[N]) {}
+
+DEVICE uint64_t descriptor_k_major(uint32_t a) {
+  return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
+}
+DEVICE uint64_t descriptor_mn_major(uint32_t a) {
+  return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)512 << 16 | (uint64_t)64 << 32 |
+         (uint64_t)1 << 62;
+}
+DEVICE uint64_t descriptor_k_major_plain(uint32_t a) {
+  return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)64 << 16 | (uint64_t)8 << 32;
+}
+
+DEVICE void issue(float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, int columns,
+                  bool accumulate, bool b_mn_major) {
+  machine::Product product;
+  product.columns = columns, product.accumulate = accumulate, product.b_mn_major = b_mn_major;
+  product.a_in_registers = a_registers, product.a = a, product.b = b;
+  machine::issue(product, a_registers, d);
+}
+DEVICE void wgmma_m64n64k16_rs(float (&d)[32], const uint32_t* a, uint64_t b, int accumulate) {
+  issue(d, a, 0, b, 64, accumulate, false);
+}
+DEVICE void wgmma_m64n64k16_ss(float (&d)[32], uint64_t a, uint64_t b) {
+  issue(d, nullptr, a, b, 64, true, false);
+}
+DEVICE void wgmma_m64n256k16_ss(float (&d)[128], uint64_t a, uint64_t b) {
+  issue(d, nullptr, a, b, 256, true, true);
+}

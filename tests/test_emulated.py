@@ -1,0 +1,275 @@
+"""The kernels of cuda_src run without a GPU: compiled by a host C++ compiler against an emulated
+machine (tests/emulator) that runs their threads in random orders, and driven by the library's own
+front end. What only a GPU shows (its memory model, ptxas, speed) is the business of tests/gpu.
+
+The last tests break the kernels on purpose: the emulator has to notice.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from emulator import device
+from oracle import assert_within_bound, oracle
+from problems import PAGE_SIZES, make_problem
+
+from flashmla_cupy import check, flash_mla_with_kvcache, get_mla_metadata, schedule
+from flashmla_cupy.errors import DeviceCheckError
+
+pytestmark = pytest.mark.skipif(
+    device.host_compiler() is None, reason="needs a host C++ compiler: c++, g++ or clang++"
+)
+MERGED_LSE = 0x7FC0FFEE  # merge.cuh
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory):
+    made = device.Kernels(tmp_path_factory.mktemp("kernels"))
+    made.make_all(device.variants().values())
+    return made
+
+
+@pytest.fixture
+def gpu(monkeypatch, kernels):
+    """gpu(num_sms) -> an Emulator of that size."""
+    return lambda num_sms: device.install(monkeypatch, kernels, num_sms)
+
+
+def decode(problem, metadata=None):
+    """(out, lse) of one call, into arrays that held NaN."""
+    batch, s_q, h_q, _ = problem.q.shape
+    out = np.full((batch, s_q, h_q, 512), np.nan, problem.q.dtype)
+    lse = np.full((batch, h_q, s_q), np.nan, np.float32)
+    metadata = metadata or metadata_of(problem)
+    return flash_mla_with_kvcache(
+        *problem.arrays(), 512, *metadata, **problem.options(), out=out, lse=lse
+    )
+
+
+def metadata_of(problem):
+    return get_mla_metadata(problem.cache_seqlens, problem.rows, problem.h_kv)
+
+
+def bits(out, lse) -> bytes:
+    return out.tobytes() + lse.tobytes()
+
+
+def random_problem(seed: int):
+    """Up to 1,500 tokens a request, or 400 where there are many query rows."""
+    rng = np.random.default_rng(seed)
+    h_kv = int(rng.choice([1, 1, 2]))
+    h_q = h_kv * int(rng.choice([1, 5, 16, 64, 70]))
+    s_q = int(rng.integers(1, 4))
+    longest = 400 if h_q * s_q > 80 else 1500
+    batch = int(rng.integers(1, 7))
+    lengths = np.where(
+        rng.random(batch) < 0.2, rng.integers(0, 70, batch), rng.integers(1, longest, batch)
+    )
+    return make_problem(
+        lengths.tolist(),
+        s_q=s_q,
+        h_q=h_q,
+        h_kv=h_kv,
+        page_size=int(rng.choice(PAGE_SIZES)),
+        dtype=str(rng.choice(["bfloat16", "float16"])),
+        causal=bool(rng.integers(2)),
+        extra_columns=int(rng.integers(0, 3)),
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_problems_in_two_orders(gpu, seed):
+    rng = np.random.default_rng([seed, 1])
+    problem = random_problem(seed)
+    emulator = gpu(num_sms=int(rng.integers(1, 13)))
+    seen = set()
+    for order in range(2):
+        emulator.seed, emulator.resident = 2 * seed + order, int(rng.integers(1, 6))
+        out, lse = decode(problem)
+        seen.add(bits(out, lse))
+    check()
+    assert_within_bound(out, lse, oracle(*problem.arrays(), **problem.options()))
+    assert len(seen) == 1, "the bits depend on the order of threads"
+
+
+@pytest.mark.parametrize("batch", [1, 5, 33, 1000, 9000])
+def test_schedules_are_those_of_the_host(gpu, batch):
+    emulator = gpu(num_sms=132)
+    rng = np.random.default_rng(batch)
+    lengths = np.exp(rng.uniform(0, 14, batch)).astype(np.int32) - 1
+    for seed in range(2):
+        emulator.seed = seed
+        metadata, num_splits = get_mla_metadata(lengths, 16, 1)
+        expected, expected_splits = schedule.plan(lengths, len(metadata), 16, 1)
+        np.testing.assert_array_equal(metadata, expected)
+        np.testing.assert_array_equal(num_splits, expected_splits)
+
+
+def test_one_request_in_many_parts(gpu):
+    gpu(num_sms=20)
+    problem = make_problem([1400], h_q=16, page_size=64)
+    metadata = metadata_of(problem)
+    assert metadata[1][-1] >= 10, "few splits"
+    out, lse = decode(problem, metadata)
+    assert_within_bound(out, lse, oracle(*problem.arrays()))
+
+
+def test_a_pair_has_the_same_bits_whoever_merges_it(gpu):
+    emulator = gpu(num_sms=2)
+    problem = make_problem([1500, 64], h_q=8)  # in two parts: one request is cut
+    results, merged_in_place = set(), set()
+    for seed in range(8):
+        emulator.seed, emulator.resident = seed, 1 + seed % 2
+        results.add(bits(*decode(problem)))
+        scratch = emulator.framework.allocated[-1].view(np.uint32)
+        merged_in_place.add(bool((scratch == MERGED_LSE).any()))
+    assert merged_in_place == {False, True}, "only one of the two ways was taken"
+    assert len(results) == 1
+
+
+def test_requests_without_tokens(gpu):
+    gpu(num_sms=3)
+    problem = make_problem([0, 90, 0], h_q=5, s_q=2, causal=True)
+    out, lse = decode(problem)
+    assert not out[[0, 2]].astype(np.float32).any()
+    assert np.isposinf(lse[[0, 2]]).all()
+    assert_within_bound(out, lse, oracle(*problem.arrays(), causal=True))
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+@pytest.mark.parametrize("entry", [-1, 2147480000, "num_pages"])
+def test_a_bad_page_id_is_refused(gpu, page_size, entry):
+    gpu(num_sms=4)
+    problem = make_problem([300, 500, 200], h_q=3, page_size=page_size)
+    right = decode(problem)
+    problem.block_table[1, 1] = problem.k_cache.shape[0] if entry == "num_pages" else entry
+    out, lse = decode(problem)
+    assert np.isnan(out[1].astype(np.float32)).all() and np.isnan(lse[1]).all()
+    others = [0, 2]
+    assert bits(out[others], lse[others]) == bits(right[0][others], right[1][others])
+    with pytest.raises(DeviceCheckError) as caught:
+        check()
+    assert (caught.value.request, caught.value.column) == (1, 1)
+
+
+@pytest.mark.parametrize("length", [-1, 2**31 - 1, -(2**31), 641])
+def test_a_bad_length_is_refused(gpu, length):
+    gpu(num_sms=4)
+    problem = make_problem([300, 500, 200], h_q=3, extra_columns=2)
+    right = decode(problem)
+    problem.cache_seqlens[1] = length
+    out, lse = decode(problem)
+    assert np.isnan(out[1].astype(np.float32)).all() and np.isnan(lse[1]).all()
+    assert bits(out[0], lse[0]) == bits(right[0][0], right[1][0])
+    with pytest.raises(DeviceCheckError, match="length"):
+        check()
+
+
+def test_stale_metadata_is_refused(gpu):
+    gpu(num_sms=4)
+    problem = make_problem([300, 500, 200], h_q=3)
+    metadata = metadata_of(problem)
+    problem.cache_seqlens[:] = [300, 100, 200]
+    out, lse = decode(problem, metadata)
+    refused = np.isnan(lse).all(axis=(1, 2))
+    assert refused[1]
+    live = ~refused
+    expected = oracle(*problem.arrays())
+    assert_within_bound(
+        out[live],
+        lse[live],
+        expected._replace(**{name: getattr(expected, name)[live] for name in expected._fields}),
+    )
+    with pytest.raises(DeviceCheckError):
+        check()
+
+
+# ---- broken kernels -------------------------------------------------------------------------
+
+RACE = "without fence.proxy.async|more arrivals|deadlock|out of bound|order of threads"
+BROKEN = {  # what is broken: (file, text, what stands there instead, what is reported)
+    "P is not fenced": (
+        "softmax.cuh",
+        "DEVICE void release(uint32_t barrier) {\n  fence_proxy_async();",
+        "DEVICE void release(uint32_t barrier) {",
+        "without fence.proxy.async",
+    ),
+    "P is released before all lanes wrote it": (
+        "softmax.cuh",
+        "  __syncwarp();\n  if (arrives()) mbarrier_arrive(barrier);",
+        "  if (arrives()) mbarrier_arrive(barrier);",
+        RACE,
+    ),
+    "scores are read before they are there": (
+        "softmax.cuh",
+        "      wgmma_wait_all();\n",
+        "",
+        RACE,
+    ),
+    "K is read before it is there": (
+        "softmax.cuh",
+        "  mbarrier_wait(full(1, place.stage), place.phase);\n  wgmma_fence();",
+        "",
+        RACE,
+    ),
+    "a stage is never freed": (
+        "matrix.cuh",
+        "if (half == 0) mbarrier_arrive(empty(0, place.stage));",
+        "",
+        "deadlock: .* in mbarrier_wait",
+    ),
+    "a stage is freed twice": (
+        "matrix.cuh",
+        "if (half == 0) mbarrier_arrive(empty(0, place.stage));",
+        "mbarrier_arrive(empty(0, place.stage));",
+        RACE,
+    ),
+    "a stage is filled while it is read": (
+        "ring.cuh",
+        "if (wait) mbarrier_wait(empty(half, place.stage), place.phase);",
+        "",
+        RACE,
+    ),
+    "V past the end is not cleared": (
+        "matrix.cuh",
+        "if (i + 1 == tiles && last_rows < TOKENS)",
+        "if (false)",
+        RACE,
+    ),
+    "the other piece of a pair is not waited for": (
+        "matrix.cuh",
+        "    mbarrier_wait(other_full(), 0);\n",
+        "",
+        RACE,
+    ),
+    "the warps of a row are added too early": (
+        "combine.cu",
+        "    __syncthreads();\n",
+        "",
+        RACE,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_kernel_is_noticed(monkeypatch, tmp_path, what):
+    name, right, wrong, reported = BROKEN[what]
+
+    def edit(file, text):
+        if file != name:
+            return text
+        assert text.count(right) == 1, f"{file} has changed"
+        return text.replace(right, wrong)
+
+    kernels = device.Kernels(tmp_path, edit)
+    with pytest.raises(AssertionError, match=reported):
+        for seed in range(20):
+            with monkeypatch.context() as patch:
+                emulator = device.install(patch, kernels, num_sms=5)
+                emulator.seed = seed
+                problem = make_problem([900, 330, 450], h_q=8, seed=seed)
+                results = {bits(*decode(problem)) for emulator.seed in (seed, seed + 100)}
+                out, lse = decode(problem)
+                assert_within_bound(out, lse, oracle(*problem.arrays()))
+                assert len(results) == 1, "the bits depend on the order of threads"
