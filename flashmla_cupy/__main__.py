@@ -167,6 +167,8 @@ def _warmup(arguments: argparse.Namespace) -> None:
 
 
 def _add_bench(commands: _Commands) -> None:
+    from .geometry import PAGE_SIZES
+
     parser = _add(
         commands,
         "bench",
@@ -185,6 +187,15 @@ def _add_bench(commands: _Commands) -> None:
     parser.add_argument(
         "--list", action="store_true", help="print the cases (default: all) and stop"
     )
+    parser.add_argument(
+        "--page-size",
+        nargs="+",
+        type=int,
+        choices=PAGE_SIZES,
+        metavar="TOKENS",
+        help=f"each case with pages of so many tokens, of {', '.join(map(str, PAGE_SIZES))} "
+        "(default: 64)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results to FILE as well")
 
 
@@ -192,6 +203,8 @@ def _bench(arguments: argparse.Namespace) -> None:
     from . import bench
 
     cases = bench.select(arguments.cases or ["all" if arguments.list else "flashmla"])
+    if arguments.page_size:
+        cases = bench.with_page_sizes(cases, arguments.page_size)
     if arguments.list:
         for line in bench.listing(cases):
             print(line)

@@ -1,7 +1,8 @@
 """`flashmla-cupy bench`: microseconds, TFLOPS and GB/s of the decode call on this GPU.
 
 A case is FlashMLA's: batch, queries a sequence, query heads, cached tokens; one kv head, bfloat16,
-pages of 64, in scattered order. Through the public functions alone, with out= and lse=.
+pages of 64 or another size, in scattered order. Through the public functions alone, with out= and
+lse=.
 
 How a call is timed: calls are captured in a CUDA graph, so that no Python runs between them, and
 the graph is replayed between two CUDA events. The calls rotate over distinct pages, of 400 MB or
@@ -24,7 +25,7 @@ import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from . import __version__, nvrtc
@@ -48,6 +49,7 @@ class Case:
     length: Lengths
     spread: str = "fixed"
     causal: bool = False
+    page_size: int = 64
 
     @functools.cached_property
     def lengths(self) -> list[int]:
@@ -132,6 +134,15 @@ def select(words: Sequence[str]) -> list[Case]:
             raise OptionError("--cases", expected, repr(word), remedy, "bench")
         chosen.update(found)
     return [case for case in CASES if case in chosen]
+
+
+def with_page_sizes(cases: Sequence[Case], page_sizes: Sequence[int]) -> list[Case]:
+    """Each case with each of these page sizes, which its name then ends with."""
+    return [
+        replace(case, name=f"{case.name}.p{page_size}", page_size=page_size)
+        for case in cases
+        for page_size in page_sizes
+    ]
 
 
 def listing(cases: Sequence[Case]) -> list[str]:

@@ -22,7 +22,6 @@ from .geometry import HEAD_DIM, HEAD_DIM_V, ceil_div
 if TYPE_CHECKING:
     from .bench import Case
 
-PAGE_SIZE = 64
 WARM_SECONDS, SAMPLE_SECONDS, SAMPLES = 0.1, 0.03, 7
 COLD_BYTES = 400_000_000  # of all caches that the calls rotate over: eight times the L2 cache
 CALLS = 24  # in a graph, at least, or nearly
@@ -68,12 +67,12 @@ class GPUTimer:
         """Microseconds of one decode call of `case`."""
         cupy, lengths = self._cupy, case.lengths
         cupy.get_default_memory_pool().free_all_blocks()
-        pages = [ceil_div(n, PAGE_SIZE) for n in lengths]
-        copies = ceil_div(COLD_BYTES, sum(pages) * PAGE_SIZE * HEAD_DIM * 2)
+        pages = [ceil_div(n, case.page_size) for n in lengths]
+        copies = ceil_div(COLD_BYTES, sum(pages) * case.page_size * HEAD_DIM * 2)
         with self._stream:
             q = self._normal((case.batch, case.s_q, case.h_q, HEAD_DIM), ml_dtypes.bfloat16)
             k_cache = self._normal(
-                (copies * sum(pages), PAGE_SIZE, 1, HEAD_DIM), ml_dtypes.bfloat16
+                (copies * sum(pages), case.page_size, 1, HEAD_DIM), ml_dtypes.bfloat16
             )
             cache_seqlens = cupy.asarray(np.array(lengths, np.int32))
             out = cupy.empty((*q.shape[:3], HEAD_DIM_V), q.dtype)

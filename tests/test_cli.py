@@ -290,6 +290,19 @@ def test_bench_lists_its_cases(capsys):
     assert len(set(names)) == len(names)
 
 
+def test_bench_with_page_sizes(capsys, timer):
+    sizes = []
+    timer.decode_us = lambda self, case: sizes.append(case.page_size) or 100.0
+    assert main(["bench", "--cases", "mem.h8", "--page-size", "16", "256"]) == 0
+    assert sizes == [16, 256]
+    out = capsys.readouterr().out
+    assert "mem.h8.b128.s4096.p16 " in out and "mem.h8.b128.s4096.p256 " in out
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "--page-size", "48"])
+    assert caught.value.code == 2
+    assert "choose from 16, 32, 64, 128, 256" in capsys.readouterr().err
+
+
 def test_bench_with_an_unknown_case(capsys):
     assert main(["bench", "--cases", "lat", "nonsense"]) == 2
     err = capsys.readouterr().err
@@ -319,8 +332,10 @@ class _Timer:
 def timer(monkeypatch):
     facts = {"name": b"H200", "multiProcessorCount": 132}
     monkeypatch.setattr(bench, "_device", lambda: facts)
-    monkeypatch.setattr(bench_gpu, "GPUTimer", _Timer)
+    kind = type("Timer", (_Timer,), {})
+    monkeypatch.setattr(bench_gpu, "GPUTimer", kind)
     monkeypatch.setattr(nvrtc, "build", lambda: "13.0")
+    return kind
 
 
 def test_bench_prints_rows_and_writes_json(capsys, tmp_path, timer):
