@@ -30,7 +30,7 @@ from typing import Any
 
 from . import __version__, nvrtc
 from .errors import NoDeviceError, OptionError, UnsupportedArchError
-from .geometry import HEAD_DIM, HEAD_DIM_V
+from .geometry import HEAD_DIM, HEAD_DIM_V, PAGE_SIZES
 
 _ELEMENT = 2  # bytes of a bfloat16
 
@@ -137,7 +137,14 @@ def select(words: Sequence[str]) -> list[Case]:
 
 
 def with_page_sizes(cases: Sequence[Case], page_sizes: Sequence[int]) -> list[Case]:
-    """Each case with each of these page sizes, which its name then ends with."""
+    """Each case with each of these page sizes, which its name then ends with.
+
+    Raises OptionError for a size that the kernels do not have."""
+    for page_size in page_sizes:
+        if page_size not in PAGE_SIZES:
+            expected = f"one of {', '.join(map(str, PAGE_SIZES))}"
+            remedy = "Without the option, pages have 64 tokens."
+            raise OptionError("--page-size", expected, str(page_size), remedy, "bench")
     return [
         replace(case, name=f"{case.name}.p{page_size}", page_size=page_size)
         for case in cases
