@@ -85,6 +85,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
   __shared__ long long times[CANDIDATES];
   __shared__ int warp_counts[WARPS];
   __shared__ int inside[THREADS];
+  __shared__ int list[THREADS];  // column 7
 
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
   int shift = 0;
@@ -263,10 +264,9 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
   const int total = __reduce_add_sync(ALL, warp_counts[lane]);
 
   inside[tid] = sum & 0xffff;
+  int4 range = {0, 0, -1, 0}, rest = {0, 0, 0, 0};
   if (tid < parts) {
     const int before = sum - count, slot = (before >> 16) + (before & 0xffff);
-    int4 range = {0, 0, -1, 0};
-    int3 rest = {0, 0, 0};
     if (busy) {
       const int last = b.tile > 0 ? b.request : b.request - 1;
       const int first_tiles = tiles_of(cache_seqlens[a.request]);
@@ -274,22 +274,31 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
       range = {a.request, a.tile, last, b.tile > 0 ? b.tile : last_tiles};
       const int flags = (is_pair(mine, tid, parts) ? BEGINS_IN_PAIR : 0) |
                         (is_pair(mine, tid + 1, parts) ? ENDS_IN_PAIR : 0);
-      rest = {slot | flags, first_tiles, last_tiles};
+      rest = {slot | flags, first_tiles, last_tiles, 0};
     }
-    int* row = tile_scheduler_metadata + 8 * tid;
-    *reinterpret_cast<int4*>(row) = range;
-    row[4] = rest.x, row[5] = rest.y, row[6] = rest.z;
     // The list of split requests: part by part, or what follows its end.
     if (starts_split) {
       const int first_slot = slot + from_inside;
-      tile_scheduler_metadata[8 * (before >> 16) + 7] = first_slot << REQUEST_BITS | b.request;
+      list[before >> 16] = first_slot << REQUEST_BITS | b.request;
     }
     if (tid >= total >> 16) {
       const int slots = (total >> 16) + (total & 0xffff);
-      row[7] = slots << REQUEST_BITS | NO_REQUEST;
+      list[tid] = slots << REQUEST_BITS | NO_REQUEST;
     }
   }
   __syncthreads();
+
+  if (tid < parts) {
+    rest.w = list[tid];
+    const uint32_t sum_of_row =
+      check_term(0, range.x) + check_term(1, range.y) + check_term(2, range.z) +
+      check_term(3, range.w) + check_term(4, rest.x) + check_term(5, rest.y) +
+      check_term(6, rest.z) + check_term(7, rest.w) + check_term(8, tid) + check_term(9, batch);
+    rest.x |= sum_of_row >> CHECK_SHIFT << CHECK_SHIFT;
+    int4* row = reinterpret_cast<int4*>(tile_scheduler_metadata + 8 * tid);
+    row[0] = range;
+    row[1] = rest;
+  }
 
   // Before request r lie r requests, and the parts that begin inside one of them.
   for (int request = tid; request <= batch; request += THREADS) {

@@ -35,7 +35,7 @@ struct Params {
 
 // ---- requests -------------------------------------------------------------------------------
 
-enum Reason { LENGTH, STALE_METADATA, PAGE_ID };  // launch.py names them
+enum Reason { LENGTH, STALE_METADATA, PAGE_ID, FOREIGN_METADATA };  // launch.py names them
 
 // Remembers why a request is refused. The least key wins: the first request, then the first reason.
 DEVICE void refuse(const Params& p, int request, Reason reason, int column) {
@@ -126,12 +126,19 @@ DEVICE void store_lse(const Params& p, int request, const RowBlock& block, int r
   p.lse[((int64_t)request * p.h_q + head) * p.s_q + block.slab + position] = lse;
 }
 
-// Fills what part_of() and row_block() read, by one warp.
+// Fills what part_of() and row_block() read, by one warp. Metadata that schedule.cu did not make for
+// this part of such a batch is reported, since it may leave rows of out as they are.
 DEVICE void init_work(const Params& p) {
   const int lane = lane_index();
+  uint32_t value = lane == 8 ? blockIdx.z : lane == 9 ? p.batch : 0, check = 0;
   if (lane < 8) {
-    st_shared_u32(part_row() + lane * 4, __ldg(p.tile_scheduler_metadata + blockIdx.z * 8 + lane));
-  } else if (lane == 8) {
+    value = __ldg(p.tile_scheduler_metadata + blockIdx.z * 8 + lane);
+    st_shared_u32(part_row() + lane * 4, value);
+  }
+  if (lane == 4) check = value >> CHECK_SHIFT, value &= UNCHECKED;
+  const uint32_t sum = __reduce_add_sync(~0u, check_term(lane, value));
+  if (lane == 4 && sum >> CHECK_SHIFT != check) refuse(p, 0, FOREIGN_METADATA, 0);
+  if (lane == 8) {
     const uint32_t slab = blockIdx.x / p.blocks;
     st_shared_v4(row_block_address(),
                  {slab, (blockIdx.x - slab * p.blocks) * ROWS, blockIdx.y * p.group, 0});

@@ -164,7 +164,8 @@ class DeviceCheckError(FlashMLAError, RuntimeError):
 
     The request's rows of out and lse are NaN; those of the other requests are right. `request` is
     its index in the batch, `reason` is "page id", "length" or "stale metadata", and `column` is
-    the column of block_table for "page id", else -1.
+    the column of block_table for "page id", else -1. With the reason "foreign metadata", for arrays
+    that get_mla_metadata() did not make, `request` is -1, and no row is to be used.
     """
 
     def __init__(self, request: int, column: int, reason: str) -> None:
@@ -174,6 +175,12 @@ class DeviceCheckError(FlashMLAError, RuntimeError):
         self.reason = reason
 
     def __str__(self) -> str:
+        if self.reason == "foreign metadata":
+            return (
+                "An earlier flash_mla_with_kvcache() call was given tile_scheduler_metadata that"
+                " get_mla_metadata() did not make for its batch. Its out and lse are not to be"
+                " used. Pass both results of get_mla_metadata() as they are."
+            )
         what, remedy = _REASONS.get(self.reason, (self.reason, ""))
         return (
             f"An earlier flash_mla_with_kvcache() call refused request {self.request}: "

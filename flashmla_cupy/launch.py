@@ -41,7 +41,7 @@ from .prepared import (
 
 SCHEDULE_PARAMS = struct.Struct("Q4i2Q")
 
-REASONS = ("length", "stale metadata", "page id")  # Reason in work.cuh
+REASONS = ("length", "stale metadata", "page id", "foreign metadata")  # Reason in work.cuh
 NOTHING_REFUSED = (1 << 64) - 1
 MAX_GEOMETRIES = 1024  # a bound, not a policy
 
@@ -247,7 +247,8 @@ class Engine:
         if key != NOTHING_REFUSED:
             reason = REASONS[key >> 32 & 3]
             column = key & 0xFFFFFFFF if reason == "page id" else -1
-            raise DeviceCheckError(key >> 34, column, reason)
+            request = -1 if reason == "foreign metadata" else key >> 34
+            raise DeviceCheckError(request, column, reason)
 
     def _forget(self) -> None:
         self._host_key.value = NOTHING_REFUSED

@@ -18,6 +18,7 @@ tile_scheduler_metadata [parts, 8] int32, one row a part:
        and another piece, the slot after it. So the pieces of one request have consecutive slots.
        Bit 16: the first piece is the second of two that neighbouring parts share; bit 17: the last
        one is the first of two. The decode kernel merges these itself.
+       The upper 14 bits: a check of the row, its part and the batch (see `sealed`)
     5  tiles of first_request   6  tiles of last_request: a later length differs from them, and the
        decode kernel sees that the metadata is stale
     7  of row i, whatever its part: the i-th split request, request | first slot << 20; the rows
@@ -49,6 +50,7 @@ UNIT = 8  # cost units of a tile
 C_REQ = 4  # cost units of a request that has tiles: loading q, the epilogue
 CANDIDATES = 7  # limits: pieces of at least 1, 2, 4, ... 32 tiles; the last: nothing is split
 BEGINS_IN_PAIR, ENDS_IN_PAIR = 1 << 16, 1 << 17  # column 4
+CHECK_SHIFT, CHECK_FACTOR = 18, 0x9E3779B1  # column 4; metadata.cuh has them, too
 T_TILE = 14500  # 0.1 ns: one tile of 64 rows on one multiprocessor, memory permitting
 T_TILE_MEM = 178  # 0.1 ns: the bytes of one tile at the memory bandwidth of the whole GPU
 T_SPLIT = 18000  # 0.1 ns: writing one partial result
@@ -152,7 +154,24 @@ def plan(
     # A request is in one piece more than there are parts that begin inside it.
     pieces = np.ones(batch, np.int64)
     np.add.at(pieces, first[cuts.begins_inside], 1)
-    return metadata, np.concatenate([[0], np.cumsum(pieces)]).astype(np.int32)
+    return sealed(metadata, batch), np.concatenate([[0], np.cumsum(pieces)]).astype(np.int32)
+
+
+def sealed(metadata: npt.NDArray[np.int32], batch: int) -> npt.NDArray[np.int32]:
+    """The metadata with the check of each row, which the decode kernel looks at.
+
+    The check is the upper 14 bits of the sum of F^(c + 1) row[c] over the columns c, F^9 part and
+    F^10 batch, modulo 2^32, where F is CHECK_FACTOR and row[4] is without the check."""
+    parts = len(metadata)
+    values = np.empty((parts, 10), np.uint32)
+    values[:, :8] = metadata.view(np.uint32)
+    values[:, 4] &= (1 << CHECK_SHIFT) - 1
+    values[:, 8], values[:, 9] = np.arange(parts), batch
+    factors = np.array([pow(CHECK_FACTOR, c + 1, 1 << 32) for c in range(10)], np.uint32)
+    check = (values * factors).sum(axis=1, dtype=np.uint32) >> CHECK_SHIFT << CHECK_SHIFT
+    made = metadata.copy()
+    made[:, 4] = (values[:, 4] | check).view(np.int32)
+    return made
 
 
 def _cut(tiles: Ints, starts: Ints, parts: int, candidate: int) -> _Cuts:

@@ -185,6 +185,26 @@ def test_stale_metadata_is_refused(gpu):
         check()
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_metadata_of_another_origin_is_reported(gpu, seed):
+    """It may lead to any result but must end, stay within the arrays, and not pass in silence."""
+    rng = np.random.default_rng(seed)
+    emulator = gpu(num_sms=int(rng.integers(2, 9)))
+    emulator.seed = seed
+    problem = make_problem(rng.integers(0, 700, rng.integers(1, 6)).tolist(), h_q=8, seed=seed)
+    metadata, num_splits = metadata_of(problem)
+    garbage = [
+        np.zeros_like(metadata),
+        rng.integers(-(2**31), 2**31, metadata.shape),
+        rng.integers(0, 12, metadata.shape),
+        np.roll(metadata, 1, axis=0),
+    ][seed % 4]
+    decode(problem, (garbage.astype(np.int32), num_splits))
+    with pytest.raises(DeviceCheckError) as caught:
+        check()
+    assert caught.value.reason in ("foreign metadata", "stale metadata")
+
+
 # ---- broken kernels -------------------------------------------------------------------------
 
 RACE = "without fence.proxy.async|more arrivals|deadlock|out of bound|order of threads"

@@ -14,7 +14,7 @@ import pytest
 from gpu_arrays import DRY, host, mark, same, xp
 
 import flashmla_cupy
-from flashmla_cupy.schedule import BEGINS_IN_PAIR, ENDS_IN_PAIR
+from flashmla_cupy.schedule import BEGINS_IN_PAIR, ENDS_IN_PAIR, sealed
 
 pytestmark = mark
 
@@ -50,8 +50,9 @@ def test_who_merges_changes_no_bit(case):
     assert DRY or marks.any(), "no pair: the case tests nothing"
     results = []
     for cleared in (0, BEGINS_IN_PAIR | ENDS_IN_PAIR, BEGINS_IN_PAIR, ENDS_IN_PAIR):
-        changed = xp.array(metadata)
+        changed = host(metadata).copy()
         changed[:, 4] &= ~cleared
+        changed = xp.asarray(sealed(changed, problem.batch))
         results.append(problem.decode((changed, num_splits)))
     flashmla_cupy.check()
     gpu_oracle.assert_right(problem, *results[0], what=f"case {case}")
