@@ -1,4 +1,5 @@
-"""PagedKVCache against a model, against the oracle, and against every misuse we could think of."""
+"""PagedKVCache against a model, against the oracle, and when a call fails half-way. What it refuses
+is in test_paged_cache_misuse.py."""
 
 from __future__ import annotations
 
@@ -8,6 +9,18 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
+from cache_model import (
+    NAN,
+    Model,
+    beside,
+    bits,
+    host,
+    latents,
+    nearly_full,
+    poisoned,
+    read,
+    snapshot,
+)
 from oracle import assert_within_bound, oracle
 from problems import DTYPES, PAGE_SIZES
 
@@ -19,172 +32,10 @@ from flashmla_cupy import (
     paged_cache,
 )
 
-NAN = 0x7FFF  # the bits of one, in bfloat16 and in float16
-
 
 @pytest.fixture(params=["cpu", pytest.param(0, marks=pytest.mark.gpu, id="gpu")])
 def device(request):
     return request.param
-
-
-def host(x):
-    """A copy in host memory."""
-    return x.get() if hasattr(x, "get") else np.array(x)
-
-
-def beside(cache, x):
-    """x where the pool of the cache is."""
-    return cache._xp.asarray(x)
-
-
-def bits(x):
-    return host(x).view(np.uint16)
-
-
-def latents(n, seed=0, dtype="bfloat16", h_kv=1):
-    rng = np.random.default_rng(seed)
-    return rng.standard_normal((n, h_kv, 576), np.float32).astype(DTYPES[dtype])
-
-
-def poisoned(cache):
-    """The same cache, with NaN in every slot that holds no token."""
-    table, lengths = map(host, cache.tables())
-    unused = np.ones(cache.storage.shape[:2], bool)
-    for row, n in zip(table, lengths, strict=True):
-        token = np.arange(n)
-        unused[row[token // cache.page_size], token % cache.page_size] = False
-    cache.storage.view(np.uint16)[beside(cache, unused)] = NAN
-    return cache
-
-
-def read(cache, seq):
-    """The bits of a sequence's rows, [n, h_kv, 576]."""
-    table, lengths = map(host, cache.tables([seq]))
-    return bits(cache.storage)[table[0]].reshape(-1, *cache.storage.shape[2:])[: lengths[0]]
-
-
-def snapshot(cache):
-    """Everything a failed call must leave alone."""
-    seqs = cache.sequences
-    contents = [read(cache, seq).tobytes() for seq in seqs]
-    table, lengths = map(host, cache.tables())
-    return seqs, contents, table.tolist(), lengths.tolist(), cache.free_pages, repr(cache)
-
-
-# --- a model -----------------------------------------------------------------------------------
-
-
-class Model:
-    """Random operations on a small cache, and what it should hold: a list of row numbers for each
-    sequence. Row number i is the 576 values of numbered([i])."""
-
-    def __init__(self, device, seed):
-        self.rng = np.random.default_rng(seed)
-        self.cache = PagedKVCache(14, page_size=16, device=device)
-        self.held = {}
-        self.dead = []
-        self.next = 0
-        self.happened = dict.fromkeys(("add", "append", "batch", "free", "full", "dead"), 0)
-
-    def numbered(self, ids):
-        rows = np.repeat(np.asarray(ids, np.uint32)[..., None], 576, axis=-1)
-        rows[..., 0] >>= 16
-        return rows.astype(np.uint16).view(ml_dtypes.bfloat16)
-
-    def new_ids(self, *shape):
-        ids = np.arange(self.next, self.next + np.prod(shape)).reshape(shape)
-        self.next += ids.size
-        return ids
-
-    def pages(self, tokens):
-        return -(-tokens // 16)
-
-    def needed(self, seqs, n):
-        have = [len(self.held.get(seq, ())) for seq in seqs]
-        return sum(self.pages(k + n) - self.pages(k) for k in have)
-
-    def free_pages(self):
-        return 14 - sum(self.pages(len(ids)) for ids in self.held.values())
-
-    def attempt(self, what, needed, call):
-        """(done, result) of call(), which must fail if, and only if, pages are missing."""
-        free = self.free_pages()
-        if needed <= free:
-            self.happened[what] += 1
-            return True, call()
-        with pytest.raises(errors.OutOfPagesError) as caught:
-            call()
-        assert (caught.value.needed, caught.value.free) == (needed, free)
-        self.happened["full"] += 1
-        return False, None
-
-    def step(self):
-        rng, cache, seqs = self.rng, self.cache, list(self.held)
-        n = int(rng.choice([0, 1, 2, 15, 16, 17, 40]))
-        kind = rng.choice(["add", "append", "batch", "free", "dead"], p=[0.2, 0.3, 0.25, 0.2, 0.05])
-        if kind == "add" or not seqs:
-            ids = self.new_ids(n)
-            latent = None if n == 0 and rng.random() < 0.5 else self.numbered(ids)
-            done, seq = self.attempt("add", self.pages(n), lambda: cache.add(latent))
-            if done:
-                self.held[seq] = ids.tolist()
-        elif kind == "append":
-            seq, ids = seqs[rng.integers(len(seqs))], self.new_ids(n)
-            rows = self.numbered(ids)
-            if rng.random() < 0.5:
-                rows = beside(cache, rows)
-            done, _ = self.attempt("append", self.needed([seq], n), lambda: cache.append(seq, rows))
-            if done:
-                self.held[seq] += ids.tolist()
-        elif kind == "batch":
-            chosen = [seqs[i] for i in rng.permutation(len(seqs))[: rng.integers(len(seqs) + 1)]]
-            n = min(n, 3)
-            ids = self.new_ids(len(chosen), n)
-            rows = self.numbered(ids)
-            done, _ = self.attempt(
-                "batch", self.needed(chosen, n), lambda: cache.append_batch(chosen, rows)
-            )
-            for seq, row in zip(chosen, ids.tolist(), strict=True):
-                self.held[seq] += row if done else []
-        elif kind == "free":
-            seq = seqs[rng.integers(len(seqs))]
-            cache.free(seq)
-            del self.held[seq]
-            self.dead = [*self.dead[-20:], seq]
-            self.happened["free"] += 1
-        elif self.dead:
-            seq = self.dead[rng.integers(len(self.dead))]
-            row = self.numbered(self.new_ids(1, 1))
-            for call in (
-                lambda: cache.free(seq),
-                lambda: cache.append(seq, row[0]),
-                lambda: cache.append_batch([*seqs, seq], np.repeat(row, len(seqs) + 1, 0)),
-                lambda: cache.tables([*seqs, seq]),
-                lambda: cache.seqlen(seq),
-            ):
-                with pytest.raises(errors.SequenceError, match="was freed"):
-                    call()
-            self.happened["dead"] += 1
-
-    def verify(self):
-        """Invariants by what is public, then by the cache's own check()."""
-        cache = self.cache
-        assert list(cache.sequences) == list(self.held)
-        table, lengths = map(host, cache.tables())
-        assert table.dtype == lengths.dtype == np.int32
-        assert lengths.tolist() == [len(ids) for ids in self.held.values()]
-        used = np.arange(table.shape[1]) < self.pages(lengths)[:, None]
-        assert (table[~used] == 0).all()
-        pages = table[used].tolist()
-        assert len(set(pages)) == len(pages), "a page in two places"
-        assert set(pages) <= set(range(14))
-        assert len(pages) + cache.free_pages == 14
-        token = np.arange(table.shape[1] * 16)
-        live = token < lengths[:, None]
-        found = bits(cache.storage)[table[:, token // 16], token % 16, 0][live]
-        expected = self.numbered([i for ids in self.held.values() for i in ids])
-        assert np.array_equal(found, bits(expected)), "rows differ from the model"
-        cache.check()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -212,12 +63,6 @@ def test_every_page_can_be_used_and_used_again(device):
 
 
 # --- all or nothing ----------------------------------------------------------------------------
-
-
-def nearly_full(device="cpu"):
-    """Two sequences, one of 3 pages with 1 slot left, one of exactly 1 page; 2 pages are free."""
-    cache = PagedKVCache(6, page_size=16, device=device)
-    return cache, cache.add(latents(47, 1)), cache.add(latents(16, 2))
 
 
 @pytest.mark.parametrize(
@@ -539,188 +384,3 @@ def test_an_append_is_queued_on_the_current_stream():
         cache.tables([seq])
         assert not stream.done, "the host has waited"
         assert np.array_equal(read(cache, seq), bits(rows))
-
-
-# --- bad arguments -----------------------------------------------------------------------------
-
-E = errors
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "words"),
-    [
-        ({"num_pages": 0}, E.ScalarError, "num_pages: expected an integer from 1"),
-        ({"num_pages": -1}, E.ScalarError, "got -1"),
-        ({"num_pages": 4.0}, E.ArgTypeError, "num_pages: expected an integer"),
-        ({"num_pages": True}, E.ArgTypeError, "num_pages"),
-        ({"num_pages": 2**25}, E.ScalarError, "at most 33554431 pages of 64 tokens"),
-        ({"page_size": 48}, E.ScalarError, "page_size: expected one of 16, 32, 64, 128, 256"),
-        ({"page_size": None}, E.ArgTypeError, "page_size"),
-        ({"num_heads_kv": 0}, E.ScalarError, "num_heads_kv"),
-        ({"dtype": "float32"}, E.DTypeError, "dtype: expected bfloat16 or float16"),
-        ({"dtype": np.float32}, E.DTypeError, "float32"),
-        ({"dtype": np.dtype(">f2")}, E.DTypeError, ">f2"),
-        ({"device": "cuda"}, E.OptionError, "device: expected a CUDA device number, 'cpu' or None"),
-        ({"device": -1}, E.ScalarError, "device"),
-        ({"device": 0.5}, E.ArgTypeError, "device"),
-        ({"device": 99}, (E.NoDeviceError, E.MissingDependencyError), "device"),
-    ],
-)
-def test_a_cache_that_cannot_be(arguments, error, words):
-    with pytest.raises(error) as caught:
-        PagedKVCache(**{"num_pages": 4, "device": "cpu", **arguments})
-    assert "PagedKVCache(): " in str(caught.value)
-    assert words in str(caught.value)
-
-
-def pool(shape=(4, 16, 1, 576), dtype=np.float16):
-    return np.zeros(shape, dtype)
-
-
-def readonly(x):
-    x.flags.writeable = False
-    return x
-
-
-@pytest.mark.parametrize(
-    ("storage", "error", "words"),
-    [
-        ([1, 2], E.ArgTypeError, "list"),
-        (pool(dtype=np.float32), E.DTypeError, "float32 (4, 16, 1, 576)"),
-        (pool(dtype=">f2"), E.DTypeError, "native byte order"),
-        (pool((4, 16, 576)), E.ShapeError, "[num_pages, page_size, h_kv, 576]"),
-        (pool((4, 16, 1, 512)), E.ShapeError, "[num_pages, page_size, h_kv, 576]"),
-        (pool((0, 16, 1, 576)), E.ShapeError, "no axis empty"),
-        (pool((4, 16, 0, 576)), E.ShapeError, "no axis empty"),
-        (pool((4, 24, 1, 576)), E.ShapeError, "a page_size (second axis) of 16"),
-        (readonly(pool()), E.ReadOnlyError, "writable"),
-        (pool((4, 16, 1, 1152))[..., ::2], E.StrideError, "contiguous last axis"),
-        (pool()[::-1], E.StrideError, "negative"),
-        (pool((4, 16, 1, 577))[..., :576], E.AlignmentError, "multiples of 16 bytes"),
-        (pool((4, 16, 1, 584))[..., 1:577], E.AlignmentError, "address"),
-    ],
-)
-def test_storage_that_cannot_serve(storage, error, words):
-    with pytest.raises(error) as caught:
-        PagedKVCache.from_storage(storage)
-    assert str(caught.value).startswith("PagedKVCache.from_storage(): storage: expected ")
-    assert words in str(caught.value)
-    assert "k_cache" not in str(caught.value)
-
-
-def test_a_tensor_is_no_storage_and_no_rows():
-    torch = pytest.importorskip("torch")
-    with pytest.raises(errors.FrameworkMismatchError, match=r"cupy\.from_dlpack\(storage\)"):
-        PagedKVCache.from_storage(torch.zeros(4, 16, 1, 576, dtype=torch.float16))
-    cache = PagedKVCache(4, device="cpu")
-    with pytest.raises(errors.FrameworkMismatchError, match=r"add\(\): latent: expected a numpy"):
-        cache.add(torch.zeros(4, 576, dtype=torch.bfloat16))
-    seq = cache.add(latents(1))
-    with pytest.raises(errors.FrameworkMismatchError, match=r"attend\(\): q: expected a numpy"):
-        cache.attend(torch.zeros(1, 1, 4, 576, dtype=torch.bfloat16), [seq])
-
-
-@pytest.mark.parametrize(
-    ("rows", "error", "words"),
-    [
-        (latents(3).tolist(), E.ArgTypeError, "list"),
-        (latents(3).astype(np.float32), E.DTypeError, "bfloat16, the dtype of the cache"),
-        (latents(3, dtype="float16"), E.DTypeError, "float16 (3, 1, 576)"),
-        (latents(3)[..., :512], E.ShapeError, "[n, 576] or [n, 1, 576]"),
-        (latents(4).reshape(2, 2, 576), E.ShapeError, "got bfloat16 (2, 2, 576)"),
-        (latents(1)[0, 0], E.ShapeError, "got bfloat16 (576,)"),
-        (latents(2)[None], E.ShapeError, "got bfloat16 (1, 2, 1, 576)"),
-    ],
-)
-def test_rows_that_do_not_fit(rows, error, words):
-    cache, a, _ = nearly_full()
-    before = snapshot(cache)
-    for name, call in (
-        ("rows", lambda: cache.append(a, rows)),
-        ("latent", lambda: cache.add(rows)),
-    ):
-        with pytest.raises(error) as caught:
-            call()
-        assert f"(): {name}: expected " in str(caught.value)
-        assert words in str(caught.value)
-        assert snapshot(cache) == before
-
-
-@pytest.mark.parametrize(
-    ("rows", "words"),
-    [
-        (latents(2)[:, 0], "[batch, n, 576] or [batch, n, 1, 576], got bfloat16 (2, 576)"),
-        (latents(2)[:, None, None], "got bfloat16 (2, 1, 1, 1, 576)"),
-        (latents(3)[None], "a first axis of 2"),
-        (latents(6)[:, 0].reshape(3, 2, 576), "one of 3"),
-        (latents(0).reshape(0, 1, 576), "one of 0"),
-    ],
-)
-def test_batched_rows_that_do_not_fit(rows, words):
-    cache, a, b = nearly_full()
-    before = snapshot(cache)
-    with pytest.raises(errors.ShapeError) as caught:
-        cache.append_batch([a, b], rows)
-    assert words in str(caught.value)
-    assert snapshot(cache) == before
-
-
-def test_rows_without_heads_need_a_cache_with_one():
-    cache = PagedKVCache(4, num_heads_kv=2, device="cpu")
-    with pytest.raises(errors.ShapeError, match=r"expected \[n, 2, 576\], got bfloat16 \(2, 576\)"):
-        cache.add(latents(2)[:, 0])
-
-
-@pytest.mark.parametrize(
-    ("q", "error", "words"),
-    [
-        (latents(12).reshape(3, 1, 4, 576), E.ShapeError, "a first axis of 2, the number of"),
-        (latents(8).reshape(2, 4, 576), E.ShapeError, "four axes"),
-        (latents(8, dtype="float16").reshape(2, 1, 4, 576), E.DTypeError, "k_cache"),
-        (latents(8)[..., :512].reshape(2, 1, 4, 512), E.ShapeError, "576"),
-        ([1], E.ArgTypeError, "attend(): q: expected a NumPy array"),
-    ],
-)
-def test_queries_that_do_not_fit(q, error, words):
-    cache, _, _ = nearly_full()
-    with pytest.raises(error) as caught:
-        cache.attend(q)
-    assert words in str(caught.value)
-
-
-def test_causal_is_a_flag():
-    cache, _, _ = nearly_full()
-    with pytest.raises(errors.ArgTypeError, match="causal: expected True or False"):
-        cache.attend(latents(8).reshape(2, 1, 4, 576), causal=1)
-
-
-# --- words and books ---------------------------------------------------------------------------
-
-
-def test_repr():
-    cache, a, _ = nearly_full()
-    assert repr(a) == "<sequence 0>"
-    assert repr(cache) == (
-        "PagedKVCache(6 pages of 16 tokens, bfloat16, cpu; 2 sequences, 63 tokens, 2 pages free)"
-    )
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda books: books._free.append(books._free[0]), "is free 2 times"),
-        (lambda books: books._free.pop(), "is free 0 times and held by 0"),
-        (lambda books: books._free.append(0), "page 0 is free 1 times and held by 1"),
-        (lambda books: books._refcount.__setitem__(1, 2), "page 1 .* but its count is 2"),
-        (lambda books: books._table.__setitem__((0, 1), 0), "sequence 0 holds a page twice"),
-        (lambda books: books._table.__setitem__((1, 0), 1), "page 1 .* held by 2 sequences"),
-        (lambda books: books._free.append(6), "outside the pool"),
-        (lambda books: books._free_rows.append(0), "row of the table"),
-    ],
-)
-def test_check_finds_broken_books(damage, words):
-    cache, _, _ = nearly_full()
-    cache.check()
-    damage(cache._pages)
-    with pytest.raises(errors.FlashMLAError, match=f"inconsistent: .*{words}"):
-        cache.check()
