@@ -1,6 +1,7 @@
 // Which part of a tile a thread holds, as wgmma lays out its accumulators: warp w of a warpgroup has
 // rows 16 w .. 16 w + 15, a thread the rows row_in_block() and + 8 and, of every 8 columns, two.
 #pragma once
+#include "descriptors.cuh"
 #include "ring.cuh"
 
 DEVICE int row_in_block() { return warp_in_group() * 16 + (lane_index() >> 2); }

@@ -7,6 +7,11 @@
 #pragma once
 #include "ptx.cuh"
 
+#define POS_INF __int_as_float(0x7f800000)
+#define NEG_INF __int_as_float(0xff800000)
+#define QUIET_NAN __int_as_float(0x7fffffff)
+constexpr float LN2 = 0.69314718056f;
+
 // In lse_partial: a row that `combine` must leave alone. A NaN that no arithmetic makes.
 constexpr uint32_t MERGED_LSE = 0x7fc0ffee;
 constexpr float LEAST_LSE = -1e38f;  // the maximum starts here: a row without keys has -inf only

@@ -12,11 +12,6 @@ typedef long long int64_t;
 
 #define DEVICE __device__ __forceinline__
 
-#define POS_INF __int_as_float(0x7f800000)
-#define NEG_INF __int_as_float(0xff800000)
-#define QUIET_NAN __int_as_float(0x7fffffff)
-constexpr float LN2 = 0.69314718056f;
-
 #if defined(DTYPE_FP16)
 #define WGMMA_TYPES "f32.f16.f16"
 #else
@@ -263,21 +258,6 @@ template <int N>
 DEVICE void pin(float (&registers)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(registers[i])::"memory");
-}
-
-// Shared memory descriptors (9.7.15.5.1). Distances are in units of 16 bytes.
-// K-major, 128-byte swizzle: groups of 8 rows of 128 bytes, 1024 bytes apart.
-DEVICE uint64_t descriptor_k_major(uint32_t a) {
-  return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
-}
-// MN-major, 128-byte swizzle: the next 64 columns 8192 bytes on, the next 8 tokens 1024 bytes on.
-DEVICE uint64_t descriptor_mn_major(uint32_t a) {
-  return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)512 << 16 | (uint64_t)64 << 32 |
-         (uint64_t)1 << 62;
-}
-// K-major, no swizzle: core matrices of 8 rows by 16 bytes; 1024 bytes on in K, 128 in M.
-DEVICE uint64_t descriptor_k_major_plain(uint32_t a) {
-  return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)64 << 16 | (uint64_t)8 << 32;
 }
 
 // clang-format off

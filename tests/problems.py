@@ -84,12 +84,13 @@ def make_problem(
     return Problem(q, k_cache, block_table, np.array(lengths, np.int32), softmax_scale, causal)
 
 
-def random_problem(seed: int) -> Problem:
-    """A small random configuration; the same one for the same seed."""
+def random_problem(seed: int, longest: int = 300) -> Problem:
+    """A small random configuration; the same one for the same seed. Requests have up to `longest`
+    tokens, or about a quarter of that where there are many query heads."""
     rng = np.random.default_rng(seed)
     h_kv = int(rng.choice([1, 1, 1, 2, 3]))
     h_q = h_kv * int(rng.choice([1, 3, 8, 16, 43]))
-    longest = 300 if h_q <= 24 else 70
+    longest = longest if h_q <= 24 else longest * 7 // 30
     lengths = [
         int(rng.choice([n for n in EDGES if n <= longest]))
         if rng.random() < 0.5

@@ -4,12 +4,7 @@
 
 #define DEVICE inline
 
-#define POS_INF __int_as_float(0x7f800000)
-#define NEG_INF __int_as_float(0xff800000)
-#define QUIET_NAN __int_as_float(0x7fffffff)
-constexpr float LN2 = 0.69314718056f;
-
-// The library that launches encodes these 128 bytes (emulator.py), dimensions innermost first.
+// device.py encodes these 128 bytes, dimensions innermost first.
 struct alignas(128) TensorMap {
   uint8_t* address;
   uint32_t dims[5];
@@ -203,17 +198,6 @@ DEVICE void wgmma_commit_group() {}
 DEVICE void wgmma_wait_all() { machine::wait_for_products(); }
 template <int N>
 DEVICE void pin(float (&)[N]) {}
-
-DEVICE uint64_t descriptor_k_major(uint32_t a) {
-  return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
-}
-DEVICE uint64_t descriptor_mn_major(uint32_t a) {
-  return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)512 << 16 | (uint64_t)64 << 32 |
-         (uint64_t)1 << 62;
-}
-DEVICE uint64_t descriptor_k_major_plain(uint32_t a) {
-  return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)64 << 16 | (uint64_t)8 << 32;
-}
 
 DEVICE void issue(float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, int columns,
                   bool accumulate, bool b_mn_major) {
