@@ -132,8 +132,7 @@ DEVICE void matrix_role(const Params& p, int half, const TensorMap& q_map, const
     }
 #pragma unroll
     for (int i = 0; i < 128; ++i) o[i] = 0.f;
-    mbarrier_wait(p_ready(place.stage), place.phase);  // Q has been taken
-    place.advance();
+    place.advance();  // past Q
 #pragma unroll 1
     for (int i = 0;; ++i) {
       // The last round is for the next piece's Q, which the softmax warpgroup frees: only a refill.

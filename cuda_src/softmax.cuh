@@ -45,9 +45,10 @@ DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], Place place) {
   st_shared_v4(
       shared_base() + Q_STEP_31 + half * 1024 + row * 16,
       ld_shared_v4(stage + 7 * BLOCK_BYTES + row * 128 + (((6 + half) ^ (row & 7)) << 4)));
-  fence_proxy_async();
-  bar_sync<1, 128>();
-  if (arrives()) mbarrier_arrive(p_ready(place.stage));  // every slot has its phase
+  // Every slot has its phase of p_ready. In Q's the warps of this warpgroup wait for each other; the
+  // matrix warpgroups may be behind by more than a round of the ring, and so must not.
+  release(p_ready(place.stage));
+  mbarrier_wait(p_ready(place.stage), place.phase);
   if (arrives()) {
     mbarrier_arrive(empty(0, place.stage));
     mbarrier_arrive(empty(1, place.stage), 2);

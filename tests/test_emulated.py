@@ -227,6 +227,12 @@ BROKEN = {  # what is broken: (file, text, what stands there instead, what is re
         "",
         RACE,
     ),
+    "the matrix warpgroups wait for Q's slot, which may be long past": (
+        "matrix.cuh",
+        "    place.advance();  // past Q\n",
+        "    mbarrier_wait(p_ready(place.stage), place.phase), place.advance();\n",
+        "deadlock: .* in mbarrier_wait|no end in sight",
+    ),
     "a descriptor says the wrong distance": (
         "descriptors.cuh",
         "(uint64_t)512 << 16",

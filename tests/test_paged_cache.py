@@ -44,7 +44,7 @@ def test_random_operations_agree_with_the_model(device, seed):
     for _ in range(2500 if device == "cpu" else 250):
         model.step()
         model.verify()
-    assert min(model.happened.values()) > (30 if device == "cpu" else 1), model.happened
+    assert min(model.happened.values()) > (30 if device == "cpu" else 0), model.happened
     for seq in list(model.held):
         model.cache.free(seq)
     assert model.cache.free_pages == 14

@@ -1,9 +1,11 @@
 // Thread blocks of a GPU on one CPU thread, for running the kernels of cuda_src without a GPU.
 //
 // Every CUDA thread is a coroutine. It runs until it has to wait for another one, and which goes on
-// is drawn at random, so that a missing barrier shows as a wrong result for some seed. What the GPU
-// does asynchronously (bulk copies, wgmma) waits in a queue and happens at a random time before it
-// is waited for. When nothing can go on, that is a deadlock, reported with what the threads wait for.
+// is drawn at random, so that a missing barrier shows as a wrong result for some seed. Now and then
+// a warp or a warpgroup is left behind: it goes on only when nothing else can, so that the others
+// get as far ahead as the barriers let them. What the GPU does asynchronously (bulk copies, wgmma)
+// waits in a queue and happens at a random time before it is waited for. When nothing can go on,
+// that is a deadlock, reported with what the threads wait for.
 //
 // Also reported: an asynchronous access to shared memory that a thread wrote without
 // fence.proxy.async, more arrivals than an mbarrier expects, and threads of a warpgroup that do not
@@ -93,6 +95,7 @@ struct Block {
   std::vector<uint16_t> unfenced_by;     // thread + 1 for each chunk of dynamic shared memory
   uint32_t alive = 0;
   bool copies_are_slow = false;
+  uint32_t first_slow = 0, last_slow = 0;  // warps that are left behind: [first, last)
 };
 
 inline std::mt19937_64 random_numbers;
@@ -374,8 +377,16 @@ inline bool work_asynchronously(bool idle) {
   return multiply_something() || (idle && copy_something());
 }
 
-// Gives most of the threads that can go on a turn, in some order; false if there were none.
-inline bool sweep() {
+// For a while nobody, a warp or a warpgroup is slow.
+inline void leave_behind() {
+  const uint32_t warps = block->warps.size(), groups = block->warpgroups.size();
+  block->first_slow = draw(2) ? draw(warps) : draw(groups) * (WARPGROUP / WARP);
+  block->last_slow = block->first_slow + draw(2) * (draw(2) ? 1 : WARPGROUP / WARP);
+}
+
+// Gives most of the threads that can go on a turn, in some order; false if there were none. Either
+// the slow ones or the others.
+inline bool sweep(bool slow) {
   static constexpr uint32_t STRIDES[] = {1, 7, 19, 61, 257, 701};  // prime to any count of threads
   const uint32_t count = block->threads.size();
   const uint32_t stride = STRIDES[draw(6)];
@@ -384,6 +395,8 @@ inline bool sweep() {
   for (uint32_t n = 0; n < count; ++n, i = (i + stride) % count) {
     Thread& t = block->threads[i];
     if (t.ended || (t.ready && !t.ready(t))) continue;
+    const uint32_t warp = i / WARP;
+    if ((warp >= block->first_slow && warp < block->last_slow) != slow) continue;
     any = true;
     if (draw(8) == 0) continue;
     resume(t);
@@ -455,8 +468,9 @@ inline bool run(dim3 grid, uint32_t threads, uint32_t resident, uint64_t seed) {
     if (_setjmp(grid_runner)) break;
     for (uint32_t turns = draw(200) + 1; turns && error.empty(); --turns) {
       if (--turns_left == 0) error = "no end in sight";
-      const bool went_on = sweep();
-      if (!error.empty() || !(went_on || work_asynchronously(true))) break;
+      if (draw(1024) == 0) leave_behind();
+      const bool went_on = sweep(false);
+      if (!error.empty() || !(went_on || work_asynchronously(true) || sweep(true))) break;
       any = true;
     }
     if (error.empty() && block->alive == 0) {
