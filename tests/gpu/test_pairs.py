@@ -3,15 +3,20 @@
 The marks in column 4 of the metadata decide who merges, so clearing them gives the other ways: with
 no mark, both pieces are merged by `combine`; with the head's mark alone, the head looks for a tail
 that never says it has started, and gives up.
+
+Then on a busy GPU: a kernel on another stream keeps most of the multiprocessors, so that thread
+blocks come one after another, and heads end before their tails have started.
 """
 
 from __future__ import annotations
+
+import contextlib
 
 import gpu_oracle
 import gpu_problems
 import numpy as np
 import pytest
-from gpu_arrays import DRY, host, mark, same, xp
+from gpu_arrays import DRY, host, mark, same, synchronize, xp
 
 import flashmla_cupy
 from flashmla_cupy.schedule import BEGINS_IN_PAIR, ENDS_IN_PAIR, sealed
@@ -19,6 +24,43 @@ from flashmla_cupy.schedule import BEGINS_IN_PAIR, ENDS_IN_PAIR, sealed
 pytestmark = mark
 
 SHAPES = ((1, 128, 1), (2, 64, 1), (1, 16, 1), (3, 24, 2), (1, 100, 1), (5, 3, 1))
+
+
+BUSY = r"""
+extern "C" __global__ void keep_busy(const volatile int* stop, int* started) {
+  extern __shared__ char room[];  // so much that nothing else fits
+  if (threadIdx.x == 0) {
+    atomicAdd(started, 1);
+    const long long begin = clock64();
+    while (!*stop && clock64() - begin < 4000000000ll) {
+    }
+  }
+}
+"""
+SHARED_BYTES = 200 << 10
+
+
+@contextlib.contextmanager
+def busy(multiprocessors: int):
+    """So many multiprocessors are occupied inside a with block."""
+    kernel = xp.RawKernel(BUSY, "keep_busy")
+    kernel.max_dynamic_shared_size_bytes = SHARED_BYTES
+    words = xp.cuda.alloc_pinned_memory(8)
+    stop, started = np.frombuffer(words, np.int32, 2)[:1], xp.zeros(1, np.int32)
+    stop[0] = 0
+    stream = xp.cuda.Stream(non_blocking=True)
+    synchronize()
+    with stream:
+        kernel((multiprocessors,), (32,), (words.ptr, started), shared_mem=SHARED_BYTES)
+    counting = xp.cuda.Stream(non_blocking=True)
+    try:
+        with counting:
+            while int(started[0]) < multiprocessors:
+                pass
+        yield
+    finally:
+        stop[0] = 1
+        synchronize()
 
 
 def problem_of(case: int):
@@ -54,6 +96,23 @@ def test_who_merges_changes_no_bit(case):
         changed[:, 4] &= ~cleared
         changed = xp.asarray(sealed(changed, problem.batch))
         results.append(problem.decode((changed, num_splits)))
+    flashmla_cupy.check()
+    gpu_oracle.assert_right(problem, *results[0], what=f"case {case}")
+    for out, lse in results[1:]:
+        assert same(out, results[0][0])
+        assert same(lse, results[0][1])
+
+
+@pytest.mark.parametrize("case", range(8))
+def test_who_merges_on_a_busy_gpu(case):
+    problem = problem_of(case)
+    metadata = problem.metadata()
+    results = [problem.decode(metadata)]
+    for free in () if DRY else (1, 5, 66, 131):
+        multiprocessors = xp.cuda.Device().attributes["MultiProcessorCount"]
+        with busy(multiprocessors - free):
+            results.append(problem.decode(metadata))
+            xp.cuda.get_current_stream().synchronize()
     flashmla_cupy.check()
     gpu_oracle.assert_right(problem, *results[0], what=f"case {case}")
     for out, lse in results[1:]:
