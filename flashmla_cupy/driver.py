@@ -104,6 +104,7 @@ class Launch:
             ctypes.addressof(self._attribute),
             int(function.overlaps),
         )
+        self._stream: int | None = None
         self._address = ctypes.addressof(self._config)
         self._function = ctypes.c_void_p(function.handle)
         self._entry = function.entry
@@ -115,7 +116,8 @@ class Launch:
 
     def __call__(self, stream: int, arguments: ctypes.Array[ctypes.c_void_p]) -> None:
         """Launches with `arguments`, an array of addresses of the kernel's parameters."""
-        self._config.stream = stream
+        if stream != self._stream:
+            self._config.stream = self._stream = stream
         code = self._start(self._address, self._function, arguments, None)
         if code:
             raise RuntimeError(f"Launching {self._entry} failed: {_message(code)}.")

@@ -31,7 +31,6 @@ from .geometry import TOKENS_PER_TILE, Geometry
 from .nvrtc import binding
 from .prepared import (
     CALL_PARAMS,
-    COMBINE_CALL_PARAMS,
     COMBINE_THREADS,
     DECODE_SHARED_BYTES,
     DECODE_THREADS,
@@ -205,17 +204,7 @@ class Engine:
         )
         launches.decode(stream, launches.decode_arguments.pointers)
         if launches.combine is not None:
-            COMBINE_CALL_PARAMS.pack_into(
-                launches.combine_arguments.buffer,
-                0,
-                tile_scheduler_metadata,
-                scratch,
-                lse_partial,
-                out,
-                lse,
-                pairs,
-            )
-            launches.combine(stream, launches.combine_arguments.pointers)
+            launches.combine(stream, launches.combine_pointers)
 
     def _schedule_launch(self) -> tuple[Launch, Arguments]:
         """Of this thread."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import checks, layouts, scalars
@@ -68,15 +68,23 @@ class Plan:
     new_scratch: Callable[[], Any] | None  # None: the launch needs none
     # The first three arrays as the launch wants them, by address.
     inputs: tuple[_AtAddress, _AtAddress, _AtAddress]
+    accepted: set[tuple[int, ...]] = field(default_factory=set)
 
     def accepts(self, pointers: tuple[int, ...]) -> bool:
         """Whether all addresses are aligned and the outputs overlap nothing."""
+        if pointers in self.accepted:
+            return True
         q, k_cache, block_table, cache_seqlens, metadata, num_splits, out, lse = pointers
         if (q | k_cache | metadata | out) & 15:
             return False
         if (block_table | cache_seqlens | num_splits | lse) & 3:
             return False
-        return not (out or lse) or not self._overlap(pointers)
+        if (out or lse) and self._overlap(pointers):
+            return False
+        if len(self.accepted) >= MAX_ADDRESSES:
+            self.accepted.clear()
+        self.accepted.add(pointers)
+        return True
 
     def _overlap(self, pointers: tuple[int, ...]) -> bool:
         *_, out, lse = pointers

@@ -25,7 +25,7 @@ COLUMN_BLOCKS = HEAD_DIM // COLUMN_BLOCK
 COMBINE_THREADS = 256
 COMBINE_WARPS = 8
 COMBINE_PARAMS = struct.Struct("6Q7i")
-COMBINE_CALL_PARAMS = struct.Struct("6Q")
+COMBINE_SHARED = (0, 5, 6, 3, 4, 7)  # its first six parameters: places in CALL_PARAMS
 LOG2_E = 1.4426950408889634
 
 MAX_MAPS = 8192  # of one geometry, a bound; a model has as many caches as layers
@@ -118,14 +118,20 @@ class Launches:
     def __init__(self, prepared: Prepared) -> None:
         self.decode = Launch(prepared.decode, prepared.grid, DECODE_SHARED_BYTES)
         self.decode_arguments = Arguments(PARAMS, tensor_maps=4)
-        self.combine_arguments = Arguments(COMBINE_PARAMS)
-        zeros = (0,) * 6
-        COMBINE_PARAMS.pack_into(self.combine_arguments.buffer, 0, *zeros, *prepared.combine_sizes)
         self._prepared = prepared
         self._options: tuple[float, bool] | None = None
         self.combine = None
         if prepared.geometry.partial_slots:
             self.combine = Launch(prepared.combine, prepared.combine_grid)
+        # Its arrays are also parameters of dense_decode, so one packing serves both.
+        self._combine_sizes = (ctypes.c_int32 * len(prepared.combine_sizes))(
+            *prepared.combine_sizes
+        )
+        arrays = ctypes.addressof(self.decode_arguments.buffer)
+        sizes = ctypes.addressof(self._combine_sizes)
+        addresses = [arrays + 8 * place for place in COMBINE_SHARED]
+        addresses += [sizes + 4 * place for place in range(len(prepared.combine_sizes))]
+        self.combine_pointers = (ctypes.c_void_p * len(addresses))(*addresses)
 
     def set_options(self, softmax_scale: float, causal: bool, status: tuple[int, int]) -> None:
         """What is the same in most calls: the parameters after CALL_PARAMS."""

@@ -194,11 +194,20 @@ def test_decode_launches_both_kernels(fake):
     decode, combine = fake.launches
     assert decode[:4] == ((2, 1, 66), (384, 1, 1), prepared.DECODE_SHARED_BYTES, 9)
     assert combine[:4] == ((128, 3, 1), (256, 1, 1), 0, 9)
+    slots = 2 * 65
+    read = [
+        ctypes.string_at(pointer, struct.calcsize(letter))
+        for pointer, letter in zip(combine[4], letters_of(prepared.COMBINE_PARAMS), strict=True)
+    ]
+    lse_partial = (1 << 30) + slots * 128 * 512 * 4
+    assert prepared.COMBINE_PARAMS.unpack(b"".join(read)) == (
+        *(2, 1 << 30, lse_partial, 4, 5, lse_partial + slots * 128 * 4),
+        *(132, 3, 1, 128, 128, slots, 8),
+    )
 
     names = [name for name, _ in struct_of(source("work.cuh"), "Params")]
     packed = ctypes.string_at(decode[4][4], prepared.PARAMS.size)
     seen = dict(zip(names, prepared.PARAMS.unpack(packed), strict=True))
-    slots = 2 * 65
     assert seen.pop("scale_log2") == pytest.approx(0.5 * 1.4426950408889634)
     assert seen == {
         "tile_scheduler_metadata": 2,
