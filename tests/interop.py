@@ -14,6 +14,8 @@ import numpy as np
 from problems import Problem, make_problem
 
 FRAMEWORKS = ("numpy", "cupy", "torch", "jax")
+GPU_FRAMEWORKS = FRAMEWORKS[1:]
+DELAY_MS = 30  # how long tests of the order keep a stream busy
 
 
 class Case(NamedTuple):
