@@ -31,6 +31,7 @@ from typing import Any
 from . import __version__, nvrtc
 from .errors import NoDeviceError, OptionError, UnsupportedArchError
 from .geometry import HEAD_DIM, HEAD_DIM_V, PAGE_SIZES
+from .hopper import is_hopper
 
 _ELEMENT = 2  # bytes of a bfloat16
 
@@ -236,7 +237,7 @@ def _device() -> dict[str, Any]:
     if not cuda.is_available():
         raise NoDeviceError("bench needs a Hopper GPU, and CUDA finds no GPU on this machine.")
     facts: dict[str, Any] = cuda.runtime.getDeviceProperties(cuda.Device().id)
-    if (facts["major"], facts["minor"]) != (9, 0):
+    if not is_hopper(facts):
         raise UnsupportedArchError(
             f"bench needs a Hopper GPU (compute capability 9.0), and {facts['name'].decode()} has "
             f"{facts['major']}.{facts['minor']}."

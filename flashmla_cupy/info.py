@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, compiler, cubin_cache, nvrtc
+from . import __version__, compiler, cubin_cache, hopper, nvrtc
 from .errors import FlashMLAError
 
 _LABEL_WIDTH = 14
@@ -102,13 +102,13 @@ def _gpus() -> list[str]:
 
 
 def _gpu(number: int, facts: dict[str, Any]) -> str:
-    capability = (facts["major"], facts["minor"])
+    major, minor = hopper.capability(facts)
     name = facts["name"].decode()
     text = (
-        f"{number}: {name}, compute capability {capability[0]}.{capability[1]}, "
+        f"{number}: {name}, compute capability {major}.{minor}, "
         f"{facts['multiProcessorCount']} SMs, {facts['totalGlobalMem'] / 2**30:.0f} GiB"
     )
-    return text if capability == (9, 0) else f"{text}; not supported, the kernels need 9.0"
+    return text if hopper.is_hopper(facts) else f"{text}; not supported, the kernels need 9.0"
 
 
 def _driver() -> str:

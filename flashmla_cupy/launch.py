@@ -28,6 +28,7 @@ from .errors import (
 )
 from .frameworks import ArrayInfo
 from .geometry import TOKENS_PER_TILE, Geometry
+from .hopper import is_hopper
 from .nvrtc import binding
 from .prepared import (
     CALL_PARAMS,
@@ -101,7 +102,7 @@ class Engine:
         if self.device >= count:
             raise NoDeviceError(f"There is no CUDA device {self.device}; CUDA sees {count}.")
         properties = runtime.getDeviceProperties(self.device)
-        if (properties["major"], properties["minor"]) != (9, 0):
+        if not is_hopper(properties):
             raise UnsupportedArchError(
                 f"CUDA device {self.device}, {properties['name'].decode()}, has compute capability"
                 f" {properties['major']}.{properties['minor']}; the kernels need 9.0 (H100, H200,"

@@ -24,6 +24,7 @@ from .errors import (
 )
 from .frameworks import HOST, framework, framework_of, numpy_dtype
 from .geometry import HEAD_DIM, PAGE_SIZES
+from .hopper import is_hopper
 
 _SIZES = ", ".join(map(str, PAGE_SIZES))
 
@@ -108,8 +109,9 @@ def _place(device: Any, function: str) -> int:
         raise MissingDependencyError(message) from error
     count = cuda.runtime.getDeviceCount() if cuda.is_available() else 0
     if device is None:  # the current GPU, if the kernels run on it
-        is_hopper = count and cuda.Device().compute_capability == "90"
-        return int(cuda.Device().id) if is_hopper else HOST
+        current = int(cuda.Device().id) if count else HOST
+        fits = count and is_hopper(cuda.runtime.getDeviceProperties(current))
+        return current if fits else HOST
     if device >= count:
         remedy = "Pass device='cpu' for NumPy."
         raise NoDeviceError(f"{function}(): no CUDA device {device}; CuPy sees {count}. {remedy}")

@@ -331,18 +331,21 @@ def test_rows_too_many_for_one_scatter(device, monkeypatch):
 
 
 def test_a_gpu_takes_part_only_if_it_can(monkeypatch):
-    def cupy(count, capability="90"):
+    def cupy(count, major=9):
         return SimpleNamespace(
             cuda=SimpleNamespace(
                 is_available=lambda: count > 0,
-                runtime=SimpleNamespace(getDeviceCount=lambda: count),
-                Device=lambda: SimpleNamespace(id=1, compute_capability=capability),
+                runtime=SimpleNamespace(
+                    getDeviceCount=lambda: count,
+                    getDeviceProperties=lambda device: {"major": major, "minor": 0},
+                ),
+                Device=lambda: SimpleNamespace(id=1),
             )
         )
 
     from flashmla_cupy.pool import _place
 
-    for module, place in [(None, -1), (cupy(0), -1), (cupy(2, "80"), -1), (cupy(2), 1)]:
+    for module, place in [(None, -1), (cupy(0), -1), (cupy(2, 8), -1), (cupy(2), 1)]:
         monkeypatch.setitem(sys.modules, "cupy", module)
         assert _place(None, "f") == place
         assert _place("cpu", "f") == -1
