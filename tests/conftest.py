@@ -6,28 +6,17 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hopper_gpu
 import pytest
 
 from flashmla_cupy import compiler, cubin_cache, nvrtc
 from flashmla_cupy.errors import NVRTCNotFoundError
 
 
-def _hopper() -> str | None:
-    """Why there is no Hopper GPU; None if there is one."""
-    try:
-        import cupy
-    except Exception as error:  # CuPy raises more than ImportError where its folders are unwritable
-        return f"CuPy cannot be imported: {type(error).__name__}"
-    if not cupy.cuda.is_available():
-        return "there is no CUDA GPU"
-    capability = cupy.cuda.Device().compute_capability
-    return None if capability == "90" else f"the GPU has compute capability {capability}"
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not any(item.get_closest_marker("gpu") for item in items):
         return
-    reason = _hopper()
+    reason = hopper_gpu.missing()
     if reason is not None:
         skip = pytest.mark.skip(reason=f"needs a Hopper GPU: {reason}")
         for item in items:

@@ -12,8 +12,8 @@ import importlib.util
 import re
 from pathlib import Path
 
+import hopper_gpu
 import pytest
-from conftest import _hopper
 
 import flashmla_cupy
 from flashmla_cupy import compiler
@@ -58,7 +58,7 @@ def test_python_block(number):
     for name in frameworks(code):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
-        if name == "cupy" and (reason := _hopper()):
+        if name == "cupy" and (reason := hopper_gpu.missing()):
             pytest.skip(f"needs a Hopper GPU: {reason}")
     names: dict[str, object] = {"__name__": f"readme_line{line}"}
     for earlier_line, earlier in PYTHON[:number]:
