@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TextIO, TypeAlias
 
 from . import __version__
-from .errors import FlashMLAError, KernelCompileError
+from .errors import FlashMLAError, KernelCompileError, OptionError
 
 _PROGRAM = "flashmla-cupy"
 
@@ -193,11 +193,24 @@ def _add_bench(commands: _Commands) -> None:
         help="each case with pages of so many tokens: 16, 32, 64 (default), 128, 256",
     )
     parser.add_argument("--json", metavar="FILE", help="write the results to FILE as well")
+    parser.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="instead of cases, time against batch, tokens, query heads and page size, drawn "
+        "beside the roofline into FILE (.png, .svg or .pdf); needs matplotlib",
+    )
 
 
 def _bench(arguments: argparse.Namespace) -> None:
     from . import bench
 
+    if arguments.plot:
+        if arguments.cases or arguments.page_size or arguments.list:
+            remedy = "It has cases of its own."
+            expected, got = "no --cases, --page-size or --list beside it", "one of them"
+            raise OptionError("--plot", expected, got, remedy, "bench")
+        bench.run_plot(arguments.plot, arguments.json)
+        return
     cases = bench.select(arguments.cases or ["all" if arguments.list else "flashmla"])
     if arguments.page_size:
         cases = bench.with_page_sizes(cases, arguments.page_size)
