@@ -106,7 +106,7 @@ class Launch:
         )
         self._stream: int | None = None
         self._address = ctypes.addressof(self._config)
-        self._function = ctypes.c_void_p(function.handle)
+        self._function = function.handle
         self._entry = function.entry
         self._start = _library().cuLaunchKernelEx
         self._start.argtypes = (ctypes.c_void_p,) * 4
@@ -114,8 +114,9 @@ class Launch:
     def set_shared_bytes(self, count: int) -> None:
         self._config.shared_bytes = count
 
-    def __call__(self, stream: int, arguments: ctypes.Array[ctypes.c_void_p]) -> None:
-        """Launches with `arguments`, an array of addresses of the kernel's parameters."""
+    def __call__(self, stream: int, arguments: int) -> None:
+        """Launches with the array at address `arguments`, of addresses of the parameters. (Numbers
+        all of them: ctypes takes those fastest.)"""
         if stream != self._stream:
             self._config.stream = self._stream = stream
         code = self._start(self._address, self._function, arguments, None)

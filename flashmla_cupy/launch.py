@@ -162,7 +162,7 @@ class Engine:
             num_splits,
         )
         launch.set_shared_bytes(schedule_module.shared_bytes(batch, parts))
-        launch(stream, arguments.pointers)
+        launch(stream, arguments.address)
 
     def decode(
         self,
@@ -203,9 +203,9 @@ class Engine:
             pairs,
             next(self._epochs),
         )
-        launches.decode(stream, launches.decode_arguments.pointers)
+        launches.decode(stream, launches.decode_arguments.address)
         if launches.combine is not None:
-            launches.combine(stream, launches.combine_pointers)
+            launches.combine(stream, launches.combine_address)
 
     def _schedule_launch(self) -> tuple[Launch, Arguments]:
         """Of this thread."""

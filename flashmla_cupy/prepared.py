@@ -39,14 +39,15 @@ class Arguments:
         start = ctypes.addressof(self.buffer)
         offsets = [0] if tensor_maps else list(_offsets(layout.format))
         addresses = [0] * tensor_maps + [start + offset for offset in offsets]
-        self.pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+        self._pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+        self.address = ctypes.addressof(self._pointers)
         self._maps: tuple[Maps, Maps] | None = None
 
     def set_maps(self, q_maps: Maps, k_maps: Maps) -> None:
         """The first four pointers; those of another call often are the same."""
         if self._maps != (q_maps, k_maps):
             self._maps = q_maps, k_maps
-            pointers = self.pointers
+            pointers = self._pointers
             pointers[0], pointers[1] = q_maps.addresses
             pointers[2], pointers[3] = k_maps.addresses
 
@@ -131,7 +132,8 @@ class Launches:
         sizes = ctypes.addressof(self._combine_sizes)
         addresses = [arrays + 8 * place for place in COMBINE_SHARED]
         addresses += [sizes + 4 * place for place in range(len(prepared.combine_sizes))]
-        self.combine_pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+        self._combine_pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+        self.combine_address = ctypes.addressof(self._combine_pointers)
 
     def set_options(self, softmax_scale: float, causal: bool, status: tuple[int, int]) -> None:
         """What is the same in most calls: the parameters after CALL_PARAMS."""

@@ -98,7 +98,7 @@ class Emulator:
 
         def launch_kernel(config, function, arguments, extra):
             seen = ctypes.cast(config, ctypes.POINTER(driver._Config)).contents
-            self._run(function.value, seen, arguments)
+            self._run(function, seen, arguments)
             return 0
 
         self.cuLaunchKernelEx = launch_kernel  # a function: driver.py gives it argtypes
@@ -147,7 +147,11 @@ class Emulator:
         variant, library = self._modules[function]
         grid = (ctypes.c_uint32 * 3)(*config.grid)
         message = library.emulate(
-            grid, config.block[0], arguments, self.resident, ctypes.c_uint64(self.seed)
+            grid,
+            config.block[0],
+            ctypes.c_void_p(arguments),
+            self.resident,
+            ctypes.c_uint64(self.seed),
         )
         if message:
             raise EmulationError(f"{variant.name}, seed {self.seed}: {message.decode()}")
