@@ -92,6 +92,18 @@ def test_calls_in_turns_make_no_guards(adapter, made):
     assert made == []
 
 
+def test_modes_in_turns_make_one_guard(adapter, made):
+    """A guard holds in the mode of autograd that it was made in."""
+    arrays = arguments_of(1)
+    facts = set()
+    for _ in range(6):
+        facts.add(adapter.signature(*arrays)[0])
+        with torch.inference_mode():
+            facts.add(adapter.signature(*arrays)[0])
+    assert len(made) <= 1
+    assert len(facts) == 1
+
+
 def test_a_gradient_is_refused_after_the_same_call_without(adapter, made):
     arrays = arguments_of(1)
     arrays[0].requires_grad_()

@@ -42,6 +42,7 @@ class Guards:
         """The facts, if these tensors have those of remembered ones."""
         found = self._found.get(arguments)
         if found is not None and found[0](*tensors):
+            self._last = None  # so two misses in a row are none with a hit between them
             return found[1]
         return None
 
@@ -50,6 +51,7 @@ class Guards:
         if facts != self._last or self._make is None:
             self._last = facts
             return
+        self._last = None
         try:
             guard = self._make(
                 *tensors,
