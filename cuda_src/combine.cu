@@ -5,7 +5,17 @@
 // row: 8 where there are few rows and many splits.
 // Launched programmatically behind dense_decode: metadata is older than that kernel, so reading it
 // need not wait. What this kernel takes is the latency of its loads, so as many as fit into
-// registers are in flight at once, the first of them before their weights are known.
+// registers are in flight at once, the first of them, as written, before their weights are known;
+// ptxas moves these behind the maximum of lse.
+//
+// What was tried instead, on an H200; microseconds of a whole call, this one first. `h`, `b` and `s`:
+// query heads, requests, tokens of each.
+//   no second kernel: the blocks of dense_decode merge a slice each as they end, told by words in
+//   global memory that all pieces are there         h128 b1 s512 12.2 | 17.3, h16 b1 s32768 24.4 | 25.3
+//   rows of all split requests counted and shared   h128 b1 s512 12.2 | 13.5, h128 b8 s4096 36.0 | 33.7
+//   columns of few rows for 2 or 4 blocks, rows of few splits together in a block
+//                                                   h128 b1 s512 11.9 | 12.9, h16 b1 s32768 24.0 | 22.9
+// Each of them has more instructions ahead of the first load.
 #include "merge.cuh"
 #include "metadata.cuh"
 
