@@ -64,7 +64,7 @@ def engine(device: int) -> Engine:
 
 
 class Engine:
-    """The kernels of one GPU. Its methods need the GPU to be the current device of the thread."""
+    """The kernels of one GPU. It must be the current device of the thread for launches."""
 
     def __init__(self, device: int) -> None:
         binding()  # says what to install if CuPy is missing
@@ -126,7 +126,7 @@ class Engine:
         page_size = min(geometry.page_size, TOKENS_PER_TILE)
         decode = Variant("dense_decode", geometry.dtype, page_size)
         combine = Variant("combine", geometry.dtype)
-        with self._load_lock, RelaxedCapture():
+        with self._load_lock, RelaxedCapture(), self._cuda.Device(self.device):
             self._load([decode, combine])
             if len(self._prepared) >= MAX_GEOMETRIES:
                 self._prepared.clear()

@@ -6,10 +6,12 @@ it is the business of tests/gpu.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import re
 import struct
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -256,6 +258,41 @@ def test_schedule_launches_with_the_room_that_a_batch_needs(fake):
 def test_no_combine_where_nothing_can_be_split(fake):
     made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE, parts=1)
     assert made.launches().combine is None
+
+
+def test_kernels_are_loaded_on_the_device_of_their_arrays(monkeypatch):
+    """Whichever is current: a launch on another device would find no kernel in its context."""
+    current, loaded_on = [0], []
+
+    class Device(contextlib.AbstractContextManager):
+        def __init__(self, number):
+            self.number = number
+
+        def __enter__(self):
+            current.append(self.number)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    engine = object.__new__(launch.Engine)
+    engine.device, engine.num_sms = 1, 132
+    engine._cuda = types.SimpleNamespace(Device=Device)
+    engine._kernels, engine._prepared, engine._load_lock = {}, {}, threading.Lock()
+
+    def compile_variants(wanted):
+        return [compiler.Compiled(v, b"", "", None, 0.0, True) for v in wanted]
+
+    def loaded(compiled):
+        loaded_on.append(current[-1])
+        return function(compiled.variant.entry, 32)
+
+    monkeypatch.setattr(launch, "RelaxedCapture", contextlib.nullcontext)
+    monkeypatch.setattr(launch, "compile_variants", compile_variants)
+    monkeypatch.setattr(launch, "_function", loaded)
+    q, k_cache = info(3, 1, 128, 576), info(9, 64, 1, 576)
+    assert engine.scratch_floats(Geometry.of(q, k_cache, TABLE, 66)) > 0
+    assert set(loaded_on) == {1} and len(loaded_on) == 2
+    assert current == [0]
 
 
 def test_a_forked_engine_refuses():
