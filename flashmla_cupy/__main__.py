@@ -202,14 +202,14 @@ def _add_bench(commands: _Commands) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from . import bench
+    from . import bench, scaling
 
     if arguments.plot:
         if arguments.cases or arguments.page_size or arguments.list:
             remedy = "It has cases of its own."
             expected, got = "no --cases, --page-size or --list beside it", "one of them"
             raise OptionError("--plot", expected, got, remedy, "bench")
-        bench.run_plot(arguments.plot, arguments.json)
+        scaling.run(arguments.plot, arguments.json)
         return
     cases = bench.select(arguments.cases or ["all" if arguments.list else "flashmla"])
     if arguments.page_size:

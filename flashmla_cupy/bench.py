@@ -19,7 +19,6 @@ at its power limit is slower the longer it works, so compare figures of one run.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import json
@@ -27,7 +26,6 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from . import __version__, nvrtc
@@ -176,37 +174,20 @@ class Row:
     read_percent: float | None
 
 
-def run(cases: Sequence[Case], json_path: str | None = None) -> None:
-    """Times the cases and prints a line for each; progress goes to stderr.
+def run(cases: Sequence[Case], json_path: str | None = None) -> dict[str, Any]:
+    """Times the cases and prints a line for each; progress goes to stderr. Returns what --json
+    writes.
 
     The file at `json_path` is written at the end, but opened before the work. Raises NoDeviceError,
     UnsupportedArchError or MissingDependencyError where it cannot run, and OSError for the file."""
-    device = _device()
+    device = current_gpu()
     if json_path is None:
-        _run(cases, device)
-        return
+        return _run(cases, device)
     with open(json_path, "w", encoding="utf-8") as file:
-        json.dump(_run(cases, device), file, indent=1)
+        report = _run(cases, device)
+        json.dump(report, file, indent=1)
         file.write("\n")
-
-
-def run_plot(path: str, json_path: str | None = None) -> None:
-    """Times the sweeps of `scaling`, draws them into the file at `path` and tells of cliffs.
-
-    As `run`; also raises OptionError for another format than .png, .svg and .pdf."""
-    from . import scaling  # which needs the cases of this file
-
-    figure_type, device = scaling.require(path), _device()
-    with contextlib.ExitStack() as files:
-        picture = files.enter_context(open(path, "wb"))
-        file = json_path and files.enter_context(open(json_path, "w", encoding="utf-8"))
-        report = _run(scaling.CASES, device)
-        if file:
-            json.dump(report, file, indent=1)
-            file.write("\n")
-        scaling.draw(figure_type, report, picture, Path(path).suffix)
-    for line in scaling.verdict({row["case"]: row["us"] for row in report["cases"]}):
-        print(line)
+    return report
 
 
 def _run(cases: Sequence[Case], device: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +232,7 @@ def _run(cases: Sequence[Case], device: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _device() -> dict[str, Any]:
+def current_gpu() -> dict[str, Any]:
     """The properties of the current GPU, which must be one that the kernels run on."""
     nvrtc.binding()
     cuda: Any = importlib.import_module("cupy.cuda")

@@ -205,7 +205,7 @@ class Engine:
         )
         launches.decode(stream, launches.decode_arguments.address)
         if launches.combine is not None:
-            launches.combine(stream, launches.combine_address)
+            launches.combine(stream, launches.combine_arguments.address)
 
     def _schedule_launch(self) -> tuple[Launch, Arguments]:
         """Of this thread."""

@@ -68,7 +68,8 @@ class Plan:
     new_scratch: Callable[[], Any] | None  # None: the launch needs none
     # The first three arrays as the launch wants them, by address.
     inputs: tuple[_AtAddress, _AtAddress, _AtAddress]
-    accepted: set[tuple[int, ...]] = field(default_factory=set)
+    # Addresses that accepts() has found right; most calls come again with the same ones.
+    accepted: set[tuple[int, ...]] = field(default_factory=set, compare=False, repr=False)
 
     def accepts(self, pointers: tuple[int, ...]) -> bool:
         """Whether all addresses are aligned and the outputs overlap nothing."""

@@ -9,6 +9,7 @@ import ctypes
 import re
 import struct
 import threading
+from collections.abc import Sequence
 
 from .driver import Function, Launch, tensor_map
 from .geometry import HEAD_DIM, HEAD_DIM_V, ROWS_PER_BLOCK, TOKENS_PER_TILE, Geometry, ceil_div
@@ -24,8 +25,8 @@ COLUMN_BLOCKS = HEAD_DIM // COLUMN_BLOCK
 # combine.cu
 COMBINE_THREADS = 256
 COMBINE_WARPS = 8
-COMBINE_PARAMS = struct.Struct("6Q7i")
-COMBINE_SHARED = (0, 5, 6, 3, 4, 7)  # its first six parameters: places in CALL_PARAMS
+COMBINE_ARRAYS = (0, 5, 6, 3, 4, 7)  # its first six parameters: places in CALL_PARAMS
+COMBINE_SIZES = struct.Struct("7i")  # the others
 LOG2_E = 1.4426950408889634
 
 MAX_MAPS = 8192  # of one geometry, a bound; a model has as many caches as layers
@@ -34,11 +35,14 @@ MAX_MAPS = 8192  # of one geometry, a bound; a model has as many caches as layer
 class Arguments:
     """The packed parameters of a kernel, and the array of their addresses that a launch takes."""
 
-    def __init__(self, layout: struct.Struct, *, tensor_maps: int = 0) -> None:
+    def __init__(
+        self, layout: struct.Struct, *, elsewhere: Sequence[int] = (), is_struct: bool = False
+    ) -> None:
+        """elsewhere: addresses of parameters ahead of the packed ones; is_struct: these are one."""
         self.buffer = ctypes.create_string_buffer(layout.size)
-        start = ctypes.addressof(self.buffer)
-        offsets = [0] if tensor_maps else list(_offsets(layout.format))
-        addresses = [0] * tensor_maps + [start + offset for offset in offsets]
+        self.start = ctypes.addressof(self.buffer)
+        offsets = [0] if is_struct else _offsets(layout.format)
+        addresses = [*elsewhere, *(self.start + offset for offset in offsets)]
         self._pointers = (ctypes.c_void_p * len(addresses))(*addresses)
         self.address = ctypes.addressof(self._pointers)
         self._maps: tuple[Maps, Maps] | None = None
@@ -118,22 +122,16 @@ class Launches:
 
     def __init__(self, prepared: Prepared) -> None:
         self.decode = Launch(prepared.decode, prepared.grid, DECODE_SHARED_BYTES)
-        self.decode_arguments = Arguments(PARAMS, tensor_maps=4)
+        self.decode_arguments = Arguments(PARAMS, elsewhere=(0,) * 4, is_struct=True)
         self._prepared = prepared
         self._options: tuple[float, bool] | None = None
         self.combine = None
         if prepared.geometry.partial_slots:
             self.combine = Launch(prepared.combine, prepared.combine_grid)
         # Its arrays are also parameters of dense_decode, so one packing serves both.
-        self._combine_sizes = (ctypes.c_int32 * len(prepared.combine_sizes))(
-            *prepared.combine_sizes
-        )
-        arrays = ctypes.addressof(self.decode_arguments.buffer)
-        sizes = ctypes.addressof(self._combine_sizes)
-        addresses = [arrays + 8 * place for place in COMBINE_SHARED]
-        addresses += [sizes + 4 * place for place in range(len(prepared.combine_sizes))]
-        self._combine_pointers = (ctypes.c_void_p * len(addresses))(*addresses)
-        self.combine_address = ctypes.addressof(self._combine_pointers)
+        arrays = [self.decode_arguments.start + 8 * place for place in COMBINE_ARRAYS]
+        self.combine_arguments = Arguments(COMBINE_SIZES, elsewhere=arrays)
+        COMBINE_SIZES.pack_into(self.combine_arguments.buffer, 0, *prepared.combine_sizes)
 
     def set_options(self, softmax_scale: float, causal: bool, status: tuple[int, int]) -> None:
         """What is the same in most calls: the parameters after CALL_PARAMS."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from . import bench
 from .bench import Case
 from .errors import MissingDependencyError, OptionError
 from .geometry import PAGE_SIZES
@@ -87,9 +88,21 @@ def verdict(us_of: dict[str, float]) -> list[str]:
     return [f"no cliff: twice the work takes at most {ratio:.2f} times as long ({what})"]
 
 
-def require(path: str) -> Any:
-    """matplotlib's Figure, for drawing into a file of that name; raises OptionError for another
-    format and MissingDependencyError."""
+def run(path: str, json_path: str | None = None) -> None:
+    """Times the sweeps, draws them into the file at `path` and tells of cliffs.
+
+    As bench.run; also raises OptionError for another format than .png, .svg and .pdf."""
+    figure_type = _figure_for(path)
+    bench.current_gpu()  # raises before the file is made
+    with open(path, "wb") as file:
+        report = bench.run(CASES, json_path)
+        draw(figure_type, report, file, Path(path).suffix)
+    for line in verdict({row["case"]: row["us"] for row in report["cases"]}):
+        print(line)
+
+
+def _figure_for(path: str) -> Any:
+    """matplotlib's Figure, for drawing into a file of that name."""
     if Path(path).suffix not in FORMATS:
         remedy = "The ending tells the format."
         raise OptionError("--plot", f"a file *{', *'.join(FORMATS)}", repr(path), remedy, "bench")

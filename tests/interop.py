@@ -7,6 +7,7 @@ where the same code computes, within the oracle's bound where it does not.
 from __future__ import annotations
 
 import itertools
+import threading
 from typing import NamedTuple
 
 import ml_dtypes
@@ -132,3 +133,12 @@ def decode(q, k_cache, block_table, cache_seqlens, softmax_scale=None, causal=Fa
         softmax_scale=softmax_scale,
         causal=causal,
     )
+
+
+def in_threads(work, count: int) -> None:
+    """Runs work(0), work(1), ... at once, and waits for all."""
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()

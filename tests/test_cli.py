@@ -11,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import fake_timer
 import numpy as np
 import pytest
 
@@ -308,32 +309,9 @@ def test_bench_with_an_unknown_case(capsys):
     assert err.count("\n") == 1
 
 
-class _Timer:
-    """Stands for the GPU: every decode call takes 100 us."""
-
-    matmul: float | None = 500.0
-
-    def __init__(self, num_sms):
-        assert num_sms == 132
-
-    def read_gbps(self):
-        return 4000.0
-
-    def matmul_tflops(self):
-        return self.matmul
-
-    def decode_us(self, case):
-        return 100.0
-
-
 @pytest.fixture
 def timer(monkeypatch):
-    facts = {"name": b"H200", "multiProcessorCount": 132}
-    monkeypatch.setattr(bench, "_device", lambda: facts)
-    kind = type("Timer", (_Timer,), {})
-    monkeypatch.setattr(bench_gpu, "GPUTimer", kind)
-    monkeypatch.setattr(nvrtc, "build", lambda: "13.0")
-    return kind
+    return fake_timer.install(monkeypatch)
 
 
 def test_bench_prints_rows_and_writes_json(capsys, tmp_path, timer):
@@ -356,8 +334,8 @@ def test_bench_prints_rows_and_writes_json(capsys, tmp_path, timer):
     assert "[15/15]" in err
 
 
-def test_bench_without_cublas(capsys, timer, monkeypatch):
-    monkeypatch.setattr(_Timer, "matmul", None)
+def test_bench_without_cublas(capsys, timer):
+    timer.matmul = None
     assert main(["bench", "--cases", "mem.h8"]) == 0
     out = capsys.readouterr().out
     assert "nvidia-cublas-cu12" in out

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-
 import numpy as np
 import pytest
 from fake_device import STREAM, install
-from interop import CASES, decode
+from interop import CASES, decode, in_threads
 from oracle import assert_within_bound, oracle
 from problems import make_problem
 
@@ -112,11 +110,7 @@ def test_threads_may_share_everything():
             if decode(*problems[i].arrays())[0].tobytes() != expected[i]:
                 wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert wrong == []
 
 

@@ -66,9 +66,12 @@ def test_params_are_those_of_the_kernel():
     assert prepared.PARAMS.size % 8 == 0
 
 
+COMBINE_PARAMS = struct.Struct(f"{len(prepared.COMBINE_ARRAYS)}Q{prepared.COMBINE_SIZES.format}")
+
+
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("combine", prepared.COMBINE_PARAMS), ("schedule", launch.SCHEDULE_PARAMS)],
+    [("combine", COMBINE_PARAMS), ("schedule", launch.SCHEDULE_PARAMS)],
 )
 def test_parameters_are_those_of_the_kernel(name, layout):
     assert parameters_of(source(f"{name}.cu"), name) == letters_of(layout)
@@ -198,14 +201,13 @@ def test_decode_launches_both_kernels(fake):
     assert decode[:4] == ((2, 1, 66), (384, 1, 1), prepared.DECODE_SHARED_BYTES, 9)
     assert combine[:4] == ((128, 3, 1), (256, 1, 1), 0, 9)
     slots = 2 * 65
+    letters = letters_of(COMBINE_PARAMS)
     read = [
         ctypes.string_at(pointer, struct.calcsize(letter))
-        for pointer, letter in zip(
-            combine[4][:13], letters_of(prepared.COMBINE_PARAMS), strict=True
-        )
+        for pointer, letter in zip(combine[4][: len(letters)], letters, strict=True)
     ]
     lse_partial = (1 << 30) + slots * 128 * 512 * 4
-    assert prepared.COMBINE_PARAMS.unpack(b"".join(read)) == (
+    assert COMBINE_PARAMS.unpack(b"".join(read)) == (
         *(2, 1 << 30, lse_partial, 4, 5, lse_partial + slots * 128 * 4),
         *(132, 3, 1, 128, 128, slots, 8),
     )

@@ -5,37 +5,21 @@ from __future__ import annotations
 import json
 import sys
 
+import fake_timer
 import pytest
 
-from flashmla_cupy import bench, bench_gpu, nvrtc, scaling
+from flashmla_cupy import bench, scaling
 from flashmla_cupy.__main__ import main
 
 REPORT = {"read_gbps": 4000.0, "matmul_tflops": 500.0, "version": "1", "device": "H200"}
 
 
-class Timer:
-    """Twice the roofline of a GPU with these ceilings, and 5 us."""
-
-    def __init__(self, num_sms):
-        pass
-
-    def read_gbps(self):
-        return REPORT["read_gbps"]
-
-    def matmul_tflops(self):
-        return REPORT["matmul_tflops"]
-
-    def decode_us(self, case):
-        return 5 + 2 * scaling.roofline_us(case, 4000.0, 500.0)
-
-
 @pytest.fixture
 def timer(monkeypatch):
-    facts = {"name": b"H200", "multiProcessorCount": 132}
-    monkeypatch.setattr(bench, "_device", lambda: facts)
-    monkeypatch.setattr(bench_gpu, "GPUTimer", type("T", (Timer,), {}))
-    monkeypatch.setattr(nvrtc, "build", lambda: "13.0")
-    return bench_gpu.GPUTimer
+    """Twice the roofline, and 5 us."""
+    kind = fake_timer.install(monkeypatch)
+    kind.decode_us = lambda self, case: 5 + 2 * scaling.roofline_us(case, 4000.0, 500.0)
+    return kind
 
 
 def test_the_sweeps_reach_from_end_to_end():
@@ -133,6 +117,17 @@ def test_without_matplotlib(capsys, monkeypatch, tmp_path, timer):
     path = tmp_path / "a.png"
     assert main(["bench", "--plot", str(path)]) == 2
     assert "pip install 'flashmla-cupy[plot]'" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_without_a_gpu_no_file_is_made(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    if cupy.cuda.is_available():
+        pytest.skip("there is a GPU")
+    path = tmp_path / "a.png"
+    assert main(["bench", "--plot", str(path)]) == 2
+    assert "bench needs a Hopper GPU" in capsys.readouterr().err
     assert not path.exists()
 
 

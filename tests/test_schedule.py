@@ -273,9 +273,8 @@ def test_every_row_has_its_check(seed):
     check = (metadata[:, 4].view(np.uint32) >> 18).tolist()
     assert check == checks_of(metadata, batch)
     assert np.array_equal(schedule.sealed(metadata, batch), metadata)
-    if (
-        parts > 20
-    ):  # what is not made for this part of this batch does not pass, with few exceptions
+    if parts > 20:
+        # What is not made for this part of this batch does not pass, with few exceptions.
         passed = np.equal(check[::-1], checks_of(metadata[::-1], batch)).sum()
         assert passed <= parts % 2 + 2
         assert np.equal(check, checks_of(metadata, batch + 1)).sum() <= 2

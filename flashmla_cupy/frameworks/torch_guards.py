@@ -32,9 +32,9 @@ class Guards:
     They are remembered when two calls in a row have had them: making a guard takes as long as
     reading the facts some times."""
 
-    def __init__(self, torch: Any) -> None:
-        guards = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
-        self._make: Callable[..., Any] | None = getattr(guards, "TensorGuards", None)
+    def __init__(self, make: Callable[..., Any] | None) -> None:
+        """`make` is PyTorch's TensorGuards, None if it has none."""
+        self._make = make
         self._found: dict[int, tuple[Callable[..., bool], Facts]] = {}
         self._last: Facts | None = None
 

@@ -41,8 +41,9 @@ class Torch:
         self._names = {dtype: name for name, dtype in self._dtypes.items()}
         self._devices = {HOST: torch.device("cpu")}
         self._torch_device = torch.device
-        self._dynamo = getattr(torch._C, "_dynamo", None)
-        self._guards = Guards(torch)
+        compiled_code = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+        self._empty_strided = getattr(compiled_code, "_empty_strided_cuda", None)
+        self._guards = Guards(getattr(compiled_code, "TensorGuards", None))
         self._grad_enabled: Callable[[], bool] = torch.is_grad_enabled
         # The public current_stream() builds an object and takes 3.5 us; this one takes 0.1 us.
         self._raw_stream: Callable[[int], int] = getattr(
@@ -158,7 +159,7 @@ class Torch:
     def allocator(self, shape: tuple[int, ...], dtype: str, device: int) -> Callable[[], Any]:
         """torch.empty without the detour through the dispatcher, if there is a GPU: what the code
         that torch.compile writes calls, in a third of the time. It takes the current device."""
-        fast = getattr(getattr(self._dynamo, "guards", None), "_empty_strided_cuda", None)
+        fast = self._empty_strided
         if device == HOST or fast is None:
             return functools.partial(self.empty, shape, dtype, device)
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]

@@ -7,11 +7,10 @@ ordering and must see something else, or the test proves nothing.
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 
 import pytest
-from interop import DELAY_MS, GPU_FRAMEWORKS, decode, get, same_bits
+from interop import DELAY_MS, GPU_FRAMEWORKS, decode, get, in_threads, same_bits
 from problems import make_problem
 from sides import (
     PROBLEM,
@@ -136,9 +135,5 @@ def test_threads_on_streams_of_their_own(name):
             wrong.append((i, repr(error)))
 
     serial = [tuple(get(x).tobytes() for x in decode(*arrays_of("cupy", p))) for p in problems]
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert wrong == []
