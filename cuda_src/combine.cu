@@ -1,26 +1,53 @@
 // Merges the partial results of split requests, by the arithmetic of merge.cuh.
 //
-// Grid (row groups, at most so many split requests). Block row i takes the i-th split request, if
-// there is one, from column 7 of the metadata (schedule.py). `warps_per_row` warps (1 or 8) share a
-// row: 8 where there are few rows and many splits.
-// Launched programmatically behind dense_decode: metadata is older than that kernel, so reading it
-// need not wait. What this kernel takes is the latency of its loads, so as many as fit into
-// registers are in flight at once, the first of them, as written, before their weights are known;
-// ptxas moves these behind the maximum of lse.
+// Column 7 of the metadata lists the split requests and where their slots begin (schedule.py). The
+// blocks are shared out to the requests by their slots. A unit of work is a quarter of the columns of
+// a row; W warps share it, more where there are blocks to spare, and each half of a warp takes splits
+// in turns. With more units than warps the blocks of a request go round.
 //
-// What was tried instead, on an H200; microseconds of a whole call, this one first. `h`, `b` and `s`:
-// query heads, requests, tokens of each.
+// What this kernel takes is latency: that of its loads, and that of its instructions. It is launched
+// programmatically behind dense_decode, so the metadata and the addresses come before the wait; then
+// all loads are issued at once, those of out before the weights are known. They are volatile, or
+// ptxas moves them behind the arithmetic of the weights.
+//
+// What was tried, on an H100; microseconds of a whole call. `h`, `b` and `s`: query heads, requests,
+// tokens of each. As it is: h128 b1 s512 9.3, h128 b1 s8192 16, h16 b1 s8192 13.2, h128 b8 s4096 32.
 //   no second kernel: the blocks of dense_decode merge a slice each as they end, told by words in
-//   global memory that all pieces are there         h128 b1 s512 12.2 | 17.3, h16 b1 s32768 24.4 | 25.3
-//   rows of all split requests counted and shared   h128 b1 s512 12.2 | 13.5, h128 b8 s4096 36.0 | 33.7
-//   columns of few rows for 2 or 4 blocks, rows of few splits together in a block
-//                                                   h128 b1 s512 11.9 | 12.9, h16 b1 s32768 24.0 | 22.9
-// Each of them has more instructions ahead of the first load.
+//   global memory that all pieces are there     h128 b1 s512 1.4 times as long, h16 b1 s32768 1.04
+//   partial results as floats                   h128 b1 s8192 17.6, b8 s4096 32.4, h16 b1 s8192 12.9
+//   a path for each number of slices and splits, 44 KB more code
+//                                               nothing split, h32 b64 s512: 24.9 instead of 23.1.
+//                                               With dense_decode it must fit the instruction cache,
+//                                               120 KB it seems
+//   warps a row by the number of requests, not by what is split
+//                                               one long request among 64, h16: 91 instead of 79
+//   264 blocks whatever there is to do          h128 b1 s512 10.5: launching 132 takes a microsecond
+//   528 blocks of 64 registers a thread         h128 b1 s512 11.7, b8 s4096 30
+//   triggered ahead of dense_decode's epilogue  the same
 #include "merge.cuh"
 #include "metadata.cuh"
 
-constexpr int THREADS = 256, WARPS = THREADS / 32, MAX_SPLITS = 256;
-constexpr int IN_FLIGHT = 4;  // splits that a warp loads at once
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int MAX_SPLITS = 160;                  // parts at most (geometry.py)
+constexpr int UNITS = 4, COLUMNS = 512 / UNITS;  // of a row, of a unit
+constexpr int LANES = COLUMNS / 8;               // a team: eight columns a lane
+constexpr int IN_FLIGHT = 5;                     // splits that a team has loaded
+
+struct Arrays {
+  const float* out_partial;  // [slots, s_q * h_q, 512], or halves: merge.cuh
+  const float* row_partial;  // [slots, s_q * h_q, 4]: lse in log2, two scales, 0
+  uint16_t* out;             // [batch, s_q, h_q, 512]
+  float* lse;                // [batch, h_q, s_q]
+  int s_q, h_q, group;
+};
+struct Request {
+  int index, first_slot, splits;
+};
+// Of each warp: what the splits of its unit weigh, then the sums of its teams.
+union Shared {
+  float weights[MAX_SPLITS];
+  float sums[COLUMNS];
+};
 
 DEVICE float warp_max(float x) {
 #pragma unroll
@@ -33,133 +60,205 @@ DEVICE float warp_sum(float x) {
   return x;
 }
 
-// out_i of a row: each lane takes columns 4 lane .. + 3 of every 128.
-struct Rows {
-  float4 columns[IN_FLIGHT][4];
-};
-// Splits first, first + stride, ...; those past the last are zeros.
-DEVICE void load_rows(Rows& rows, const float4* source, int64_t pitch, int first, int stride,
-                      int splits) {
-#pragma unroll
-  for (int u = 0; u < IN_FLIGHT; ++u) {
-    const int split = first + u * stride;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      rows.columns[u][c] =
-          split < splits ? __ldg(source + split * pitch + c * 32) : make_float4(0.f, 0.f, 0.f, 0.f);
-    }
+// Partial row -> (query position, head): kv head by kv head, each with s_q * group rows.
+struct Row {
+  int64_t out, lse;  // rows of out, elements of lse
+  DEVICE Row(const Arrays& a, const Request& request, int row) {
+    const int kv_head = row / (a.s_q * a.group), rest = row - kv_head * a.s_q * a.group;
+    const int position = rest / a.group, head = kv_head * a.group + rest - position * a.group;
+    out = ((int64_t)request.index * a.s_q + position) * a.h_q + head;
+    lse = ((int64_t)request.index * a.h_q + head) * a.s_q + position;
   }
+};
+
+// A unit of a pair (pair.cuh) that dense_decode has not merged, by a warp.
+DEVICE void merge_pair(const Arrays& a, const Request& request, int unit) {
+  const int rows = a.s_q * a.h_q, row = unit / UNITS, at = unit % UNITS * COLUMNS + lane_index() * 4;
+  const int64_t first_row = (int64_t)request.first_slot * rows + row;
+  const float* from = a.row_partial + first_row * 4;
+  const float head_lse = ld_global_f32(from);
+  if (__float_as_uint(head_lse) == MERGED_LSE) return;
+  const Merged both = merge_rows(head_lse, ld_global_f32(from + (int64_t)rows * 4));
+  const float4 head = ld_global_v4_f32(a.out_partial + first_row * 512 + at);
+  const float4 tail = ld_global_v4_f32(a.out_partial + (first_row + rows) * 512 + at);
+  const Row to(a, request, row);
+  uint16_t* out = a.out + to.out * 512;
+  auto merge = [&](float x, float y) { return merge_two(both.head, x, both.tail, y); };
+  *(uint32_t*)(out + column_of_float(at)) = cvt_x2(merge(head.x, tail.x), merge(head.y, tail.y));
+  *(uint32_t*)(out + column_of_float(at + 2)) = cvt_x2(merge(head.z, tail.z), merge(head.w, tail.w));
+  if (unit % UNITS == 0 && lane_index() == 0) a.lse[to.lse] = both.lse;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    combine(const int* __restrict__ tile_scheduler_metadata,  // [parts, 8]
-            const float* __restrict__ out_partial,            // [slots, s_q * h_q, 512]
-            const float* __restrict__ lse_partial,            // [slots, s_q * h_q], log2
-            uint16_t* __restrict__ out,                       // [batch, s_q, h_q, 512]
-            float* __restrict__ lse,                          // [batch, h_q, s_q]
-            uint64_t* __restrict__ pairs,                     // [words], see pair.cuh
-            int words, int batch, int s_q, int h_q, int group, int slots, int warps_per_row) {
-  __shared__ float weights[WARPS][MAX_SPLITS];
-  __shared__ float sums[WARPS][512];
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const int* entry = tile_scheduler_metadata + blockIdx.y * 8 + 7;
-  const uint32_t this_one = entry[0], next_one = entry[8];
-  const int request = this_one & NO_REQUEST;
-  const int first_slot = this_one >> REQUEST_BITS;
-  const int splits = (int)(next_one >> REQUEST_BITS) - first_slot;
-  // Metadata that does not fit is refused by dense_decode; here it must only do no harm.
-  const bool fits = splits >= 2 && splits <= MAX_SPLITS && first_slot + splits <= slots;
-  const bool clears = blockIdx.x + blockIdx.y == 0;
-  if (!clears && (request >= batch || !fits)) return;
-
-  const int rows = s_q * h_q;
-  const int row = blockIdx.x * (WARPS / warps_per_row) + warp / warps_per_row;
-  const bool active = row < rows;
-  griddepcontrol_wait();
-  if (clears) {  // for the next replay, if this is in a graph
-    for (int i = threadIdx.x; i < words; i += THREADS) pairs[i] = 0;
-    if (request >= batch || !fits) return;
+// lse and the scale of splits lane, lane + 32, ... of a row.
+struct Splits {
+  float4 rows[MAX_SPLITS / 32];
+  DEVICE void load(const float* from, int64_t pitch, int splits) {
+#pragma unroll
+    for (int i = 0; i < MAX_SPLITS / 32; ++i) {
+      if (i == 1 && splits <= 32) return;
+      const int split = i * 32 + lane_index();
+      rows[i] = make_float4(NEG_INF, 0.f, 0.f, 0.f);
+      if (split < splits) rows[i] = ld_global_v4_f32(from + split * pitch);
+    }
   }
-
-  const int64_t first_row = (int64_t)first_slot * rows + (active ? row : 0);
-  if (splits == 2 && __float_as_uint(__ldg(lse_partial + first_row)) == MERGED_LSE) return;
-  const float4* source = (const float4*)(out_partial + first_row * 512) + lane;
-  const int64_t pitch = (int64_t)rows * 128;
-  const int stride = warps_per_row;
-  int split = warp % warps_per_row;
-  Rows loaded;
-  load_rows(loaded, source, pitch, split, stride, splits);
-
-  float part_lse[MAX_SPLITS / 32];
-  float max_lse = LEAST_LSE, sum = 0.f;
+  // Writes the weights; returns lse, a natural logarithm.
+  DEVICE float weigh(float* weights, int splits, bool second_half) {
+    float top = fmaxf(LEAST_LSE, rows[0].x), sum;
+    if (splits > 32) {
 #pragma unroll
-  for (int i = 0; i < MAX_SPLITS / 32; ++i) {
-    const int at = i * 32 + lane;
-    part_lse[i] = at < splits ? __ldg(lse_partial + first_row + (int64_t)at * rows)
-                              : NEG_INF;
+      for (int i = 1; i < MAX_SPLITS / 32; ++i) top = fmaxf(top, rows[i].x);
+    }
+    top = warp_max(top);
+    sum = rows[0].x = weight_of(rows[0].x, top);
+    if (splits > 32) {
+#pragma unroll
+      for (int i = 1; i < MAX_SPLITS / 32; ++i) sum += rows[i].x = weight_of(rows[i].x, top);
+    }
+    sum = warp_sum(sum);
+    const float inverse = inverse_of(sum);
+#pragma unroll
+    for (int i = 0; i < MAX_SPLITS / 32; ++i) {
+      if (i == 1 && splits <= 32) break;
+      weights[i * 32 + lane_index()] =
+          rows[i].x * inverse * (second_half ? rows[i].z : rows[i].y);
+    }
+    __syncwarp();
+    return merged_lse(sum, top);
   }
-#pragma unroll
-  for (int i = 0; i < MAX_SPLITS / 32; ++i) max_lse = fmaxf(max_lse, part_lse[i]);
-  max_lse = warp_max(max_lse);
-#pragma unroll
-  for (int i = 0; i < MAX_SPLITS / 32; ++i) {
-    const float weight = weight_of(part_lse[i], max_lse);
-    weights[warp][i * 32 + lane] = weight;
-    sum += weight;
-  }
-  sum = warp_sum(sum);
-  const float inverse = inverse_of(sum);
-  __syncwarp();
+};
 
-  float4 o[4];
-#pragma unroll
-  for (int c = 0; c < 4; ++c) o[c] = make_float4(0.f, 0.f, 0.f, 0.f);
-  for (;;) {
+// Eight columns a lane of some splits.
+struct Columns {
+  Vector4 loaded[IN_FLIGHT];
+  DEVICE void load(const uint16_t* from, int64_t pitch, int first, int teams, int splits) {
 #pragma unroll
     for (int u = 0; u < IN_FLIGHT; ++u) {
-      if (split + u * stride >= splits) break;
-      const float weight = weights[warp][split + u * stride] * inverse;
-      if (weight == 0.f) continue;  // no key of this row; out_i may be NaN from V
+      if (first + u * teams < splits) loaded[u] = ld_global_v4(from + u * teams * pitch);
+    }
+  }
+  DEVICE void add(float (&o)[8], const float* weights, int first, int teams, int splits) const {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const float4 v = loaded.columns[u][c];
-        o[c].x = add_product(o[c].x, weight, v.x);
-        o[c].y = add_product(o[c].y, weight, v.y);
-        o[c].z = add_product(o[c].z, weight, v.z);
-        o[c].w = add_product(o[c].w, weight, v.w);
+    for (int u = 0; u < IN_FLIGHT; ++u) {
+      const float weight = first + u * teams < splits ? weights[first + u * teams] : 0.f;
+      if (weight == 0.f) continue;  // or no key of this row; out_i may be NaN from V
+      const uint32_t v[4] = {loaded[u].x, loaded[u].y, loaded[u].z, loaded[u].w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = from_half_x2(v[i]);
+        o[2 * i] = fmaf(weight, x.x, o[2 * i]);
+        o[2 * i + 1] = fmaf(weight, x.y, o[2 * i + 1]);
       }
     }
-    split += IN_FLIGHT * stride;
-    if (split >= splits) break;
-    load_rows(loaded, source, pitch, split, stride, splits);
   }
+};
 
-  // Partial row -> (query position, head): kv head by kv head, each with s_q * group rows.
-  const int kv_head = row / (s_q * group), rest = row - kv_head * s_q * group;
-  const int position = rest / group, head = kv_head * group + rest - position * group;
-  uint16_t* out_row = out + (((int64_t)request * s_q + position) * h_q + head) * 512;
-  if (warps_per_row == 1) {
-    if (!active) return;
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      uint2 packed;
-      packed.x = cvt_x2(o[c].x, o[c].y);
-      packed.y = cvt_x2(o[c].z, o[c].w);
-      *(uint2*)(out_row + c * 128 + lane * 4) = packed;
-    }
-  } else {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) ((float4*)sums[warp])[c * 32 + lane] = o[c];
-    __syncthreads();
-    float x = 0.f, y = 0.f;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
-      x += sums[w][threadIdx.x * 2];
-      y += sums[w][threadIdx.x * 2 + 1];
-    }
-    if (active) ((uint32_t*)out_row)[threadIdx.x] = cvt_x2(x, y);
+// A unit of a request in more pieces, by 2^warps_log2 warps.
+DEVICE void merge_many(const Arrays& a, const Request& request, int unit, int warps_log2,
+                       Shared* shared) {
+  const int warp = uniform(threadIdx.x >> 5), lane = lane_index(), warps = 1 << warps_log2;
+  const int rows = a.s_q * a.h_q, row = unit / UNITS, at = unit % UNITS * COLUMNS;
+  const int teams = warps * (32 / LANES), splits = request.splits;
+  int first_of_warp = (warp & (warps - 1)) * (32 / LANES), first = first_of_warp + lane / LANES;
+  const int64_t first_row = (int64_t)request.first_slot * rows + row, pitch = (int64_t)rows * 1024;
+  const float* rows_from = a.row_partial + first_row * 4;
+  const uint16_t* from = (const uint16_t*)(a.out_partial + first_row * 512) + first * pitch + at +
+                         lane % LANES * 8;
+  pin(rows_from), pin(from);
+  griddepcontrol_wait();
+
+  Splits all;
+  all.load(rows_from, (int64_t)rows * 4, splits);
+  Columns columns;
+  columns.load(from, pitch, first, teams, splits);
+  const Row to(a, request, row);
+  __syncwarp();  // all have read the sums of the unit before
+  float* weights = shared[warp].weights;
+  const float row_lse = all.weigh(weights, splits, unit % UNITS >= UNITS / 2);
+  float o[8] = {};
+  for (;;) {
+    columns.add(o, weights, first, teams, splits);
+    first_of_warp += IN_FLIGHT * teams, first += IN_FLIGHT * teams;
+    if (first_of_warp >= splits) break;
+    from += IN_FLIGHT * teams * pitch;
+    columns.load(from, pitch, first, teams, splits);
   }
-  if (active && lane == 0 && warp % warps_per_row == 0) {
-    lse[((int64_t)request * h_q + head) * s_q + position] = merged_lse(sum, max_lse);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) o[i] += __shfl_xor_sync(~0u, o[i], LANES);
+  uint16_t* out = a.out + to.out * 512 + at;
+  if (warps == 1) {
+    const Vector4 packed = transpose_quads(
+        {cvt_x2(o[0], o[1]), cvt_x2(o[2], o[3]), cvt_x2(o[4], o[5]), cvt_x2(o[6], o[7])});
+    if (lane < LANES) st_global_v4(out + lane * 8, packed);
+  } else {
+    const int first_warp = warp & -warps, thread = (warp - first_warp) * 32 + lane;
+    __syncwarp();  // all have read the weights
+    if (lane < LANES) {
+      float4* to_sums = (float4*)(shared[warp].sums + lane * 8);
+      to_sums[0] = make_float4(o[0], o[1], o[2], o[3]);
+      to_sums[1] = make_float4(o[4], o[5], o[6], o[7]);
+    }
+    bar_sync(1 + (warp >> warps_log2), 32 * warps);
+    if (thread * 2 < COLUMNS) {
+      float x = 0.f, y = 0.f;
+#pragma unroll 2
+      for (int w = 0; w < warps; ++w) {
+        const float2 v = *(const float2*)(shared[first_warp + w].sums + thread * 2);
+        x += v.x, y += v.y;
+      }
+      *(uint32_t*)(out + column_of_half(thread * 2)) = cvt_x2(x, y);
+    }
+  }
+  if (unit % UNITS == 0 && (warp & (warps - 1)) == 0 && lane == 0) a.lse[to.lse] = row_lse;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    combine(const int* __restrict__ tile_scheduler_metadata,  // [parts, 8]
+            const float* out_partial, const float* row_partial, uint16_t* out, float* lse,
+            uint64_t* pairs,  // [words], see pair.cuh
+            int words, int batch, int s_q, int h_q, int group, int slots, int parts) {
+  __shared__ Shared shared[WARPS];
+  const Arrays a = {out_partial, row_partial, out, lse, s_q, h_q, group};
+  auto listed = [&](int i) { return (uint32_t)__ldg(tile_scheduler_metadata + i * 8 + 7); };
+  // Metadata that does not fit is refused by dense_decode; here it must only do no harm.
+  const int blocks = gridDim.x, block = blockIdx.x, used = listed(parts - 1) >> REQUEST_BITS;
+  if (used >= 2 && used <= slots) {
+    // The last request whose slots begin, in proportion, at this block or before.
+    int i = -1;
+#pragma unroll 5
+    for (int begin = 0; begin < parts; begin += 32) {
+      const int at = begin + lane_index();
+      const uint32_t entry = at < parts ? listed(at) : NO_REQUEST;
+      const bool before = (int)(entry >> REQUEST_BITS) * blocks <= block * used;
+      i += __popc(__ballot_sync(~0u, (entry & NO_REQUEST) < batch && before));
+    }
+    i = max(i, 0);
+    const uint32_t this_one = uniform(listed(i)), next_one = uniform(listed(i + 1));
+    Request request = {(int)(this_one & NO_REQUEST), (int)(this_one >> REQUEST_BITS), 0};
+    const int end_slot = next_one >> REQUEST_BITS;
+    request.splits = end_slot - request.first_slot;
+    if (request.index < batch && request.splits >= 2 && request.splits <= MAX_SPLITS &&
+        end_slot <= slots) {
+      const int first_block = (request.first_slot * blocks + used - 1) / used;
+      const int mine = (end_slot * blocks + used - 1) / used - first_block;
+      const int units = s_q * h_q * UNITS, warp = uniform(threadIdx.x >> 5);
+      int warps_log2 = request.splits == 2 ? 0 : 3;
+      while (warps_log2 > 0 && units << warps_log2 > mine * WARPS) --warps_log2;
+      const int in_block = WARPS >> warps_log2;
+      int unit = (block - first_block) * in_block + (warp >> warps_log2);
+      if (request.splits == 2) griddepcontrol_wait();
+#pragma unroll 1
+      for (; unit < units; unit += mine * in_block) {
+        if (request.splits == 2) {
+          merge_pair(a, request, unit);
+        } else {
+          merge_many(a, request, unit, warps_log2, shared);
+        }
+      }
+    }
+  }
+  if (block == 0) {  // for the next replay, if this is in a graph
+    griddepcontrol_wait();
+#pragma unroll 1
+    for (int i = threadIdx.x; i < words; i += THREADS) pairs[i] = 0;
   }
 }

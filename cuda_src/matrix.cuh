@@ -17,12 +17,11 @@ DEVICE void clear_rows(int half, uint32_t stage, int rows_used) {
   bar_sync<128>(2 + half);
 }
 
-// O * inverse -> out, 16 bytes a lane: 4x4 transposes within each quad of lanes.
+// O * inverse -> out, 16 bytes a lane.
 DEVICE void store_out(const float (&o)[128], int half, const Params& p, int request, float inverse0,
                       float inverse1) {
   const RowBlock block = row_block();
   const int row = block.first_row + row_in_block();
-  const bool odd = lane_index() & 1, upper = lane_index() & 2;
   uint16_t* to = p.out + out_row(p, request, block, row) * 512 + half * 256 +
                  (lane_index() & 3) * 8;
 #pragma unroll
@@ -31,24 +30,63 @@ DEVICE void store_out(const float (&o)[128], int half, const Params& p, int requ
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float* t = o + 16 * i + 2 * h;
-      uint32_t u0 = cvt_x2(t[0] * x, t[1] * x), u1 = cvt_x2(t[4] * x, t[5] * x);
-      uint32_t u2 = cvt_x2(t[8] * x, t[9] * x), u3 = cvt_x2(t[12] * x, t[13] * x);
-      uint32_t a = __shfl_xor_sync(~0u, odd ? u0 : u1, 1);
-      uint32_t b = __shfl_xor_sync(~0u, odd ? u2 : u3, 1);
-      if (odd) {
-        u0 = a, u2 = b;
-      } else {
-        u1 = a, u3 = b;
-      }
-      a = __shfl_xor_sync(~0u, upper ? u0 : u2, 2);
-      b = __shfl_xor_sync(~0u, upper ? u1 : u3, 2);
-      if (upper) {
-        u0 = a, u1 = b;
-      } else {
-        u2 = a, u3 = b;
-      }
-      if (row + 8 * h < p.slab_rows) st_global_v4(to + h * 8 * 512 + i * 32, {u0, u1, u2, u3});
+      const Vector4 columns = transpose_quads(
+          {cvt_x2(t[0] * x, t[1] * x), cvt_x2(t[4] * x, t[5] * x), cvt_x2(t[8] * x, t[9] * x),
+           cvt_x2(t[12] * x, t[13] * x)});
+      if (row + 8 * h < p.slab_rows) st_global_v4(to + h * 8 * 512 + i * 32, columns);
     }
+  }
+}
+
+// O * inverse -> the partial result of one of two pieces, 16 bytes a lane.
+DEVICE void store_floats(const float (&o)[128], int half, const Params& p, int slot, float inverse0,
+                         float inverse1) {
+  const RowBlock block = row_block();
+  const int row = block.first_row + row_in_block();
+  float* to = p.out_partial + partial_row(p, slot, block, row) * 512 + half * 256 +
+              (lane_index() & 3) * 4;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float x = h ? inverse1 : inverse0;
+    if (row + 8 * h >= p.slab_rows) continue;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const float* t = o + 8 * i + 2 * h;
+      st_global_v4_f32(to + h * 8 * 512 + i * 16, t[0] * x, t[1] * x, t[4] * x, t[5] * x);
+    }
+  }
+}
+
+// O * inverse -> that of one of many pieces.
+DEVICE void store_halves(const float (&o)[128], int half, const Params& p, int slot, float inverse0,
+                         float inverse1) {
+  const RowBlock block = row_block();
+  const int lane = lane_index() & 3;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float largest[4] = {};
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const float* t = o + 4 * i + 2 * h;
+      largest[i & 3] = fmaxf(fmaxf(largest[i & 3], fabsf(t[0])), fabsf(t[1]));
+    }
+    const float inverse = h ? inverse1 : inverse0;
+    const Scale scale = scale_of(
+        quad_max(fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]))) * inverse);
+    const int row = block.first_row + row_in_block() + 8 * h;
+    if (row >= p.slab_rows) continue;
+    const float x = inverse * scale.up;
+    const int64_t at = partial_row(p, slot, block, row);
+    uint16_t* to = (uint16_t*)(p.out_partial + at * 512) + half * 256 + lane * 8;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const float* t = o + 16 * i + 2 * h;
+      st_global_v4(to + i * 32, {half_x2(t[0] * x, t[1] * x), half_x2(t[4] * x, t[5] * x),
+                                 half_x2(t[8] * x, t[9] * x), half_x2(t[12] * x, t[13] * x)});
+    }
+    float* scales = p.row_partial + at * 4;
+    if (lane == 0 && half == 0) scales[1] = scale.down;
+    if (lane == 0 && half == 1) scales[2] = scale.down, scales[3] = 0.f;
   }
 }
 
@@ -60,45 +98,16 @@ DEVICE void merge_tail(float (&o)[128], int half, Place after, float inverse0, f
     const float inverse = h ? inverse1 : inverse0;
     const float head = ld_shared_f32(shared_base() + WEIGHTS + row * 4);
     const float tail = ld_shared_f32(shared_base() + WEIGHTS + 256 + row * 4);
-    const uint32_t from = tail_row(after.stage, row) + half * 1024 + column_pair() * 4;
+    const uint32_t from = tail_row(after.stage, row) + half * 1024 + (lane_index() & 3) * 16;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      const float2 other = ld_shared_v2_f32(from + i * 32);
-      float* x = o + 4 * i + 2 * h;
-      x[0] = merge_out(head, x[0] * inverse, tail, other.x);
-      x[1] = merge_out(head, x[1] * inverse, tail, other.y);
+    for (int i = 0; i < 16; ++i) {
+      const float4 other = ld_shared_v4_f32(from + i * 64);
+      float* x = o + 8 * i + 2 * h;
+      x[0] = merge_two(head, x[0] * inverse, tail, other.x);
+      x[1] = merge_two(head, x[1] * inverse, tail, other.y);
+      x[4] = merge_two(head, x[4] * inverse, tail, other.z);
+      x[5] = merge_two(head, x[5] * inverse, tail, other.w);
     }
-  }
-}
-
-DEVICE void store_partial(const float (&o)[128], int half, const Params& p, int slot, float inverse0,
-                          float inverse1) {
-  const RowBlock block = row_block();
-  const int row = block.first_row + row_in_block();
-  float* to =
-      p.out_partial + partial_row(p, slot, block, row) * 512 + half * 256 + column_pair();
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const float x = h ? inverse1 : inverse0;
-    if (row + 8 * h >= p.slab_rows) continue;
-#pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      st_global_v2(to + h * 8 * 512 + i * 8, o[4 * i + 2 * h] * x, o[4 * i + 2 * h + 1] * x);
-    }
-  }
-}
-
-// The end of a head; `after` is the place after its last tile.
-DEVICE void finish_head(float (&o)[128], int half, const Params& p, int request, Place after,
-                        float inverse0, float inverse1) {
-  bar_sync<4, 384>();  // with the softmax warpgroup
-  const uint32_t result = ld_shared_u32(shared_base() + RESULT);
-  if (result >> 16 == MERGED) {
-    mbarrier_wait(other_full(), 0);
-    merge_tail(o, half, after, inverse0, inverse1);
-    store_out(o, half, p, request, 1.f, 1.f);
-  } else {
-    store_partial(o, half, p, result & 0xffff, inverse0, inverse1);
   }
 }
 
@@ -106,7 +115,7 @@ DEVICE void free_results() {
   __syncwarp();
   if (arrives()) mbarrier_arrive(results_free());
 }
-DEVICE bool is_producer() { return warp_in_group() == 0; }
+DEVICE bool is_producer() { return uniform(warp_in_group()) == 0; }
 
 DEVICE void matrix_role(const Params& p, int half, const TensorMap& q_map, const TensorMap& k_map) {
   Cursor cursor;
@@ -122,12 +131,12 @@ DEVICE void matrix_role(const Params& p, int half, const TensorMap& q_map, const
   float o[128];
   Place place;
 #pragma unroll 1
-  for (int request = part_of(p).first_request; request <= part_of(p).last_request; ++request) {
+  for (int request = uniform(part_of(p).first_request); request <= uniform(part_of(p).last_request); ++request) {
     int tiles, last_rows;  // of the piece; of the request in its last tile
     {
       const Piece piece = piece_of(p, request);
-      tiles = piece.end - piece.begin;
-      last_rows = piece.length - (piece.end - 1) * TOKENS;
+      tiles = uniform(piece.end - piece.begin);
+      last_rows = uniform(piece.length - (piece.end - 1) * TOKENS);
       if (tiles == 0) continue;  // store_no_keys
     }
 #pragma unroll
@@ -139,7 +148,7 @@ DEVICE void matrix_role(const Params& p, int half, const TensorMap& q_map, const
       if (i < tiles) {
         mbarrier_wait(p_ready(place.stage), place.phase);
         if (i + 1 == tiles && last_rows < TOKENS) clear_rows(half, place.stage, last_rows);
-        if (i > 0 && ld_shared_u32(rescale_flag(place.stage))) {
+        if (i > 0 && uniform(ld_shared_u32(rescale_flag(place.stage)))) {
           const float a = __uint_as_float(ld_shared_u16(factors(place.stage)) << 16);
           const float b = __uint_as_float(ld_shared_u16(factors(place.stage) + 16) << 16);
 #pragma unroll
@@ -172,17 +181,28 @@ DEVICE void matrix_role(const Params& p, int half, const TensorMap& q_map, const
     }
     const float inverse0 = ld_shared_f32(row_floats(INVERSE_L));
     const float inverse1 = ld_shared_f32(row_floats(INVERSE_L) + 32);
-    const uint32_t result = ld_shared_u32(shared_base() + RESULT), kind = result >> 16;
-    if (kind >= HEAD) {
-      finish_head(o, half, p, request, place, inverse0, inverse1);
-      return;
+    uint32_t result = uniform(ld_shared_u32(shared_base() + RESULT));
+    const bool is_head = result >> 16 >= HEAD;  // or already MERGED
+    if (is_head) {
+      bar_sync<4, 384>();  // with the softmax warpgroup
+      result = uniform(ld_shared_u32(shared_base() + RESULT));
+      if (result >> 16 == MERGED) {
+        mbarrier_wait(other_full(), 0);
+        merge_tail(o, half, place, inverse0, inverse1);
+        store_out(o, half, p, request, 1.f, 1.f);
+        return;
+      }
     }
-    if (kind != TAIL) free_results();
+    const uint32_t kind = result >> 16;
+    if (kind <= SPLIT) free_results();
     if (kind == WHOLE) {
       store_out(o, half, p, request, inverse0, inverse1);
+    } else if (kind == SPLIT) {
+      store_halves(o, half, p, result & 0xffff, inverse0, inverse1);
     } else {
-      store_partial(o, half, p, result & 0xffff, inverse0, inverse1);
+      store_floats(o, half, p, result & 0xffff, inverse0, inverse1);
     }
+    if (is_head) return;
     if (kind == TAIL) {
       __syncwarp();
       bar_sync<4, 384>();  // with the lse of the softmax warpgroup

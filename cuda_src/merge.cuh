@@ -2,8 +2,8 @@
 //
 //     lse = log2 sum_i 2^lse_i        out = sum_i 2^(lse_i - lse) out_i
 //
-// combine.cu merges any number of pieces, pair.cuh two inside of dense_decode. Both use these, so who
-// merges changes no bit.
+// combine.cu merges any number of pieces, pair.cuh two inside of dense_decode. For two, both use the
+// same, so who merges changes no bit.
 #pragma once
 #include "ptx.cuh"
 
@@ -12,18 +12,69 @@
 #define QUIET_NAN __int_as_float(0x7fffffff)
 constexpr float LN2 = 0.69314718056f;
 
-// In lse_partial: a row that `combine` must leave alone. A NaN that no arithmetic makes.
+// For lse in row_partial: a row that `combine` must leave alone. A NaN that no arithmetic makes.
 constexpr uint32_t MERGED_LSE = 0x7fc0ffee;
 constexpr float LEAST_LSE = -1e38f;  // the maximum starts here: a row without keys has -inf only
 
+// out_i of a request in two pieces lies in memory as floats. Of one in more it lies there in 16 bits,
+// since short requests are bound by writing and reading it: each half of a row, 256 columns, is scaled
+// by the power of two that brings its largest value to [2^14, 2^15), and rounded to float16. So a
+// value is as exact as any of 11 bits, down to 2^-29 of the largest.
+struct Scale {
+  float up, down;  // up * down = 1
+};
+DEVICE Scale scale_of(float largest) {
+  const int exponent = max(15, (int)(__float_as_uint(largest) >> 23));  // smaller ones have no `down`
+  return {__int_as_float((268 - exponent) << 23), __int_as_float((exponent - 14) << 23)};
+}
+// The columns of a row are in another order there: one after another what a lane of a quad has of the
+// accumulators of wgmma, columns 2 i, 2 i + 1, 2 i + 8, 2 i + 9 and so on, to 16 bytes, of every 16
+// columns or, of halves, 32. The column of an even position; the next position has the next column.
+DEVICE int column_of_float(int position) {
+  return (position & ~15) + (position >> 1 & 1) * 8 + (position >> 2 & 3) * 2;
+}
+DEVICE int column_of_half(int position) {
+  return (position & ~31) + (position >> 1 & 3) * 8 + (position >> 3 & 3) * 2;
+}
+// Within each quad of lanes: register i of lane j <-> register j of lane i. From that order to columns.
+DEVICE Vector4 transpose_quads(Vector4 v) {
+  const bool odd = lane_index() & 1, upper = lane_index() & 2;
+  uint32_t a = __shfl_xor_sync(~0u, odd ? v.x : v.y, 1);
+  uint32_t b = __shfl_xor_sync(~0u, odd ? v.z : v.w, 1);
+  if (odd) {
+    v.x = a, v.z = b;
+  } else {
+    v.y = a, v.w = b;
+  }
+  a = __shfl_xor_sync(~0u, upper ? v.x : v.z, 2);
+  b = __shfl_xor_sync(~0u, upper ? v.y : v.w, 2);
+  if (upper) {
+    v.x = a, v.y = b;
+  } else {
+    v.z = a, v.w = b;
+  }
+  return v;
+}
+
 // What a piece adds to the sum of weights, given the largest lse. NaN stays NaN.
 DEVICE float weight_of(float lse, float max_lse) { return ex2(lse - max_lse); }
-DEVICE float inverse_of(float sum) { return sum == 0.f ? 0.f : 1.f / sum; }
+DEVICE float inverse_of(float sum) { return sum == 0.f ? 0.f : rcp(sum); }
 // The natural logarithm; +inf for a row without keys.
 DEVICE float merged_lse(float sum, float max_lse) {
   return sum == 0.f ? POS_INF : (lg2(sum) + max_lse) * LN2;
 }
-// Rounded twice, so that the order of two pieces does not matter.
-DEVICE float add_product(float sum, float weight, float out) {
-  return __fadd_rn(sum, __fmul_rn(weight, out));
+// One value of a pair. A piece without a key of this row weighs 0, and may be NaN from V.
+DEVICE float merge_two(float head_weight, float head, float tail_weight, float tail) {
+  const float x = __fmul_rn(head_weight, head), y = __fmul_rn(tail_weight, tail);
+  return __fadd_rn(head_weight == 0.f ? 0.f : x, tail_weight == 0.f ? 0.f : y);
+}
+// lse in log2 of the two pieces of a row -> that of both, a natural logarithm, and their weights.
+struct Merged {
+  float lse, head, tail;
+};
+DEVICE Merged merge_rows(float head_lse, float tail_lse) {
+  const float top = fmaxf(fmaxf(LEAST_LSE, head_lse), tail_lse);
+  const float head = weight_of(head_lse, top), tail = weight_of(tail_lse, top), sum = head + tail;
+  const float inverse = inverse_of(sum);
+  return {merged_lse(sum, top), head * inverse, tail * inverse};
 }

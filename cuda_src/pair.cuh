@@ -2,22 +2,23 @@
 //
 // The tail is the first piece of part p, the head the last one of part p - 1. So the tail is usually
 // long done when the head ends, and the head merges: it copies the tail's partial result into the
-// ring, which nothing else needs any more, and writes out and lse. Otherwise a pair is merged as all
-// split requests are.
+// ring, which nothing else needs any more, and writes out and lse. Otherwise `combine` does. Whatever
+// schedule.py cuts in two is a pair, and `combine` takes two pieces for one: their partial results are
+// floats, those of more pieces are halves (merge.cuh).
 //
 // They meet in a word of `pairs`: epoch * 4 + state. A word of another epoch means that the tail has
 // not started: scratch memory comes as it is. The head waits for a tail only if that has started,
 // and so is resident and will end; there is no deadlock, however few multiprocessors there are. In
 // a graph every replay has the same epoch: `combine` clears the words.
 //
-// The arithmetic is that of `combine`: who merges changes no bit.
+// The arithmetic is the same (merge.cuh): who merges changes no bit.
 #pragma once
 #include "merge.cuh"
 #include "ring.cuh"
 
 constexpr uint64_t STARTED = 1, WRITTEN = 2;
-// In the ring, rows are padded so that a quad of lanes each from 4 rows reads 32 different banks.
-constexpr int OTHER_PITCH = 2048 + 32, OTHER_ROWS = 32;  // of each of two stages
+// In the ring, rows are padded so that a quad of lanes each from 2 rows reads 32 different banks.
+constexpr int OTHER_PITCH = 2048 + 64, OTHER_ROWS = 32;  // of each of two stages
 static_assert(OTHER_PITCH * OTHER_ROWS <= STAGE_BYTES, "half of the rows fit a stage");
 // Where Q was: what out of the head (with l divided out) and out of the tail weigh.
 constexpr int WEIGHTS = Q_STEP_31;  // float [2][64]
@@ -27,13 +28,13 @@ DEVICE uint64_t* pair_word(const Params& p, int tail_part) {
   return p.pairs + (int64_t)tail_part * row_blocks + blockIdx.y * gridDim.x + blockIdx.x;
 }
 DEVICE void tail_started(const Params& p) {
-  st_release(pair_word(p, blockIdx.z), p.epoch * 4 + STARTED);
+  st_relaxed(pair_word(p, blockIdx.z), p.epoch * 4 + STARTED);
 }
 // By one thread, after a barrier behind all stores of the block.
 DEVICE void tail_written(const Params& p) {
-  __threadfence();
-  fence_proxy_async_all();
-  st_release(pair_word(p, blockIdx.z), p.epoch * 4 + WRITTEN);
+  fence_proxy_async_all();  // the head reads by TMA
+  fence_acq_rel_gpu();
+  st_relaxed(pair_word(p, blockIdx.z), p.epoch * 4 + WRITTEN);
 }
 // Whether the tail's result is there, or will be: then waits for it.
 DEVICE bool await_tail(const Params& p) {
@@ -68,20 +69,4 @@ DEVICE void fetch_tail(const Params& p, const RowBlock& block, int slot, Place l
 DEVICE uint32_t tail_row(uint32_t stage, int row) {
   if (row >= OTHER_ROWS) stage = (stage + 1) % STAGES;
   return stage_address(stage) + row % OTHER_ROWS * OTHER_PITCH;
-}
-
-// lse in log2 of the two pieces of a row -> that of both, and their weights.
-struct Merged {
-  float lse, head, tail;  // natural logarithm
-};
-DEVICE Merged merge_rows(float head_lse, float tail_lse) {
-  const float top = fmaxf(fmaxf(LEAST_LSE, head_lse), tail_lse);
-  const float head = weight_of(head_lse, top), tail = weight_of(tail_lse, top), sum = head + tail;
-  const float inverse = inverse_of(sum);
-  return {merged_lse(sum, top), head * inverse, tail * inverse};
-}
-// One value of out; a piece without a key of this row weighs 0, and may be NaN from V.
-DEVICE float merge_out(float head_weight, float head, float tail_weight, float tail) {
-  const float x = head_weight == 0.f ? 0.f : add_product(0.f, head_weight, head);
-  return tail_weight == 0.f ? x : add_product(x, tail_weight, tail);
 }

@@ -32,6 +32,8 @@ DEVICE uint32_t thread_index() {
   return x;
 }
 DEVICE uint32_t lane_index() { return thread_index() & 31; }
+// The same in all lanes of the warp, and known to be by the compiler.
+DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 DEVICE uint32_t warp_in_group() { return (thread_index() >> 5) & 3; }  // of a warpgroup
 
 // elect.sync (9.7.13): one lane of a converged warp, always the same.
@@ -99,6 +101,9 @@ template <int Threads>
 DEVICE void bar_sync(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(Threads) : "memory");
 }
+DEVICE void bar_sync(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
 template <int Barrier, int Threads>
 DEVICE void bar_arrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(Barrier), "n"(Threads) : "memory");
@@ -110,9 +115,11 @@ DEVICE uint64_t ld_acquire(const uint64_t* p) {
   asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(x) : "l"(p) : "memory");
   return x;
 }
-DEVICE void st_release(uint64_t* p, uint64_t x) {
-  asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
+DEVICE void st_relaxed(uint64_t* p, uint64_t x) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(x) : "memory");
 }
+// Cheaper than __threadfence(), which is sequentially consistent.
+DEVICE void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 DEVICE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 DEVICE void griddepcontrol_launch_dependents() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -131,6 +138,7 @@ DEVICE void setmaxnreg_dec() {
 DEVICE void prefetch_tensormap(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
+DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 DEVICE uint64_t createpolicy_evict_first() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -180,11 +188,6 @@ DEVICE float ld_shared_f32(uint32_t a) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(a) : "memory");
   return x;
 }
-DEVICE float2 ld_shared_v2_f32(uint32_t a) {
-  float2 v;
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(a) : "memory");
-  return v;
-}
 DEVICE void st_shared_f32(uint32_t a, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(a), "f"(x) : "memory");
 }
@@ -196,6 +199,14 @@ DEVICE uint32_t ld_shared_u32(uint32_t a) {
 DEVICE void st_shared_u32(uint32_t a, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(a), "r"(x) : "memory");
 }
+DEVICE float4 ld_shared_v4_f32(uint32_t a) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(a)
+               : "memory");
+  return v;
+}
 DEVICE uint16_t ld_shared_u16(uint32_t a) {
   uint16_t x;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(a) : "memory");
@@ -204,13 +215,36 @@ DEVICE uint16_t ld_shared_u16(uint32_t a) {
 DEVICE void st_shared_u16(uint32_t a, uint16_t x) {
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(a), "h"(x) : "memory");
 }
+// Volatile, so that they are issued where they stand.
+DEVICE float ld_global_f32(const float* p) {
+  float x;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
+  return x;
+}
+DEVICE float4 ld_global_v4_f32(const float* p) {
+  float4 v;
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+DEVICE Vector4 ld_global_v4(const void* p) {
+  Vector4 v;
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
 DEVICE void st_global_v4(void* p, Vector4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
                : "memory");
 }
-DEVICE void st_global_v2(float* p, float x, float y) {
-  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x), "f"(y) : "memory");
+DEVICE void st_global_v4_f32(float* p, float x, float y, float z, float w) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x), "f"(y), "f"(z), "f"(w)
+               : "memory");
 }
 // ldmatrix, stmatrix (9.7.14.5): four 8x8 matrices of 16-bit elements, fragments of wgmma.
 DEVICE void ldmatrix_x4(uint32_t a, uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w) {
@@ -232,6 +266,11 @@ DEVICE float ex2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+DEVICE float rcp(float x) {  // to one unit in the last place
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 DEVICE float lg2(float x) {
   float y;
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -250,9 +289,28 @@ DEVICE uint32_t cvt_x2(float low, float high) {
 
 // ---- wgmma (9.7.15): D[64, n] += A[64, 16] B[16, n], four warps together, asynchronous -------
 
+// Two floats <-> two float16, whatever the type of out.
+DEVICE uint32_t half_x2(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+DEVICE float2 from_half_x2(uint32_t x) {
+  float2 y;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\n"
+      "cvt.f32.f16 %1, high;\n}"
+      : "=f"(y.x), "=f"(y.y)
+      : "r"(x));
+  return y;
+}
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_wait_all() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Hides where a pointer comes from.
+template <class T>
+DEVICE void pin(T*& pointer) {
+  asm volatile("" : "+l"(pointer)::"memory");
+}
 // Pins accumulators, so that the compiler moves no use of them across a wait.
 template <int N>
 DEVICE void pin(float (&registers)[N]) {

@@ -1,8 +1,9 @@
-// Sequence lengths -> tile_scheduler_metadata and num_splits, by one block of 1024 threads.
+// Sequence lengths -> tile_scheduler_metadata and num_splits, by one block: of 1024 threads for large
+// batches, else of 256 (schedule.threads), since most of the time goes to issuing instructions.
 //
 // The algorithm, the columns and the constants are those of flashmla_cupy/schedule.py, which is
 // the oracle: every integer is equal. It runs once for each decoding step, so it is written for
-// latency: few barriers, and a thread for each cut of each candidate.
+// latency: few barriers, many threads for the cuts of all candidates, no 64-bit division.
 //
 //   1. prefix  each warp scans a contiguous run of requests; one barrier; offsets of the warps are
 //              added. Above PREFIX_ENTRIES requests only every 2^k-th entry is kept, and a cut
@@ -20,7 +21,7 @@
 #include "metadata.cuh"
 #include "ptx.cuh"
 
-constexpr int THREADS = 1024;
+constexpr int MOST_THREADS = 1024;
 constexpr int PREFIX_ENTRIES = 8192;
 
 // The tuning constants of schedule.py.
@@ -29,16 +30,16 @@ constexpr int C_REQ = 4;
 constexpr int CANDIDATES = 7;
 constexpr int T_TILE = 14500;
 constexpr int T_TILE_MEM = 178;
-constexpr int T_SPLIT = 18000;
+constexpr int T_SPLIT = 30000;
 constexpr int T_COMB = 40000;
 constexpr int T_GAIN = 1000;
 constexpr int PARTIAL_ROWS = 36;
 
 constexpr int WHOLE = 1 << 30;
-constexpr int WARPS = THREADS / 32;
+constexpr int MOST_WARPS = MOST_THREADS / 32;
 constexpr unsigned ALL = 0xffffffffu;
-static_assert(WARPS == 32, "the totals of the warps are scanned by one warp");
-static_assert(CANDIDATES <= WARPS, "a warp rates a candidate");
+static_assert(MOST_WARPS == 32, "the totals of the warps are scanned by one warp");
+static_assert(CANDIDATES <= 8, "a warp rates a candidate");
 
 struct alignas(16) Cut {
   int request, tile;
@@ -53,14 +54,23 @@ DEVICE int cost_of(int tiles) {
   return tiles ? UNIT * tiles + C_REQ : 0;
 }
 
+// x * factor / divisor, rounded down, where divisor * factor fits 32 bits and x is usually as small.
+DEVICE long long scaled(long long x, unsigned factor, unsigned divisor) {
+  long long quotient = (unsigned)x / divisor;
+  if (x >> 32) quotient = (unsigned long long)x / divisor;
+  const unsigned rest = (unsigned)x - (unsigned)quotient * divisor;
+  return quotient * factor + rest * factor / divisor;
+}
+
 DEVICE bool is_busy(Cut a, Cut b) {
   return a.request < b.request || (a.request == b.request && a.tile < b.tile);
 }
 
-// Split pieces of the part between two cuts; a piece cut at both ends counts once.
-DEVICE int split_pieces(Cut a, Cut b) {
-  const bool middle = a.tile > 0 && b.tile > 0 && a.request == b.request;
-  return is_busy(a, b) ? (a.tile > 0) + (b.tile > 0) - middle : 0;
+// Of the part between two cuts: whether its first piece is a later one of a split request, and whether
+// its last one is the first of a split request. A piece cut at both ends is the former alone.
+DEVICE bool begins_inside(Cut a, Cut b) { return is_busy(a, b) && a.tile > 0; }
+DEVICE bool starts_split(Cut a, Cut b) {
+  return is_busy(a, b) && b.tile > 0 && !(a.tile > 0 && a.request == b.request);
 }
 
 // Whether cut i is the only one of its request, between neighbouring parts.
@@ -71,23 +81,24 @@ DEVICE bool is_pair(const Cut* cuts, int i, int parts) {
          cuts[i + 1].request > cut.request;
 }
 
-extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
+extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
   const int* __restrict__ cache_seqlens,      // [batch], batch > 0
   int batch,
-  int parts,                                  // <= THREADS
+  int parts,                                  // <= blockDim.x
   int rows,                                   // query rows of one kv head
   int h_kv,
   int* __restrict__ tile_scheduler_metadata,  // [parts, 8], 16-byte aligned
   int* __restrict__ num_splits) {             // [batch + 1]
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ long long warp_tiles[WARPS];
-  __shared__ int warp_requests[WARPS];
+  __shared__ long long warp_tiles[MOST_WARPS];
+  __shared__ int warp_requests[MOST_WARPS];
   __shared__ long long times[CANDIDATES];
-  __shared__ int warp_counts[WARPS];
-  __shared__ int inside[THREADS];
-  __shared__ int list[THREADS];  // column 7
+  __shared__ int warp_counts[MOST_WARPS];
+  __shared__ int inside[MOST_THREADS];
+  __shared__ int list[MOST_THREADS];  // column 7
 
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+  const int threads = blockDim.x, warps = threads / 32;
   int shift = 0;
   while (((batch - 1) >> shift) >= PREFIX_ENTRIES) ++shift;
   const int entries = ((batch - 1) >> shift) + 1, spacing = (1 << shift) - 1;
@@ -100,7 +111,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
 
   // Whole groups of 32 requests, and of 2^shift where that is more, for each warp.
   const int grain = shift > 5 ? 1 << shift : 32;
-  const int run = (batch + WARPS * grain - 1) / (WARPS * grain) * grain;
+  const int run = (batch + warps * grain - 1) / (warps * grain) * grain;
   const int run_begin = warp * run, run_end = min(run_begin + run, batch);
   long long tiles_sum = 0;  // of this warp's requests so far
   int requests_sum = 0;     // those that have tiles
@@ -128,8 +139,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
   }
   __syncthreads();
 
-  long long total_tiles = warp_tiles[lane];
-  int total_requests = warp_requests[lane];
+  long long total_tiles = lane < warps ? warp_tiles[lane] : 0;
+  int total_requests = lane < warps ? warp_requests[lane] : 0;
   #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
     const long long tiles = __shfl_up_sync(ALL, total_tiles, d);
@@ -154,7 +165,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
 
   // ---- 2. cut ------------------------------------------------------------------------------
 
-  for (int i = tid; i < CANDIDATES * (parts + 1); i += THREADS) {
+  for (int i = tid; i < CANDIDATES * (parts + 1); i += threads) {
     const int candidate = i / (parts + 1), p = i - candidate * (parts + 1);
     const bool splits = candidate < CANDIDATES - 1;
     const int limit = splits ? 1 << candidate : WHOLE;
@@ -165,11 +176,11 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
       cut.request = batch;
       cut.at = total_cost;
     } else if (p > 0) {
-      const unsigned long long x = (unsigned long long)total_cost * p / used;
+      const long long x = scaled(total_cost, p, used);
       int low = 0, high = entries;  // prefix[low] <= x < prefix[high]
       while (low + 1 < high) {
         const int middle = (low + high) >> 1;
-        if (prefix[middle] <= (long long)x) low = middle;
+        if (prefix[middle] <= x) low = middle;
         else high = middle;
       }
       int request = low << shift;
@@ -180,7 +191,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
       } else {
         for (;;) {
           tiles = tiles_of(cache_seqlens[request]);
-          if (start + cost_of(tiles) > (long long)x) break;
+          if (start + cost_of(tiles) > x) break;
           start += cost_of(tiles);
           ++request;
         }
@@ -206,7 +217,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
     int split = 0;
     for (int p = lane; p < parts; p += 32) {
       const Cut a = mine[p], b = mine[p + 1];
-      const int pieces = split_pieces(a, b);
+      const int pieces = begins_inside(a, b) + starts_split(a, b);
       const long long load = is_busy(a, b) ? b.at + (b.tile > 0 ? C_REQ : 0) - a.at : 0;
       const long long time = load * T_TILE / UNIT + (long long)pieces * T_SPLIT;
       longest = time > longest ? time : longest;
@@ -220,7 +231,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
     }
     const long long partials = (long long)split * rows * h_kv * T_TILE_MEM / PARTIAL_ROWS;
     const long long memory = total_tiles * h_kv * T_TILE_MEM + partials;
-    const long long mean = (long long)((unsigned long long)(total_tiles * T_TILE) / parts);
+    const long long mean = scaled(total_tiles, T_TILE, parts);
     long long time = memory > mean ? longest + memory - mean : longest;
     if (split) time += T_COMB + partials;
     if (lane == 0) times[warp] = time;
@@ -249,9 +260,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
   const bool busy = is_busy(a, b);
   // Pieces of split requests that begin inside a request, and at its first tile: two sums in one
   // scan, each up to 1024. Their total is the slot.
-  const bool from_inside = busy && a.tile > 0;
-  const bool starts_split = busy && b.tile > 0 && !(from_inside && a.request == b.request);
-  const int count = starts_split << 16 | from_inside;
+  const bool from_inside = begins_inside(a, b), is_split = starts_split(a, b);
+  const int count = is_split << 16 | from_inside;
   int sum = count;
   #pragma unroll
   for (int d = 1; d < 32; d *= 2) {
@@ -261,7 +271,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
   if (lane == 31) warp_counts[warp] = sum;
   __syncthreads();
   sum += __reduce_add_sync(ALL, lane < warp ? warp_counts[lane] : 0);
-  const int total = __reduce_add_sync(ALL, warp_counts[lane]);
+  const int total = __reduce_add_sync(ALL, lane < warps ? warp_counts[lane] : 0);
 
   inside[tid] = sum & 0xffff;
   int4 range = {0, 0, -1, 0}, rest = {0, 0, 0, 0};
@@ -277,7 +287,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
       rest = {slot | flags, first_tiles, last_tiles, 0};
     }
     // The list of split requests: part by part, or what follows its end.
-    if (starts_split) {
+    if (is_split) {
       const int first_slot = slot + from_inside;
       list[before >> 16] = first_slot << REQUEST_BITS | b.request;
     }
@@ -301,7 +311,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void schedule(
   }
 
   // Before request r lie r requests, and the parts that begin inside one of them.
-  for (int request = tid; request <= batch; request += THREADS) {
+  for (int request = tid; request <= batch; request += threads) {
     int pieces = 0;
     if (request > 0) {
       int low = 0, high = parts;  // the last part that begins in an earlier request

@@ -8,14 +8,6 @@ constexpr float LAZY = 8.f;    // log2 units that a row may exceed its running m
 constexpr int Q_STEPS = 31;    // of 16 columns, kept in registers
 constexpr int TAIL_STEPS = 8;  // of S still to be issued when P V of the last tile is released
 
-DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
 // What this thread wrote to shared memory becomes visible to wgmma and TMA, then its warp arrives.
 DEVICE void release(uint32_t barrier) {
   fence_proxy_async();
@@ -171,7 +163,8 @@ DEVICE void store_no_keys(const Params& p, int request, const Piece& piece) {
   const int rows = min(ROWS, p.slab_rows - block.first_row);
   if (piece.slot >= 0) {  // combine makes the row NaN; a split piece has tiles unless refused
     if (thread < rows) {
-      p.lse_partial[partial_row(p, piece.slot, block, block.first_row + thread)] = QUIET_NAN;
+      const int64_t row = partial_row(p, piece.slot, block, block.first_row + thread);
+      st_global_v4_f32(p.row_partial + row * 4, QUIET_NAN, 1.f, 1.f, 0.f);
     }
     return;
   }
@@ -199,7 +192,7 @@ DEVICE void finish_head(const Params& p, int request, int slot, const float (&m)
   }
   __syncwarp();
   bar_sync<1, 128>();
-  const bool merged = ld_shared_u32(shared_base() + RESULT) >> 16 == MERGED;
+  const bool merged = uniform(ld_shared_u32(shared_base() + RESULT)) >> 16 == MERGED;
   if (merged && thread_index() < 32) fetch_tail(p, block, slot + 1, last);
   if ((lane_index() & 3) == 0) {
 #pragma unroll
@@ -207,10 +200,10 @@ DEVICE void finish_head(const Params& p, int request, int slot, const float (&m)
       const int row = block.first_row + row_in_block() + 8 * h;
       if (row >= p.slab_rows) continue;
       const float lse = l[h] == 0.f ? NEG_INF : lg2(l[h]) + m[h];  // log2
-      float* partial = p.lse_partial + partial_row(p, slot, block, row);
+      float* partial = p.row_partial + partial_row(p, slot, block, row) * 4;
       *partial = merged ? __uint_as_float(MERGED_LSE) : lse;
       if (merged) {
-        const Merged both = merge_rows(lse, partial[p.s_q * p.h_q]);  // the next slot
+        const Merged both = merge_rows(lse, partial[p.s_q * p.h_q * 4]);  // the next slot
         store_lse(p, request, block, row, both.lse);
         st_shared_f32(row_floats(WEIGHTS) + 32 * h, both.head);
         st_shared_f32(row_floats(WEIGHTS) + 256 + 32 * h, both.tail);
@@ -227,12 +220,12 @@ DEVICE void softmax_role(const Params& p) {
   Place place;
   uint32_t results_phase = 1;
 #pragma unroll 1
-  for (int request = part_of(p).first_request; request <= part_of(p).last_request; ++request) {
+  for (int request = uniform(part_of(p).first_request); request <= uniform(part_of(p).last_request); ++request) {
     int tiles_left, first_token;
     {
       const Piece piece = piece_of(p, request);
       if (piece.kind == TAIL && !piece.refused && thread_index() == 0) tail_started(p);
-      tiles_left = piece.end - piece.begin, first_token = piece.begin * TOKENS;
+      tiles_left = uniform(piece.end - piece.begin), first_token = piece.begin * TOKENS;
       if (tiles_left == 0) {
         store_no_keys(p, request, piece);
         continue;
@@ -265,13 +258,14 @@ DEVICE void softmax_role(const Params& p) {
     if ((lane_index() & 3) == 0) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        st_shared_f32(row_floats(INVERSE_L) + 32 * h, l[h] == 0.f ? 0.f : 1.f / l[h]);
+        st_shared_f32(row_floats(INVERSE_L) + 32 * h, l[h] == 0.f ? 0.f : rcp(l[h]));
       }
     }
     const Piece piece = piece_of(p, request);
     if (thread_index() == 0) st_shared_u32(shared_base() + RESULT, result_word(piece));
     release(p_ready(place.stage));  // ahead of the stores: their latency must not delay P V
-    if (piece.kind == HEAD) {
+    const int kind = uniform(piece.kind);
+    if (kind == HEAD) {
       finish_head(p, request, piece.slot, m, l, place);
       return;
     }
@@ -283,14 +277,14 @@ DEVICE void softmax_role(const Params& p) {
         const int row = block.first_row + row_in_block() + 8 * h;
         if (row >= p.slab_rows) continue;
         const float lse = lg2(l[h]) + m[h];  // log2
-        if (piece.kind == WHOLE) {
+        if (kind == WHOLE) {
           store_lse(p, request, block, row, l[h] == 0.f ? POS_INF : lse * LN2);
         } else {
-          p.lse_partial[partial_row(p, piece.slot, block, row)] = l[h] == 0.f ? NEG_INF : lse;
+          p.row_partial[partial_row(p, piece.slot, block, row) * 4] = l[h] == 0.f ? NEG_INF : lse;
         }
       }
     }
     __syncwarp();
-    if (piece.kind == TAIL) bar_arrive<4, 384>();
+    if (kind == TAIL) bar_arrive<4, 384>();
   }
 }

@@ -17,8 +17,8 @@ struct Params {
   const int* block_table;              // [batch, max_pages], rows table_stride apart
   uint16_t* out;                       // [batch, s_q, h_q, 512]
   float* lse;                          // [batch, h_q, s_q], natural logarithm
-  float* out_partial;                  // [slots, s_q * h_q, 512]
-  float* lse_partial;                  // [slots, s_q * h_q], log2
+  float* out_partial;                  // [slots, s_q * h_q, 512], or halves: merge.cuh
+  float* row_partial;                  // [slots, s_q * h_q, 4]: lse in log2, two scales, 0
   uint64_t* pairs;                     // [parts, row blocks]; pair.cuh
   uint64_t epoch;                      // of this launch, or this launch of a graph
   uint64_t* refusal;                   // the least key of `refuse` so far
@@ -117,7 +117,7 @@ DEVICE RowBlock row_block() {
 DEVICE int64_t out_row(const Params& p, int request, const RowBlock& block, int row) {
   return ((int64_t)request * p.s_q + block.slab) * p.h_q + block.first_head + row;
 }
-// Of [slots * s_q * h_q] rows of out_partial and lse_partial: kv head by kv head.
+// Of [slots * s_q * h_q] rows of out_partial and row_partial: kv head by kv head.
 DEVICE int64_t partial_row(const Params& p, int slot, const RowBlock& block, int row) {
   return ((int64_t)slot * p.h_q + block.first_head) * p.s_q + block.slab * p.slab_rows + row;
 }
@@ -126,21 +126,39 @@ DEVICE void store_lse(const Params& p, int request, const RowBlock& block, int r
   p.lse[((int64_t)request * p.h_q + head) * p.s_q + block.slab + position] = lse;
 }
 
-// Fills what part_of() and row_block() read, by one warp. Metadata that schedule.cu did not make for
-// this part of such a batch is reported, since it may leave rows of out as they are.
-DEVICE void init_work(const Params& p) {
+// ---- the beginning, by one warp -------------------------------------------------------------
+// Its latency is that of the whole kernel, so it does the least that lets the roles begin.
+
+// What follows from the launch alone.
+DEVICE void init_row_block(const Params& p) {
   const int lane = lane_index();
-  uint32_t value = lane == 8 ? blockIdx.z : lane == 9 ? p.batch : 0, check = 0;
-  if (lane < 8) {
-    value = __ldg(p.tile_scheduler_metadata + blockIdx.z * 8 + lane);
-    st_shared_u32(part_row() + lane * 4, value);
-  }
-  if (lane == 4) check = value >> CHECK_SHIFT, value &= UNCHECKED;
-  const uint32_t sum = __reduce_add_sync(~0u, check_term(lane, value));
-  if (lane == 4 && sum >> CHECK_SHIFT != check) refuse(p, 0, FOREIGN_METADATA, 0);
-  if (lane == 8) {
+  if (lane == 0) {
     const uint32_t slab = blockIdx.x / p.blocks;
     st_shared_v4(row_block_address(),
                  {slab, (blockIdx.x - slab * p.blocks) * ROWS, blockIdx.y * p.group, 0});
   }
+  // Whatever they hold: it is the way to them that takes long.
+  if (lane == 1) prefetch_l2(p.tile_scheduler_metadata + blockIdx.z * 8);
+  if (lane == 2) prefetch_l2(p.cache_seqlens);
+}
+// Fills what part_of() reads; returns the lane's column for check_part_row().
+DEVICE uint32_t init_part_row(const Params& p) {
+  const int lane = lane_index();
+  uint32_t value = 0;
+  if (lane < 8) {
+    value = __ldg(p.tile_scheduler_metadata + blockIdx.z * 8 + lane);
+    st_shared_u32(part_row() + lane * 4, value);
+  }
+  return value;
+}
+// Metadata that schedule.cu did not make for this part of such a batch is reported, since it may leave
+// rows of out as they are.
+DEVICE void check_part_row(const Params& p, uint32_t value) {
+  const int lane = lane_index();
+  uint32_t check = 0;
+  if (lane == 4) check = value >> CHECK_SHIFT, value &= UNCHECKED;
+  if (lane == 8) value = blockIdx.z;
+  if (lane == 9) value = p.batch;
+  const uint32_t sum = __reduce_add_sync(~0u, check_term(lane, value));
+  if (lane == 4 && sum >> CHECK_SHIFT != check) refuse(p, 0, FOREIGN_METADATA, 0);
 }

@@ -11,9 +11,10 @@ a device for 32 requests, however long they are.
 
 Both: a mesh of (heads, context).
 
-The results equal those of one device: by heads bit for bit, by context up to the rounding of the
-partial results to bfloat16. Without GPUs four CPU devices stand for the mesh. This runs on any
-number of GPUs; it has been tried on several CPU devices and on one GPU, not yet on several GPUs.
+The results equal those of one device: by heads bit for bit on CPUs, and on GPUs up to where the
+schedule, which depends on the number of heads, cuts long requests; by context up to the rounding of
+the partial results to bfloat16. Without GPUs four CPU devices stand for the mesh. This runs on any
+number of GPUs; it has been tried on one and on two.
 
 In torch.distributed the same is, on each rank, with its own pages, block_table and lengths:
 
@@ -95,10 +96,11 @@ def main() -> int:
     specs = P(None, None, "heads"), P(), P(), P()
     results = P(None, None, "heads"), P(None, "heads")
     heads = run(mesh, decode, specs, results, q, k_cache, pages, lengths)
-    same = all(bool((a == b).all()) for a, b in zip(heads, whole, strict=True))
-    print(f"heads     {devices} x {HEADS // devices} heads: {'the same bits' if same else 'FAIL'}")
+    errors = [difference(a, b) for a, b in zip(heads, whole, strict=True)]
+    print(f"heads     {devices} x {HEADS // devices} heads: ", end="")
+    print(f"out differs by at most {errors[0]:.1e}, lse by {errors[1]:.1e}")
 
-    ok = same
+    ok = errors[0] < 2e-2 and errors[1] < 1e-4 if on_gpu else errors == [0, 0]
     for n, m in ((1, devices), (devices // by_context, by_context)):
         mesh = jax.make_mesh((n, m), ("heads", "context"), axis_types=(AxisType.Auto,) * 2)
         specs = P(None, None, "heads"), P("context"), P("context"), P("context")

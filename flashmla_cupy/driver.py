@@ -67,14 +67,10 @@ def _must(code: int, what: str) -> None:
 
 
 class Function:
-    """A kernel of a loaded cubin, with its launch attributes."""
+    """A kernel of a loaded cubin, which executes griddepcontrol.wait: launches are programmatic."""
 
-    def __init__(
-        self, cubin: bytes, entry: str, *, block: int, max_shared: int = 0, overlaps: bool = False
-    ) -> None:
-        """overlaps: programmatic dependent launch, for a kernel that executes griddepcontrol.wait.
-
-        Needs a current context. Raises KernelLoadError."""
+    def __init__(self, cubin: bytes, entry: str, *, block: int, max_shared: int = 0) -> None:
+        """Needs a current context. Raises KernelLoadError."""
         library, module, function = _library(), ctypes.c_void_p(), ctypes.c_void_p()
         _must(library.cuModuleLoadData(ctypes.byref(module), cubin), f"Loading {entry}")
         name = entry.encode()
@@ -87,7 +83,6 @@ class Function:
         self.handle = function.value
         self.entry = entry
         self.block = block
-        self.overlaps = overlaps
 
 
 class Launch:
@@ -102,7 +97,7 @@ class Launch:
             shared_bytes,
             None,
             ctypes.addressof(self._attribute),
-            int(function.overlaps),
+            1,
         )
         self._stream: int | None = None
         self._address = ctypes.addressof(self._config)
@@ -111,8 +106,9 @@ class Launch:
         self._start = _library().cuLaunchKernelEx
         self._start.argtypes = (ctypes.c_void_p,) * 4
 
-    def set_shared_bytes(self, count: int) -> None:
-        self._config.shared_bytes = count
+    def set_size(self, threads: int, shared_bytes: int) -> None:
+        self._config.block[0] = threads
+        self._config.shared_bytes = shared_bytes
 
     def __call__(self, stream: int, arguments: int) -> None:
         """Launches with the array at address `arguments`, of addresses of the parameters. (Numbers

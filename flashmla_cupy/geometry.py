@@ -17,6 +17,7 @@ HEAD_DIM_V = 512  # of V, the first columns of a latent row, and of out
 PAGE_SIZES = (16, 32, 64, 128, 256)
 ROWS_PER_BLOCK = 64
 TOKENS_PER_TILE = 64
+MAX_SPLITS = 160  # pieces of a request that combine.cu merges; parts at most
 NUM_SMS_CPU = 132  # what schedules of host arrays are made for: an H100 or H200
 
 
@@ -28,7 +29,7 @@ def num_sm_parts(num_sms: int, rows: int, h_kv: int) -> int:
     """Rows of tile_scheduler_metadata: parts such that parts x row blocks fill the GPU once.
 
     `rows` is s_q * h_q // h_kv, the query rows of one kv head."""
-    return max(1, num_sms // (h_kv * ceil_div(rows, ROWS_PER_BLOCK)))
+    return max(1, min(num_sms // (h_kv * ceil_div(rows, ROWS_PER_BLOCK)), MAX_SPLITS))
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,18 @@ class Geometry:
         beginning of another."""
         return 2 * (self.parts - 1)
 
-    # Scratch holds the partial results, out [slots, s_q * h_q, 512] and lse [slots, s_q * h_q], and
-    # then a 64-bit word for every thread block (pair.cuh).
+    # Scratch holds the partial results, out [slots, s_q * h_q, 512] and, of each row, 16 bytes
+    # with its lse and scales (merge.cuh), and then a 64-bit word for every thread block
+    # (pair.cuh).
+
+    @property
+    def out_partial_bytes(self) -> int:
+        return self.partial_rows * HEAD_DIM_V * 4
+
+    @property
+    def partial_bytes(self) -> int:
+        """With row_partial."""
+        return self.out_partial_bytes + self.partial_rows * 16
 
     @property
     def partial_rows(self) -> int:
@@ -123,4 +134,4 @@ class Geometry:
 
     @property
     def scratch_floats(self) -> int:
-        return self.partial_rows * (HEAD_DIM_V + 1) + 2 * self.pair_words
+        return self.partial_bytes // 4 + 2 * self.pair_words

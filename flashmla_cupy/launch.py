@@ -161,7 +161,9 @@ class Engine:
             tile_scheduler_metadata,
             num_splits,
         )
-        launch.set_shared_bytes(schedule_module.shared_bytes(batch, parts))
+        launch.set_size(
+            schedule_module.threads(batch, parts), schedule_module.shared_bytes(batch, parts)
+        )
         launch(stream, arguments.address)
 
     def decode(
@@ -186,7 +188,7 @@ class Engine:
             self.scratch_floats(geometry)
             prepared = self._prepared[id(geometry)]
         launches = prepared.launches()
-        lse_partial = scratch + prepared.out_partial_bytes
+        row_partial = scratch + prepared.out_partial_bytes
         pairs = scratch + prepared.partial_bytes
         launches.set_options(softmax_scale, causal, (self._key, self._host.ptr))
         launches.decode_arguments.set_maps(prepared.q_maps[q.ptr], prepared.k_maps[k_cache.ptr])
@@ -199,7 +201,7 @@ class Engine:
             out,
             lse,
             scratch,
-            lse_partial,
+            row_partial,
             pairs,
             next(self._epochs),
         )
@@ -259,12 +261,9 @@ def _function(compiled: Compiled) -> Function:
     block, shared = {
         "dense_decode": (DECODE_THREADS, DECODE_SHARED_BYTES),
         "combine": (COMBINE_THREADS, 0),
-        "schedule": (schedule_module.THREADS, SCHEDULE_MAX_SHARED),
+        "schedule": (schedule_module.MOST_THREADS, SCHEDULE_MAX_SHARED),
     }[variant.kernel]
-    overlaps = variant.kernel != "schedule"
-    return Function(
-        compiled.cubin, variant.entry, block=block, max_shared=shared, overlaps=overlaps
-    )
+    return Function(compiled.cubin, variant.entry, block=block, max_shared=shared)
 
 
 SCHEDULE_MAX_SHARED = schedule_module.shared_bytes(schedule_module.PREFIX_ENTRIES)

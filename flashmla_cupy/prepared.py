@@ -12,7 +12,7 @@ import threading
 from collections.abc import Sequence
 
 from .driver import Function, Launch, tensor_map
-from .geometry import HEAD_DIM, HEAD_DIM_V, ROWS_PER_BLOCK, TOKENS_PER_TILE, Geometry, ceil_div
+from .geometry import HEAD_DIM, ROWS_PER_BLOCK, TOKENS_PER_TILE, Geometry, ceil_div
 
 # dense_decode.cu
 DECODE_THREADS = 384
@@ -24,7 +24,8 @@ COLUMN_BLOCK = 64  # elements: 128 bytes
 COLUMN_BLOCKS = HEAD_DIM // COLUMN_BLOCK
 # combine.cu
 COMBINE_THREADS = 256
-COMBINE_WARPS = 8
+COMBINE_UNITS = 4  # of a row
+SMALL_COMBINE = 512  # units
 COMBINE_ARRAYS = (0, 5, 6, 3, 4, 7)  # its first six parameters: places in CALL_PARAMS
 COMBINE_SIZES = struct.Struct("7i")  # the others
 LOG2_E = 1.4426950408889634
@@ -149,6 +150,16 @@ class Launches:
             )
 
 
+def combine_blocks(rows: int, requests: int, parts: int, num_sms: int) -> int:
+    """Blocks of combine.cu, for at most so many split requests of `rows` rows each.
+
+    As many as run at a time, but that launching 132 takes a microsecond: of little work, fewer. A
+    request has half a block for each of its slots at least, so every one has a block."""
+    units = COMBINE_UNITS * rows * requests
+    blocks = min(units, num_sms) if units <= SMALL_COMBINE else 2 * num_sms
+    return blocks if requests == 1 else max(blocks, parts - 1)
+
+
 class Prepared:
     """What follows from a geometry: grids, sizes in the kernels' order, and tensor maps."""
 
@@ -172,16 +183,10 @@ class Prepared:
             g.partial_slots,
         )
         self.causal_tiles = 1 + ceil_div(g.s_q - 1, TOKENS_PER_TILE)
-        rows = g.s_q * g.h_q
-        self.out_partial_bytes = g.partial_rows * HEAD_DIM_V * 4
-        self.partial_bytes = g.partial_rows * (HEAD_DIM_V + 1) * 4
-        # Few rows: eight warps each, or most of the GPU would idle.
-        warps_per_row = COMBINE_WARPS if g.batch * rows < num_sms * COMBINE_WARPS else 1
-        self.combine_grid = (
-            ceil_div(rows * warps_per_row, COMBINE_WARPS),
-            min(g.batch, g.parts - 1),
-            1,
-        )
+        self.out_partial_bytes, self.partial_bytes = g.out_partial_bytes, g.partial_bytes
+        requests = min(g.batch, g.parts - 1)
+        blocks = combine_blocks(g.s_q * g.h_q, requests, g.parts, num_sms)
+        self.combine_grid = (blocks, 1, 1)
         self.combine_sizes = (
             g.pair_words,
             g.batch,
@@ -189,7 +194,7 @@ class Prepared:
             g.h_q,
             g.group,
             g.partial_slots,
-            warps_per_row,
+            g.parts,
         )
         self._own = threading.local()
         batch, position, head, _ = g.q_strides

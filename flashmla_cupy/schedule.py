@@ -40,7 +40,8 @@ import numpy.typing as npt
 from .geometry import NUM_SMS_CPU, TOKENS_PER_TILE, num_sm_parts
 
 # Launch facts of the schedule kernel.
-THREADS = 1024
+MOST_THREADS = 1024
+FEW_THREADS = 256  # for as many parts and a batch eight times as large
 MAX_PARTS = 1024  # a thread each
 MAX_BATCH = (1 << 20) - 1  # column 7 has 20 bits for a request
 PREFIX_ENTRIES = 8192  # of the cost prefix in shared memory; larger batches keep every 2^k-th
@@ -53,14 +54,16 @@ BEGINS_IN_PAIR, ENDS_IN_PAIR = 1 << 16, 1 << 17  # column 4
 CHECK_SHIFT, CHECK_FACTOR = 18, 0x9E3779B1  # column 4; metadata.cuh has them, too
 T_TILE = 14500  # 0.1 ns: one tile of 64 rows on one multiprocessor, memory permitting
 T_TILE_MEM = 178  # 0.1 ns: the bytes of one tile at the memory bandwidth of the whole GPU
-T_SPLIT = 18000  # 0.1 ns: writing one partial result
+T_SPLIT = 30000  # 0.1 ns: a piece of a split request: its partial result, what comes with it
 T_COMB = 40000  # 0.1 ns: a combine kernel with work to do
 T_GAIN = 1000  # 0.1 ns: a later candidate must be better by more than this
 PARTIAL_ROWS = 36  # rows of partial out, 2048 bytes each, in the bytes of one tile
-# Tried on an H200; microseconds of a decode call of 128 heads, as it is first:
+# Tried; microseconds of a decode call of 128 heads, as it is first:
 #   as many parts as give requests alike the same number of them, and no T_COMB for pairs
-#                             32 requests of 1024 tokens 31.4 | 34.4
-#   PARTIAL_ROWS 144          one of 8192 tokens 18.7 | 20.7, 8 of 4096 35.9 | 34.9
+#                             32 requests of 1024 tokens 31.4 | 34.4 (an H200; the rest an H100)
+#   PARTIAL_ROWS 72           8 of 4096 31.6 | 30.3, 32 of 1024 30.4 | 33.6: pairs whose halves end
+#                             together wait for a chain of write, fence, read and merge
+#   T_SPLIT 18000 | 30000     128 of about 1024 94.4 | 90.5, of about 4096 284 | 282
 
 _WHOLE = 1 << 30  # more tiles than any piece has
 
@@ -113,6 +116,12 @@ def shared_bytes(batch: int, parts: int = MAX_PARTS) -> int:
     while entries > PREFIX_ENTRIES:
         entries = (entries + 1) // 2
     return 8 * (entries + 1) + 16 * CANDIDATES * (parts + 1)
+
+
+def threads(batch: int, parts: int) -> int:
+    """Of the schedule kernel."""
+    few = parts <= FEW_THREADS and batch <= 8 * FEW_THREADS
+    return FEW_THREADS if few else MOST_THREADS
 
 
 def plan(

@@ -82,13 +82,28 @@ def test_schedules_are_those_of_the_host(gpu, batch):
         np.testing.assert_array_equal(num_splits, expected_splits)
 
 
-def test_one_request_in_many_parts(gpu):
-    gpu(num_sms=20)
-    problem = make_problem([1400], h_q=16, page_size=64)
+@pytest.mark.parametrize("h_q", [2, 16, 40, 170])
+def test_one_request_in_many_parts(gpu, h_q):
+    """Each way in which `combine` shares out work: 8, 4, 2 warps or 1 for a unit."""
+    gpu(num_sms=20 * -(-h_q // 64))
+    problem = make_problem([1400], h_q=h_q, page_size=64)
     metadata = metadata_of(problem)
     assert metadata[1][-1] >= 10, "few splits"
     out, lse = decode(problem, metadata)
     assert_within_bound(out, lse, oracle(*problem.arrays()))
+
+
+@pytest.mark.parametrize("h_q", [1, 20])
+def test_a_long_request_among_short_ones(gpu, h_q):
+    """Split: the long one, in many pieces, and some short ones in two."""
+    emulator = gpu(num_sms=16)
+    problem = make_problem([450] * 7 + [3000], h_q=h_q)
+    metadata = metadata_of(problem)
+    pieces = np.diff(metadata[1])
+    assert pieces.max() >= 6 and (pieces == 2).any(), "no such splits"
+    expected = oracle(*problem.arrays())
+    for emulator.resident in (1, 16):  # pairs are merged by combine, or in place
+        assert_within_bound(*decode(problem, metadata), expected)
 
 
 def test_a_pair_has_the_same_bits_whoever_merges_it(gpu):
@@ -253,7 +268,7 @@ BROKEN = {  # what is broken: (file, text, what stands there instead, what is re
     ),
     "the warps of a row are added too early": (
         "combine.cu",
-        "    __syncthreads();\n",
+        "    bar_sync(1 + (warp >> warps_log2), 32 * warps);\n",
         "",
         RACE,
     ),
@@ -274,9 +289,10 @@ def test_a_broken_kernel_is_noticed(monkeypatch, tmp_path, what):
     with pytest.raises(AssertionError, match=reported):
         for seed in range(20):
             with monkeypatch.context() as patch:
-                emulator = device.install(patch, kernels, num_sms=5)
+                lengths, num_sms = ([900, 330, 450], 5) if seed % 2 else ([700], 9)
+                emulator = device.install(patch, kernels, num_sms)
                 emulator.seed = seed
-                problem = make_problem([900, 330, 450], h_q=8, seed=seed)
+                problem = make_problem(lengths, h_q=8 if seed % 2 else 3, seed=seed)
                 results = {bits(*decode(problem)) for emulator.seed in (seed, seed + 100)}
                 out, lse = decode(problem)
                 assert_within_bound(out, lse, oracle(*problem.arrays()))

@@ -130,7 +130,7 @@ def fake(monkeypatch):
 
 def function(entry: str, block: int) -> driver.Function:
     made = object.__new__(driver.Function)
-    made.handle, made.entry, made.block, made.overlaps = 1, entry, block, True
+    made.handle, made.entry, made.block = 1, entry, block
     return made
 
 
@@ -199,17 +199,18 @@ def test_decode_launches_both_kernels(fake):
     )
     decode, combine = fake.launches
     assert decode[:4] == ((2, 1, 66), (384, 1, 1), prepared.DECODE_SHARED_BYTES, 9)
-    assert combine[:4] == ((128, 3, 1), (256, 1, 1), 0, 9)
+    assert combine[:4] == ((264, 1, 1), (256, 1, 1), 0, 9)
     slots = 2 * 65
     letters = letters_of(COMBINE_PARAMS)
     read = [
         ctypes.string_at(pointer, struct.calcsize(letter))
         for pointer, letter in zip(combine[4][: len(letters)], letters, strict=True)
     ]
-    lse_partial = (1 << 30) + slots * 128 * 512 * 4
+    row_partial = (1 << 30) + slots * 128 * 512 * 4
+    pairs = row_partial + slots * 128 * 16
     assert COMBINE_PARAMS.unpack(b"".join(read)) == (
-        *(2, 1 << 30, lse_partial, 4, 5, lse_partial + slots * 128 * 4),
-        *(132, 3, 1, 128, 128, slots, 8),
+        *(2, 1 << 30, row_partial, 4, 5, pairs),
+        *(132, 3, 1, 128, 128, slots, 66),
     )
 
     names = [name for name, _ in struct_of(source("work.cuh"), "Params")]
@@ -223,8 +224,8 @@ def test_decode_launches_both_kernels(fake):
         "out": 4,
         "lse": 5,
         "out_partial": 1 << 30,
-        "lse_partial": (1 << 30) + slots * 128 * 512 * 4,
-        "pairs": (1 << 30) + slots * 128 * 513 * 4,
+        "row_partial": row_partial,
+        "pairs": pairs,
         "epoch": 99,
         "refusal": 77,
         "refused": 88,
@@ -246,12 +247,13 @@ def test_decode_launches_both_kernels(fake):
 
 def test_schedule_launches_with_the_room_that_a_batch_needs(fake):
     engine = object.__new__(launch.Engine)
-    engine._kernels = {compiler.Variant("schedule"): function("schedule", schedule.THREADS)}
+    engine._kernels = {compiler.Variant("schedule"): function("schedule", schedule.MOST_THREADS)}
     engine._own = threading.local()
     for batch in (3, 9000, 1):
         engine.schedule(9, 1, batch, 66, 128, 1, 2, 3)
         grid, block, shared_bytes, stream, arguments = fake.launches[-1]
-        assert (grid, block, stream) == ((1, 1, 1), (1024, 1, 1), 9)
+        threads = 1024 if batch == 9000 else 256
+        assert (grid, block, stream) == ((1, 1, 1), (threads, 1, 1), 9)
         assert shared_bytes == schedule.shared_bytes(batch, 66)
         packed = ctypes.string_at(arguments[0], launch.SCHEDULE_PARAMS.size)
         assert launch.SCHEDULE_PARAMS.unpack(packed) == (1, batch, 66, 128, 1, 2, 3)
@@ -295,6 +297,21 @@ def test_kernels_are_loaded_on_the_device_of_their_arrays(monkeypatch):
     assert engine.scratch_floats(Geometry.of(q, k_cache, TABLE, 66)) > 0
     assert set(loaded_on) == {1} and len(loaded_on) == 2
     assert current == [0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "requests", "parts", "expected"),
+    [
+        (16, 1, 132, 64),  # a block a unit, shared by its warps
+        (128, 1, 66, 132),
+        (16, 8, 132, 132),
+        (1, 2, 132, 131),  # each request has one
+        (16, 66, 132, 264),
+        (128, 65, 66, 264),
+    ],
+)
+def test_blocks_of_combine(rows, requests, parts, expected):
+    assert prepared.combine_blocks(rows, requests, parts, 132) == expected
 
 
 def test_a_forked_engine_refuses():

@@ -17,6 +17,7 @@ struct alignas(128) TensorMap {
 
 DEVICE uint32_t thread_index() { return threadIdx.x; }
 DEVICE uint32_t lane_index() { return thread_index() & 31; }
+DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 DEVICE uint32_t warp_in_group() { return (thread_index() >> 5) & 3; }
 DEVICE bool elect_sync() {
   all_lanes(~0u, 0, "elect.sync");
@@ -53,6 +54,9 @@ template <int Threads>
 DEVICE void bar_sync(int barrier) {
   machine::barrier_arrive(barrier, Threads, true);
 }
+DEVICE void bar_sync(int barrier, int threads) {
+  machine::barrier_arrive(barrier, threads, true);
+}
 template <int Barrier, int Threads>
 DEVICE void bar_sync() {
   machine::barrier_arrive(Barrier, Threads, true);
@@ -65,10 +69,11 @@ DEVICE uint64_t ld_acquire(const uint64_t* p) {
   machine::maybe_yield();
   return *p;
 }
-DEVICE void st_release(uint64_t* p, uint64_t x) {
+DEVICE void st_relaxed(uint64_t* p, uint64_t x) {
   *p = x;
   machine::maybe_yield();
 }
+DEVICE void fence_acq_rel_gpu() {}
 // Each kernel starts when the one before it has ended.
 DEVICE void griddepcontrol_wait() {}
 DEVICE void griddepcontrol_launch_dependents() {}
@@ -80,6 +85,7 @@ DEVICE void setmaxnreg_dec() {}
 // ---- bulk copies ----------------------------------------------------------------------------
 
 DEVICE void prefetch_tensormap(const TensorMap&) {}
+DEVICE void prefetch_l2(const void*) {}
 DEVICE uint64_t createpolicy_evict_first() { return 0; }
 
 // One row of a box, 128 bytes swizzled.
@@ -143,14 +149,19 @@ struct Vector4 {
 DEVICE Vector4 ld_shared_v4(uint32_t a) { return ld_shared<Vector4>(a); }
 DEVICE void st_shared_v4(uint32_t a, Vector4 v) { st_shared(a, v); }
 DEVICE float ld_shared_f32(uint32_t a) { return ld_shared<float>(a); }
-DEVICE float2 ld_shared_v2_f32(uint32_t a) { return ld_shared<float2>(a); }
+DEVICE float4 ld_shared_v4_f32(uint32_t a) { return ld_shared<float4>(a); }
 DEVICE void st_shared_f32(uint32_t a, float x) { st_shared(a, x); }
 DEVICE uint32_t ld_shared_u32(uint32_t a) { return ld_shared<uint32_t>(a); }
 DEVICE void st_shared_u32(uint32_t a, uint32_t x) { st_shared(a, x); }
 DEVICE uint16_t ld_shared_u16(uint32_t a) { return ld_shared<uint16_t>(a); }
 DEVICE void st_shared_u16(uint32_t a, uint16_t x) { st_shared(a, x); }
+DEVICE float ld_global_f32(const float* p) { return *p; }
+DEVICE float4 ld_global_v4_f32(const float* p) { return *(const float4*)p; }
+DEVICE Vector4 ld_global_v4(const void* p) { return *(const Vector4*)p; }
 DEVICE void st_global_v4(void* p, Vector4 v) { *(Vector4*)p = v; }
-DEVICE void st_global_v2(float* p, float x, float y) { *(float2*)p = {x, y}; }
+DEVICE void st_global_v4_f32(float* p, float x, float y, float z, float w) {
+  *(float4*)p = {x, y, z, w};
+}
 
 // Lane i has the address of row i % 8 of matrix i / 8; register r of a lane is two elements of row
 // lane / 4 of matrix r.
@@ -175,6 +186,7 @@ DEVICE void stmatrix_x4(uint32_t a, uint32_t x, uint32_t y, uint32_t z, uint32_t
 // ---- arithmetic -----------------------------------------------------------------------------
 
 DEVICE float ex2(float x) { return exp2f(x); }
+DEVICE float rcp(float x) { return 1.f / x; }
 DEVICE float lg2(float x) { return log2f(x); }
 #if defined(DTYPE_FP16)
 DEVICE uint16_t from_float(float x) { return same_bits<uint16_t>((_Float16)x); }
@@ -190,12 +202,20 @@ inline float machine::to_float(uint16_t x) { return same_bits<float>((uint32_t)x
 DEVICE uint32_t cvt_x2(float low, float high) {
   return (uint32_t)from_float(high) << 16 | from_float(low);
 }
+DEVICE uint32_t half_x2(float low, float high) {
+  return same_bits<uint16_t>((_Float16)low) | (uint32_t)same_bits<uint16_t>((_Float16)high) << 16;
+}
+DEVICE float2 from_half_x2(uint32_t x) {
+  return {(float)same_bits<_Float16>((uint16_t)x), (float)same_bits<_Float16>((uint16_t)(x >> 16))};
+}
 
 // ---- wgmma ----------------------------------------------------------------------------------
 
 DEVICE void wgmma_fence() {}
 DEVICE void wgmma_commit_group() {}
 DEVICE void wgmma_wait_all() { machine::wait_for_products(); }
+template <class T>
+DEVICE void pin(T*&) {}
 template <int N>
 DEVICE void pin(float (&)[N]) {}
 

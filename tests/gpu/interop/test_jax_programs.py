@@ -33,13 +33,23 @@ def test_jax_transformations(jax):
     P = jax.sharding.PartitionSpec
     n = jax.device_count()
     mesh = jax.make_mesh((n,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    heads = P(None, None, "x"), P(None, "x")
-    sharded = jax.jit(
-        jax.shard_map(step, mesh=mesh, in_specs=(heads[0], P(), P(), P()), out_specs=heads)
-    )(q, k_cache, table, lengths)
-    for results in (mapped, sharded):
-        for got, want in zip(results, expected, strict=True):
-            assert same_bits(np.asarray(got).reshape(want.shape), want)
+    heads, whole = (P(None, None, "x"), P(None, "x")), P()
+    specs = heads[0], whole, whole, whole
+    sharded = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=heads))(
+        *(
+            jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+            for x, spec in zip((q, k_cache, table, lengths), specs, strict=True)
+        )
+    )
+    for got, want in zip(mapped, expected, strict=True):
+        assert same_bits(np.asarray(got).reshape(want.shape), want)
+    for got, want in zip(sharded, expected, strict=True):
+        if n == 1:
+            assert same_bits(np.asarray(got), want)
+        else:  # the schedule of fewer heads may cut elsewhere
+            np.testing.assert_allclose(
+                np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=2e-2, atol=2e-2
+            )
 
 
 def test_jax_in_a_fresh_thread(jax):
