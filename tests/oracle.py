@@ -12,10 +12,11 @@ The bound is a priori, for fp32 accumulation, P rounded to the input type, any s
     lse_bound = delta + 2^-20 max(1, |lse|) + n_blk 2^-23
 
 Terms of out: rounding of the output, P before the second product, scores, sums over n_blk blocks
-of 64 keys, exp2; tiny is half the smallest subnormal of the dtype. Not among them: results of pieces
-are rounded to 11 bits where a request is in more than two, by 2^-11 sum_i w_i |v_i| at most. That is
-an eighth of the term of P in bfloat16 and as much as it in float16; the kernels are held to the bound
-without it, as errors of P hardly ever add up. The bound is for numerics: a dropped token of a long request hides below it, which is what needles are for.
+of 64 keys, exp2; tiny is half the smallest subnormal of the dtype. Not among them: where a request
+is in more than two pieces, their results are rounded to 11 bits, by 2^-11 sum_i w_i |v_i| at most.
+That is an eighth of the term of P in bfloat16 and as much as it in float16; the kernels are held to
+the bound without it, as errors of P hardly ever add up. The bound is for numerics: a dropped token
+of a long request hides below it, which is what needles are for.
 """
 
 from __future__ import annotations
