@@ -194,6 +194,11 @@ def _add_bench(commands: _Commands) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write the results to FILE as well")
     parser.add_argument(
+        "--peers",
+        action="store_true",
+        help="beside flash_mla and flashinfer, whichever is installed; needs PyTorch",
+    )
+    parser.add_argument(
         "--plot",
         metavar="FILE",
         help="instead of cases, time against batch, tokens, query heads and page size, drawn "
@@ -205,9 +210,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     from . import bench, scaling
 
     if arguments.plot:
-        if arguments.cases or arguments.page_size or arguments.list:
+        if arguments.cases or arguments.page_size or arguments.list or arguments.peers:
             remedy = "It has cases of its own."
-            expected, got = "no --cases, --page-size or --list beside it", "one of them"
+            expected, got = "no --cases, --page-size, --list or --peers beside it", "one of them"
             raise OptionError("--plot", expected, got, remedy, "bench")
         scaling.run(arguments.plot, arguments.json)
         return
@@ -218,7 +223,12 @@ def _bench(arguments: argparse.Namespace) -> None:
         for line in bench.listing(cases):
             print(line)
         return
-    bench.run(cases, arguments.json)
+    peers = None
+    if arguments.peers:
+        from .bench_peers import Peers
+
+        peers = Peers()
+    bench.run(cases, arguments.json, peers)
 
 
 # ---- clear-cache -------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ TFLOPS counts 2 * h_q * (576 + 512) for each query and each key that it sees; GB
 cached token once, q and out. Both are also given in percent of what this GPU was measured to do in
 the same way just before: to read 4 GiB, and to multiply two float16 matrices of 8192 x 8192. A GPU
 at its power limit is slower the longer it works, so compare figures of one run.
+
+With peers (bench_peers.py), each is timed in the same way after ours, over 12 caches at most.
 """
 
 from __future__ import annotations
@@ -25,13 +27,16 @@ import json
 import random
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from . import __version__, nvrtc
 from .errors import NoDeviceError, OptionError, UnsupportedArchError
 from .geometry import HEAD_DIM, HEAD_DIM_V, PAGE_SIZES
 from .hopper import is_hopper
+
+if TYPE_CHECKING:
+    from .bench_peers import Peers
 
 _ELEMENT = 2  # bytes of a bfloat16
 
@@ -172,64 +177,84 @@ class Row:
     gbps: float
     matmul_percent: float | None
     read_percent: float | None
+    peers_us: dict[str, float | str] = field(default_factory=dict)  # or why there is no time
 
 
-def run(cases: Sequence[Case], json_path: str | None = None) -> dict[str, Any]:
-    """Times the cases and prints a line for each; progress goes to stderr. Returns what --json
-    writes.
+def run(
+    cases: Sequence[Case], json_path: str | None = None, peers: Peers | None = None
+) -> dict[str, Any]:
+    """Times the cases, those of peers as well, and prints a line for each; progress goes to stderr.
+    Returns what --json writes.
 
     The file at `json_path` is written at the end, but opened before the work. Raises NoDeviceError,
     UnsupportedArchError or MissingDependencyError where it cannot run, and OSError for the file."""
     device = current_gpu()
     if json_path is None:
-        return _run(cases, device)
+        return _run(cases, device, peers)
     with open(json_path, "w", encoding="utf-8") as file:
-        report = _run(cases, device)
+        report = _run(cases, device, peers)
         json.dump(report, file, indent=1)
         file.write("\n")
     return report
 
 
-def _run(cases: Sequence[Case], device: dict[str, Any]) -> dict[str, Any]:
+def _run(cases: Sequence[Case], device: dict[str, Any], peers: Peers | None) -> dict[str, Any]:
     """Prints the results, and returns them for JSON."""
     from .bench_gpu import GPUTimer  # after the checks, so that what is missing is said first
 
     timer = GPUTimer(device["multiProcessorCount"])
-    name = device["name"].decode()
+    gpu = device["name"].decode()
     _progress("measuring the read bandwidth and the matrix product")
     read, matmul = timer.read_gbps(), timer.matmul_tflops()
     product = "not measured (no cuBLAS: pip install nvidia-cublas-cu12)"
     if matmul is not None:
         product = f"{matmul:.0f} TFLOPS"
     _progress("")
-    print(f"flashmla-cupy {__version__} on {name}, {device['multiProcessorCount']} SMs")
+    print(f"flashmla-cupy {__version__} on {gpu}, {device['multiProcessorCount']} SMs")
     print(f"ceilings: read {read:.0f} GB/s, matrix product {product}")
     width = max(len(case.name) for case in cases)
-    print(f"{'case':{width}}  {'us':>9} {'TFLOPS':>7} {'GB/s':>6} {'% matmul':>9} {'% read':>7}")
+    head = f"{'case':{width}}  {'us':>9} {'TFLOPS':>7} {'GB/s':>6} {'% matmul':>9} {'% read':>7}"
+    for name in peers.names if peers else ():
+        head += f" {name:>11} {'ratio':>6}"
+    print(head)
     rows = []
     for i, case in enumerate(cases, 1):
         _progress(f"[{i}/{len(cases)}] {case.name}")
-        us = timer.decode_us(case)
+        beside: dict[str, float | str] = {}
+        if peers:
+            us, beside = timer.peers_us(case, peers)
+        else:
+            us = timer.decode_us(case)
         tflops, gbps = case.flops / us / 1e6, case.nbytes / us / 1e3
         share = None if matmul is None else 100 * tflops / matmul
-        row = Row(case.name, us, tflops, gbps, share, 100 * gbps / read)
+        row = Row(case.name, us, tflops, gbps, share, 100 * gbps / read, beside)
         rows.append(row)
         _progress("")
         shown = "-" if share is None else f"{share:.0f}"
         print(
             f"{row.case:{width}}  {us:9.1f} {tflops:7.1f} {gbps:6.0f} {shown:>9} "
-            f"{row.read_percent:7.0f}",
+            f"{row.read_percent:7.0f}" + "".join(_beside(us, time) for time in beside.values()),
             flush=True,
         )
+        for name, why in beside.items():
+            if isinstance(why, str):
+                print(f"{case.name}: {name}: {why}", file=sys.stderr, flush=True)
     return {
         "version": __version__,
-        "device": name,
+        "device": gpu,
         "num_sms": device["multiProcessorCount"],
         "nvrtc": nvrtc.build(),
         "read_gbps": read,
         "matmul_tflops": matmul,
         "cases": [asdict(row) for row in rows],
     }
+
+
+def _beside(us: float, theirs: float | str) -> str:
+    """A peer's microseconds, and the ratio of ours to them: under 1, ours is faster."""
+    if isinstance(theirs, str):
+        return f" {'-':>11} {'-':>6}"
+    return f" {theirs:11.1f} {us / theirs:6.2f}"
 
 
 def current_gpu() -> dict[str, Any]:

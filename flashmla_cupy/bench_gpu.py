@@ -11,6 +11,7 @@ import importlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -21,9 +22,11 @@ from .geometry import HEAD_DIM, HEAD_DIM_V, ceil_div
 
 if TYPE_CHECKING:
     from .bench import Case
+    from .bench_peers import Peers
 
 WARM_SECONDS, SAMPLE_SECONDS, SAMPLES = 0.1, 0.03, 7
 COLD_BYTES = 400_000_000  # of all caches that the calls rotate over: eight times the L2 cache
+PEERS_TABLES = 12  # beside peers, which may plan for each block table
 CALLS = 24  # in a graph, at least, or nearly
 READ_BYTES = 4 << 30
 MATMUL_SIZE = 8192
@@ -46,6 +49,19 @@ extern "C" __global__ void read_all(const uint4* data, unsigned long long n, uns
 """
 
 
+@dataclass(frozen=True)
+class Problem:
+    """The arrays of a case. One block table for each cache of the pool that k_cache holds."""
+
+    case: Case
+    q: Any
+    k_cache: Any
+    block_tables: list[Any]
+    cache_seqlens: Any
+    out: Any
+    lse: Any
+
+
 class GPUTimer:
     """Times calls on a stream of its own, on the current device."""
 
@@ -65,37 +81,72 @@ class GPUTimer:
 
     def decode_us(self, case: Case) -> float:
         """Microseconds of one decode call of `case`."""
+        us = self._call_us(self._ours(self._problem(case)))
+        interface.check()
+        return us
+
+    def peers_us(self, case: Case, peers: Peers) -> tuple[float, dict[str, float | str]]:
+        """The same, and that of each peer after it; of a peer that has no right result, why."""
+        problem = self._problem(case, most=PEERS_TABLES)
+        calls = self._ours(problem)
+        us = self._call_us(calls)
+        times: dict[str, float | str] = {}
+        for name in peers.names:
+            try:
+                with self._stream, peers.on(self._stream.ptr):
+                    theirs = peers.calls(name, problem)
+                    calls[0]()  # writes problem.out
+                    if not peers.agrees(theirs[0](), problem.out):
+                        times[name] = "its result differs from ours"
+                        continue
+                capture = functools.partial(peers.capture, self._stream.ptr)
+                times[name] = self._call_us(theirs, capture)
+            except Exception as error:  # a peer's may be any; the others go on
+                times[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        interface.check()
+        return us, times
+
+    def _problem(self, case: Case, most: int | None = None) -> Problem:
+        """With caches of COLD_BYTES in all, but no more than `most`."""
         cupy, lengths = self._cupy, case.lengths
         cupy.get_default_memory_pool().free_all_blocks()
         pages = [ceil_div(n, case.page_size) for n in lengths]
         copies = ceil_div(COLD_BYTES, sum(pages) * case.page_size * HEAD_DIM * 2)
+        copies = min(copies, most or copies)
         with self._stream:
             q = self._normal((case.batch, case.s_q, case.h_q, HEAD_DIM), ml_dtypes.bfloat16)
-            k_cache = self._normal(
-                (copies * sum(pages), case.page_size, 1, HEAD_DIM), ml_dtypes.bfloat16
+            return Problem(
+                case=case,
+                q=q,
+                k_cache=self._normal(
+                    (copies * sum(pages), case.page_size, 1, HEAD_DIM), ml_dtypes.bfloat16
+                ),
+                block_tables=[cupy.asarray(table) for table in block_tables(pages, copies)],
+                cache_seqlens=cupy.asarray(np.array(lengths, np.int32)),
+                out=cupy.empty((*q.shape[:3], HEAD_DIM_V), q.dtype),
+                lse=cupy.empty((case.batch, case.h_q, case.s_q), np.float32),
             )
-            cache_seqlens = cupy.asarray(np.array(lengths, np.int32))
-            out = cupy.empty((*q.shape[:3], HEAD_DIM_V), q.dtype)
-            lse = cupy.empty((case.batch, case.h_q, case.s_q), np.float32)
-            metadata = interface.get_mla_metadata(cache_seqlens, case.s_q * case.h_q, 1)
-            calls = [
-                functools.partial(
-                    interface.flash_mla_with_kvcache,
-                    q,
-                    k_cache,
-                    block_table,
-                    cache_seqlens,
-                    HEAD_DIM_V,
-                    *metadata,
-                    causal=case.causal,
-                    out=out,
-                    lse=lse,
-                )
-                for block_table in map(cupy.asarray, block_tables(pages, copies))
-            ]
-            us = self._call_us(calls)
-        interface.check()
-        return us
+
+    def _ours(self, problem: Problem) -> list[Callable[[], Any]]:
+        """A call for each block table."""
+        p, case = problem, problem.case
+        with self._stream:
+            metadata = interface.get_mla_metadata(p.cache_seqlens, case.s_q * case.h_q, 1)
+        return [
+            functools.partial(
+                interface.flash_mla_with_kvcache,
+                p.q,
+                p.k_cache,
+                block_table,
+                p.cache_seqlens,
+                HEAD_DIM_V,
+                *metadata,
+                causal=case.causal,
+                out=p.out,
+                lse=p.lse,
+            )
+            for block_table in p.block_tables
+        ]
 
     def read_gbps(self) -> float:
         """GB/s at which a kernel of plain 16-byte loads reads 4 GiB."""
@@ -118,26 +169,37 @@ class GPUTimer:
                 return 2 * n**3 / self._sustained_us(lambda: cupy.matmul(a, b, out=c)) / 1e6
         return None
 
-    def _call_us(self, calls: Sequence[Callable[[], Any]]) -> float:
+    def _call_us(
+        self,
+        calls: Sequence[Callable[[], Any]],
+        capture: Callable[[Callable[[], None]], Callable[[], None]] | None = None,
+    ) -> float:
         """Microseconds of one call, in a graph that rotates over `calls`."""
         rounds = max(1, CALLS // len(calls))
+
+        def body() -> None:
+            for _ in range(rounds):
+                for call in calls:
+                    self._touch()
+                    call()
+
         with self._stream:
-            self._touch()
-            for call in calls:  # what is compiled, loaded and allocated at a first call
-                call()
-            self._stream.synchronize()
-            # A call's scratch memory goes back to CuPy's pool before the graph runs. Nothing else
-            # is allocated on this stream until then.
-            self._stream.begin_capture()
-            try:
-                for _ in range(rounds):
-                    for call in calls:
-                        self._touch()
-                        call()
-            finally:
-                graph = self._stream.end_capture()
-            us = self._sustained_us(functools.partial(graph.launch, self._stream))
+            us = self._sustained_us((capture or self._capture)(body))
         return us / (rounds * len(calls)) - self._touch_us
+
+    def _capture(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Captures what `body` launches into a graph; what launches that."""
+        body()  # what is compiled, loaded and allocated at a first call
+        self._stream.synchronize()
+        # A call's scratch memory goes back to CuPy's pool before the graph runs. Nothing else is
+        # allocated on this stream until then.
+        self._stream.begin_capture()
+        try:
+            body()
+        finally:
+            graph = self._stream.end_capture()
+        launch: Callable[[], None] = functools.partial(graph.launch, self._stream)
+        return launch
 
     def _sustained_us(self, launch: Callable[[], Any]) -> float:
         """Microseconds of what `launch` queues: the median of some samples under load."""

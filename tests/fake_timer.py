@@ -22,6 +22,9 @@ class Timer:
     def decode_us(self, case):
         return 100.0
 
+    def peers_us(self, case, peers):
+        return 100.0, dict.fromkeys(peers.names, 125.0)
+
 
 def install(monkeypatch) -> type[Timer]:
     """Makes `bench` use a class of its own, which is returned: a test may change it."""
