@@ -3,12 +3,12 @@
 //
 // The algorithm, the columns and the constants are those of flashmla_cupy/schedule.py, which is
 // the oracle: every integer is equal. It runs once for each decoding step, so it is written for
-// latency: few barriers, many threads for the cuts of all candidates, no 64-bit division.
+// latency: few barriers, few instructions, no 64-bit division.
 //
 //   1. prefix  each warp scans a contiguous run of requests; one barrier; offsets of the warps are
 //              added. Above PREFIX_ENTRIES requests only every 2^k-th entry is kept, and a cut
 //              walks over the lengths between two entries.
-//   2. cut     thread (candidate, p) finds cut p of the candidate by binary search.
+//   2. cut     thread p finds cut p of every candidate, by a binary search for those that cut alike.
 //   3. rate    warp c estimates the time of candidate c; every thread picks the same best.
 //   4. record  thread p writes row p; then all write num_splits, from the cuts.
 //
@@ -165,47 +165,55 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
 
   // ---- 2. cut ------------------------------------------------------------------------------
 
-  for (int i = tid; i < CANDIDATES * (parts + 1); i += threads) {
-    const int candidate = i / (parts + 1), p = i - candidate * (parts + 1);
-    const bool splits = candidate < CANDIDATES - 1;
-    const int limit = splits ? 1 << candidate : WHOLE;
-    const long long share = total_tiles >> (splits ? candidate : 0);
-    const int used = share < 1 ? 1 : share < parts ? (int)share : parts;
-    Cut cut = {0, 0, 0};
-    if (p >= used) {
-      cut.request = batch;
-      cut.at = total_cost;
-    } else if (p > 0) {
-      const long long x = scaled(total_cost, p, used);
-      int low = 0, high = entries;  // prefix[low] <= x < prefix[high]
-      while (low + 1 < high) {
-        const int middle = (low + high) >> 1;
-        if (prefix[middle] <= x) low = middle;
-        else high = middle;
-      }
-      int request = low << shift;
-      long long start = prefix[low];
-      int tiles;
-      if (shift == 0) {
-        tiles = (int)((prefix[low + 1] - start - C_REQ) / UNIT);
-      } else {
-        for (;;) {
-          tiles = tiles_of(cache_seqlens[request]);
-          if (start + cost_of(tiles) > x) break;
-          start += cost_of(tiles);
-          ++request;
+  for (int p = tid; p <= parts; p += threads) {
+    // Where the line is cut into `located` parts: tile `tile` of `tiles` of a request.
+    int located = 0, request = 0, tiles = 0, tile = 0;
+    long long start = 0;
+    #pragma unroll 1
+    for (int k = 0; k < CANDIDATES; ++k) {
+      const int candidate = k ? k - 1 : CANDIDATES - 1;  // first and last often cut at the same
+      const bool splits = candidate < CANDIDATES - 1;
+      const int limit = splits ? 1 << candidate : WHOLE;
+      const long long share = total_tiles >> (splits ? candidate : 0);
+      const int used = share < 1 ? 1 : share < parts ? (int)share : parts;
+      Cut cut = {0, 0, 0};
+      if (p >= used) {
+        cut.request = batch;
+        cut.at = total_cost;
+      } else if (p > 0) {
+        if (used != located) {
+          located = used;
+          const long long x = scaled(total_cost, p, used);
+          int low = 0, high = entries;  // prefix[low] <= x < prefix[high]
+          while (low + 1 < high) {
+            const int middle = (low + high) >> 1;
+            if (prefix[middle] <= x) low = middle;
+            else high = middle;
+          }
+          request = low << shift;
+          start = prefix[low];
+          if (shift == 0) {
+            tiles = (int)((prefix[low + 1] - start - C_REQ) / UNIT);
+          } else {
+            for (;;) {
+              tiles = tiles_of(cache_seqlens[request]);
+              if (start + cost_of(tiles) > x) break;
+              start += cost_of(tiles);
+              ++request;
+            }
+          }
+          tile = ((int)(x - start) - C_REQ / 2 + UNIT / 2) / UNIT;
+        }
+        if (tile < limit) {
+          cut = {request, 0, start};
+        } else if (tiles - tile < limit) {
+          cut = {request + 1, 0, start + cost_of(tiles)};
+        } else {
+          cut = {request, tile, start + UNIT * (long long)tile};
         }
       }
-      const int tile = ((int)(x - start) - C_REQ / 2 + UNIT / 2) / UNIT;
-      if (tile < limit) {
-        cut = {request, 0, start};
-      } else if (tiles - tile < limit) {
-        cut = {request + 1, 0, start + cost_of(tiles)};
-      } else {
-        cut = {request, tile, start + UNIT * (long long)tile};
-      }
+      cuts[candidate * (parts + 1) + p] = cut;
     }
-    cuts[i] = cut;
   }
   __syncthreads();
 

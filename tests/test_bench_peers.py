@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import sys
 import types
@@ -98,7 +99,7 @@ class FakeWrapper:
         self, q_ends, page_ends, indices, lengths, heads, latent, rotary, page, causal, scale, *t
     ):
         assert (latent, rotary, t) == (512, 64, (self.torch.bfloat16,) * 2)
-        pages = [indices[a:b] for a, b in zip(page_ends, page_ends[1:], strict=False)]
+        pages = [indices[a:b] for a, b in itertools.pairwise(page_ends)]
         self.table = np.zeros((len(pages), max(map(len, pages))), np.int32)
         for row, used in zip(self.table, pages, strict=True):
             row[: len(used)] = used
