@@ -192,7 +192,7 @@ def cache_entries() -> list[cubin_cache.Entry]:
 
     Metadata keys: "name", "resources", "seconds", "log", "nvrtc", "version", "created" (epoch).
     """
-    return cubin_cache.entries()
+    return [entry for entry in cubin_cache.entries() if entry.cubin]  # nvrtc.build has one without
 
 
 def cache_key(variant: Variant, sources: Mapping[str, bytes]) -> str:

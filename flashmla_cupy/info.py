@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import platform
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,15 +46,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         )
         lines.append("  ".join([first, *others]).rstrip())
     return lines
-
-
-def library_path(name: str) -> str:
-    """Where the shared library `name` was loaded from, by the memory map of this process."""
-    pattern = re.compile(rf"\s(/\S.*/{re.escape(name)}\.so[.\d]*)$")
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if found := pattern.search(line):
-            return found[1]
-    raise OSError(f"{name} is not loaded")
 
 
 def _line(label: str, text: str) -> str:
@@ -121,7 +111,7 @@ def _driver() -> str:
 
 
 def _nvrtc() -> str:
-    return f"{nvrtc.build()}, {_or_reason(lambda: library_path('libnvrtc'))}"
+    return f"{nvrtc.build()}, {_or_reason(lambda: nvrtc.library_path('libnvrtc'))}"
 
 
 def _kernels() -> list[str]:

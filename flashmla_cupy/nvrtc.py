@@ -6,11 +6,15 @@ Needs no GPU. Everything here imports CuPy inside the functions.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
+from . import cubin_cache
 from .errors import (
     KernelCompileError,
     MissingDependencyError,
@@ -87,12 +91,45 @@ def _driver_version() -> int:
 
 @functools.lru_cache(maxsize=1)
 def build() -> str:
-    """The exact build, "12.9 V12.9.86 CL-36037853": read from the PTX of an empty program."""
+    """The exact build, "12.9 V12.9.86 CL-36037853".
+
+    NVRTC says it in the PTX of an empty program. As that takes tens of milliseconds, it is kept in
+    the disk cache, by the file that NVRTC was loaded from."""
     major, minor = version()
+    key = _key_of_file()
+    kept = cubin_cache.load(key) if key else None
+    if kept is not None:
+        return str(kept.metadata["nvrtc"])
     ptx, _ = compile_program(b"", "empty.cu", {}, ("-arch=sm_90",), "PTX")
     patterns = (rb"release [\d.]+, (\S+)", rb"Build ID: (\S+)")
     found = [match[1].decode() for pattern in patterns if (match := re.search(pattern, ptx))]
-    return " ".join([f"{major}.{minor}", *found])
+    named = " ".join([f"{major}.{minor}", *found])
+    if key:
+        cubin_cache.store(key, {"nvrtc": named}, b"")
+    return named
+
+
+def _key_of_file() -> str | None:
+    """Of the disk cache, for what is known of the file that NVRTC was loaded from; None if that
+    cannot be found out."""
+    try:
+        path = library_path("libnvrtc")
+        status = os.stat(path)
+    except OSError:
+        return None
+    facts = f"nvrtc {path} {status.st_size} {status.st_mtime_ns}"
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def library_path(name: str) -> str:
+    """Where the shared library `name` was loaded from, by the memory map of this process.
+
+    Raises OSError if it is not loaded, or where there is no such map."""
+    pattern = re.compile(rf"\s(/\S.*/{re.escape(name)}\.so[.\d]*)$")
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if found := pattern.search(line):
+            return found[1]
+    raise OSError(f"{name} is not loaded")
 
 
 def compile_program(

@@ -176,6 +176,34 @@ def test_build_names_more_than_the_version(has_nvrtc):
     assert nvrtc.build().startswith(f"{major}.{minor} V{major}.{minor}.")
 
 
+def test_the_build_is_asked_for_once(monkeypatch, fresh, has_nvrtc):
+    if nvrtc._key_of_file() is None:
+        pytest.skip("what NVRTC was loaded from is not known here")
+    asked, real = [], nvrtc.compile_program
+
+    def counting(*arguments):
+        asked.append(arguments[1])
+        return real(*arguments)
+
+    monkeypatch.setattr(nvrtc, "compile_program", counting)
+
+    def build():
+        nvrtc.build.cache_clear()
+        return nvrtc.build()
+
+    first = build()
+    assert asked == ["empty.cu"]
+    assert build() == first
+    assert asked == ["empty.cu"]
+    assert compiler.cache_entries() == []
+    monkeypatch.setattr(nvrtc, "_key_of_file", lambda: "0" * 64)  # another file
+    assert build() == first
+    assert len(asked) == 2
+    monkeypatch.setattr(nvrtc, "_key_of_file", lambda: None)
+    assert build() == first
+    assert len(asked) == 3
+
+
 # ---- compiling and keeping -------------------------------------------------------------------
 
 
@@ -362,8 +390,9 @@ def test_processes_with_an_empty_cache(fresh, has_nvrtc):
     outputs = [process.communicate(timeout=60)[0] for process in running]
     assert [process.returncode for process in running] == [0] * 8
     assert len(set(outputs)) == 1 and len(outputs[0]) == 65
-    (name,) = os.listdir(fresh)
-    assert cubin_cache.load(name[:64]) is not None
+    (entry,) = compiler.cache_entries()
+    assert entry.metadata["name"] == "schedule"
+    assert len(os.listdir(fresh)) <= 2  # and the build of NVRTC
 
 
 def test_import_writes_nothing_and_leaves_cupy_alone(tmp_path):
