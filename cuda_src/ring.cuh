@@ -96,6 +96,9 @@ struct Cursor {
   int page;  // of the tile; small pages: lane i has that of page i % PAGES_PER_TILE
 };
 
+// A condition of the cursor. With the shuffles of small pages the compiler must know that it is the same
+// in all lanes, or it guards every shuffle of the role (uniform).
+DEVICE bool same(bool condition) { return PAGES_PER_TILE > 1 ? uniform(condition) : condition; }
 DEVICE int page_column(const Params& p, int tile) {
   if (PAGES_PER_TILE > 1) return tile * PAGES_PER_TILE + lane_index() % PAGES_PER_TILE;
   return tile >> p.page_tiles_log2;
@@ -112,11 +115,11 @@ DEVICE void fetch_page(const Params& p, Cursor& cursor) {
 // before the length is known: latency is all that a short request consists of.
 DEVICE void next_piece(const Params& p, Cursor& cursor) {
   const Part part = part_of(p);
-  while (++cursor.request <= part.last_request) {
+  while (same(++cursor.request <= part.last_request)) {
     cursor.tile = cursor.request == part.first_request ? max(part.begin_tile, 0) : 0;
     fetch_page(p, cursor);
     const Piece piece = piece_of(p, cursor.request);
-    if (piece.begin < piece.end) {
+    if (same(piece.begin < piece.end)) {
       cursor.tile = Cursor::Q_SLOT, cursor.end = piece.end;
       return;
     }
@@ -138,12 +141,12 @@ DEVICE int checked_page(const Params& p, const Cursor& cursor) {
 // Loads this half of the cursor's slot into its stage, once it is empty, and moves on.
 DEVICE void produce(const Params& p, int half, const TensorMap& q_map, const TensorMap& k_map,
                     Cursor& cursor, Place place, bool wait) {
-  if (cursor.tile == Cursor::DONE) return;
+  if (same(cursor.tile == Cursor::DONE)) return;
   const int first = half * 4;
   const uint32_t to = stage_address(place.stage) + first * BLOCK_BYTES;
   const uint32_t barrier = full(half, place.stage);
   if (wait) mbarrier_wait(empty(half, place.stage), place.phase);
-  if (cursor.tile == Cursor::Q_SLOT) {
+  if (same(cursor.tile == Cursor::Q_SLOT)) {
     if (elect_sync()) {
       const RowBlock block = row_block();
       mbarrier_arrive_expect_tx(barrier, half_blocks(half) * BLOCK_BYTES);
@@ -180,7 +183,7 @@ DEVICE void produce(const Params& p, int half, const TensorMap& q_map, const Ten
   }
   __syncwarp();
   ++cursor.tile;
-  if (cursor.tile < cursor.end) {
+  if (same(cursor.tile < cursor.end)) {
     fetch_page(p, cursor);
   } else {
     next_piece(p, cursor);
