@@ -236,10 +236,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     Request request = {(int)(this_one & NO_REQUEST), (int)(this_one >> REQUEST_BITS), 0};
     const int end_slot = next_one >> REQUEST_BITS;
     request.splits = end_slot - request.first_slot;
+    const int first_block = (request.first_slot * blocks + used - 1) / used;
+    const int mine = (end_slot * blocks + used - 1) / used - first_block;
     if (request.index < batch && request.splits >= 2 && request.splits <= MAX_SPLITS &&
-        end_slot <= slots) {
-      const int first_block = (request.first_slot * blocks + used - 1) / used;
-      const int mine = (end_slot * blocks + used - 1) / used - first_block;
+        end_slot <= slots && block >= first_block && block < first_block + mine) {
       const int units = s_q * h_q * UNITS, warp = uniform(threadIdx.x >> 5);
       int warps_log2 = request.splits == 2 ? 0 : 3;
       while (warps_log2 > 0 && units << warps_log2 > mine * WARPS) --warps_log2;

@@ -196,6 +196,34 @@ def test_metadata_of_another_origin_is_reported(gpu, seed):
     assert caught.value.reason in ("foreign metadata", "stale metadata")
 
 
+@pytest.mark.parametrize("seed", range(24))
+def test_a_list_of_another_origin_leads_nowhere_else(gpu, seed):
+    """`combine` follows column 7, whatever it holds, within the arrays."""
+    rng = np.random.default_rng(seed)
+    gpu(num_sms=int(rng.integers(3, 12)))
+    lengths = rng.integers(300, 900, rng.integers(1, 5)).tolist()
+    problem = make_problem(lengths, h_q=int(rng.integers(1, 9)), seed=seed)
+    metadata, num_splits = metadata_of(problem)
+    parts = len(metadata)
+    slots = rng.integers(0, 2 * parts - 1, parts)
+    slots[-1] = rng.integers(2, 2 * parts - 1)  # so many are used
+    metadata[:, 7] = slots << 20 | rng.integers(0, len(lengths), parts)
+
+    batch, s_q, h_q, _ = problem.q.shape
+    guard = 1 << 16
+    around = np.full(batch * s_q * h_q * 512 + 2 * guard, 7, np.uint16)
+    around_lse = np.full(batch * h_q * s_q + 2 * guard, 7, np.float32)
+    out = around[guard:-guard].view(problem.q.dtype).reshape(batch, s_q, h_q, 512)
+    lse = around_lse[guard:-guard].reshape(batch, h_q, s_q)
+    flash_mla_with_kvcache(
+        *problem.arrays(), 512, metadata, num_splits, **problem.options(), out=out, lse=lse
+    )
+    for x in (around, around_lse):
+        assert (x[:guard] == 7).all() and (x[-guard:] == 7).all()
+    with pytest.raises(DeviceCheckError, match="metadata"):
+        check()
+
+
 # ---- broken kernels -------------------------------------------------------------------------
 
 RACE = "without fence.proxy.async|more arrivals|deadlock|out of bound|order of threads"
