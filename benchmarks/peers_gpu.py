@@ -17,14 +17,12 @@ import torch
 
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
 from flashmla_cupy.bench import Case
-from flashmla_cupy.bench_gpu import COLD_BYTES
+from flashmla_cupy.bench_gpu import COLD_BYTES, PEERS_TABLES
+from flashmla_cupy.bench_peers import ATOL, RTOL
 from flashmla_cupy.geometry import HEAD_DIM, HEAD_DIM_V, ceil_div
 
 PAGE_SIZE = 64  # the only one that every peer has
-MAX_COPIES = 12
 ROUNDS, WARM_SECONDS, TIMED_SECONDS = 3, 0.06, 0.12
-# As in examples/quickstart.py, whose values are as large.
-ATOL, RTOL = 8e-3, 2.01 / 128
 
 
 @dataclass
@@ -47,7 +45,7 @@ def problems(case: Case, device: str = "cuda") -> list[Problem]:
     generator = torch.Generator(device=device).manual_seed(0)
     pages = [ceil_div(n, PAGE_SIZE) for n in case.lengths]
     total = sum(pages)
-    copies = min(MAX_COPIES, ceil_div(COLD_BYTES, total * PAGE_SIZE * HEAD_DIM * 2))
+    copies = min(PEERS_TABLES, ceil_div(COLD_BYTES, total * PAGE_SIZE * HEAD_DIM * 2))
     order = torch.randperm(total, device=device, generator=generator).to(torch.int32)
     block_table = torch.zeros(case.batch, max(pages), dtype=torch.int32, device=device)
     for row, share in zip(block_table, order.split(pages), strict=True):

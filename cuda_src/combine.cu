@@ -171,7 +171,7 @@ DEVICE void merge_many(const Arrays& a, const Request& request, int unit, int wa
   Columns columns;
   columns.load(from, pitch, first, teams, splits);
   const Row to(a, request, row);
-  __syncwarp();  // all have read the sums of the unit before
+  __syncwarp();  // all have read the weights of the unit before
   float* weights = shared[warp].weights;
   const float row_lse = all.weigh(weights, splits, unit % UNITS >= UNITS / 2);
   float o[8] = {};

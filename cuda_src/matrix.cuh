@@ -131,7 +131,8 @@ DEVICE void matrix_role(const Params& p, int half, const TensorMap& q_map, const
   float o[128];
   Place place;
 #pragma unroll 1
-  for (int request = uniform(part_of(p).first_request); request <= uniform(part_of(p).last_request); ++request) {
+  for (int request = uniform(part_of(p).first_request);
+       request <= uniform(part_of(p).last_request); ++request) {
     int tiles, last_rows;  // of the piece; of the request in its last tile
     {
       const Piece piece = piece_of(p, request);

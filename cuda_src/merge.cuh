@@ -1,4 +1,5 @@
-// The arithmetic of merging partial results of a row, each with its lse in log2:
+// Partial results of a row: how they lie in memory, and the arithmetic of merging them. Each has its lse
+// in log2:
 //
 //     lse = log2 sum_i 2^lse_i        out = sum_i 2^(lse_i - lse) out_i
 //

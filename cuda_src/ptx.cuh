@@ -276,19 +276,6 @@ DEVICE float lg2(float x) {
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// Two floats to one register of the kernel's 16-bit type, rounded to nearest even.
-DEVICE uint32_t cvt_x2(float low, float high) {
-  uint32_t packed;
-#if defined(DTYPE_FP16)
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-#endif
-  return packed;
-}
-
-// ---- wgmma (9.7.15): D[64, n] += A[64, 16] B[16, n], four warps together, asynchronous -------
-
 // Two floats <-> two float16, whatever the type of out.
 DEVICE uint32_t half_x2(float low, float high) {
   uint32_t y;
@@ -303,6 +290,19 @@ DEVICE float2 from_half_x2(uint32_t x) {
       : "r"(x));
   return y;
 }
+// Two floats to one register of the kernel's 16-bit type, rounded to nearest even.
+DEVICE uint32_t cvt_x2(float low, float high) {
+#if defined(DTYPE_FP16)
+  return half_x2(low, high);
+#else
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+#endif
+}
+
+// ---- wgmma (9.7.15): D[64, n] += A[64, 16] B[16, n], four warps together, asynchronous -------
+
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_wait_all() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }

@@ -220,7 +220,8 @@ DEVICE void softmax_role(const Params& p) {
   Place place;
   uint32_t results_phase = 1;
 #pragma unroll 1
-  for (int request = uniform(part_of(p).first_request); request <= uniform(part_of(p).last_request); ++request) {
+  for (int request = uniform(part_of(p).first_request);
+       request <= uniform(part_of(p).last_request); ++request) {
     int tiles_left, first_token;
     {
       const Piece piece = piece_of(p, request);

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from . import cubin_cache
 from .errors import (
+    CacheConfigError,
     KernelCompileError,
     MissingDependencyError,
     NVRTCNotFoundError,
@@ -97,7 +98,10 @@ def build() -> str:
     the disk cache, by the file that NVRTC was loaded from."""
     major, minor = version()
     key = _key_of_file()
-    kept = cubin_cache.load(key) if key else None
+    try:
+        kept = cubin_cache.load(key) if key else None
+    except CacheConfigError:  # whoever needs the cache for more than this will say so
+        key = kept = None
     if kept is not None:
         return str(kept.metadata["nvrtc"])
     ptx, _ = compile_program(b"", "empty.cu", {}, ("-arch=sm_90",), "PTX")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from flashmla_cupy import compiler, driver, launch, prepared, schedule
+from flashmla_cupy import compiler, driver, geometry, launch, prepared, schedule
 from flashmla_cupy.errors import ForkedProcessError
 from flashmla_cupy.frameworks import ArrayInfo
 from flashmla_cupy.geometry import Geometry
@@ -80,7 +80,10 @@ def test_parameters_are_those_of_the_kernel(name, layout):
 def test_constants_are_those_of_the_kernels():
     assert f"SHARED_BYTES == {prepared.DECODE_SHARED_BYTES}" in source("ring.cuh")
     assert f"__launch_bounds__({prepared.DECODE_THREADS}, 1)" in source("dense_decode.cu")
-    assert f"constexpr int THREADS = {prepared.COMBINE_THREADS}," in source("combine.cu")
+    combine = source("combine.cu")
+    assert f"constexpr int THREADS = {prepared.COMBINE_THREADS}," in combine
+    assert f"constexpr int MAX_SPLITS = {geometry.MAX_SPLITS};" in combine
+    assert f"constexpr int UNITS = {prepared.COMBINE_UNITS}," in combine
     reasons = re.search(r"enum Reason {(.*?)}", source("work.cuh"))[1].split(",")
     assert [name.strip().lower().replace("_", " ") for name in reasons] == list(launch.REASONS)
 
