@@ -180,8 +180,8 @@ DEVICE void matrix_role(const Params& p, int half, const TensorMap& q_map, const
       if (i == tiles) break;
       place.advance();
     }
-    const float inverse0 = ld_shared_f32(row_floats(INVERSE_L));
-    const float inverse1 = ld_shared_f32(row_floats(INVERSE_L) + 32);
+    float inverse0 = ld_shared_f32(row_floats(INVERSE_L));
+    float inverse1 = ld_shared_f32(row_floats(INVERSE_L) + 32);
     uint32_t result = uniform(ld_shared_u32(shared_base() + RESULT));
     const bool is_head = result >> 16 >= HEAD;  // or already MERGED
     if (is_head) {
@@ -190,13 +190,12 @@ DEVICE void matrix_role(const Params& p, int half, const TensorMap& q_map, const
       if (result >> 16 == MERGED) {
         mbarrier_wait(other_full(), 0);
         merge_tail(o, half, place, inverse0, inverse1);
-        store_out(o, half, p, request, 1.f, 1.f);
-        return;
+        inverse0 = inverse1 = 1.f;
       }
     }
     const uint32_t kind = result >> 16;
     if (kind <= SPLIT) free_results();
-    if (kind == WHOLE) {
+    if (kind == WHOLE || kind == MERGED) {
       store_out(o, half, p, request, inverse0, inverse1);
     } else if (kind == SPLIT) {
       store_halves(o, half, p, result & 0xffff, inverse0, inverse1);
