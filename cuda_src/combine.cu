@@ -89,7 +89,8 @@ DEVICE void merge_pair(const Arrays& a, const Request& request, int unit) {
   if (unit % UNITS == 0 && lane_index() == 0) a.lse[to.lse] = both.lse;
 }
 
-// lse and the scale of splits lane, lane + 32, ... of a row.
+// lse and, of halves, the scale of splits lane, lane + 32, ... of a row.
+template <bool HALVES>
 struct Splits {
   float4 rows[MAX_SPLITS / 32];
   DEVICE void load(const float* from, int64_t pitch, int splits) {
@@ -97,8 +98,13 @@ struct Splits {
     for (int i = 0; i < MAX_SPLITS / 32; ++i) {
       if (i == 1 && splits <= 32) return;
       const int split = i * 32 + lane_index();
-      rows[i] = make_float4(NEG_INF, 0.f, 0.f, 0.f);
-      if (split < splits) rows[i] = ld_global_v4_f32(from + split * pitch);
+      rows[i] = make_float4(NEG_INF, 1.f, 1.f, 0.f);
+      if (split >= splits) continue;
+      if (HALVES) {
+        rows[i] = ld_global_v4_f32(from + split * pitch);
+      } else {
+        rows[i].x = ld_global_f32(from + split * pitch);
+      }
     }
   }
   // Writes the weights; returns lse, a natural logarithm.
@@ -127,13 +133,21 @@ struct Splits {
   }
 };
 
-// Eight columns a lane of some splits.
+// Eight columns a lane of some splits. Floats lie in two groups of 16 columns, but a lane of a quad has
+// the same eight as of halves.
+template <bool HALVES>
 struct Columns {
-  Vector4 loaded[IN_FLIGHT];
-  DEVICE void load(const uint16_t* from, int64_t pitch, int first, int teams, int splits) {
+  Vector4 loaded[IN_FLIGHT][HALVES ? 1 : 2];
+  // Where those of a lane are in a row.
+  DEVICE static int offset(int lane) {
+    return HALVES ? lane * 4 : (lane >> 2) * 32 + (lane & 3) * 4;
+  }
+  DEVICE void load(const float* from, int64_t pitch, int first, int teams, int splits) {
 #pragma unroll
     for (int u = 0; u < IN_FLIGHT; ++u) {
-      if (first + u * teams < splits) loaded[u] = ld_global_v4(from + u * teams * pitch);
+      if (first + u * teams >= splits) continue;
+      loaded[u][0] = ld_global_v4(from + u * teams * pitch);
+      if (!HALVES) loaded[u][1] = ld_global_v4(from + u * teams * pitch + 16);
     }
   }
   DEVICE void add(float (&o)[8], const float* weights, int first, int teams, int splits) const {
@@ -141,34 +155,43 @@ struct Columns {
     for (int u = 0; u < IN_FLIGHT; ++u) {
       const float weight = first + u * teams < splits ? weights[first + u * teams] : 0.f;
       if (weight == 0.f) continue;  // or no key of this row; out_i may be NaN from V
-      const uint32_t v[4] = {loaded[u].x, loaded[u].y, loaded[u].z, loaded[u].w};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 x = from_half_x2(v[i]);
-        o[2 * i] = fmaf(weight, x.x, o[2 * i]);
-        o[2 * i + 1] = fmaf(weight, x.y, o[2 * i + 1]);
+      for (int k = 0; k < (HALVES ? 1 : 2); ++k) {
+        const Vector4& w = loaded[u][k];
+        const uint32_t v[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (HALVES) {
+            const float2 x = from_half_x2(v[i]);
+            o[2 * i] = fmaf(weight, x.x, o[2 * i]);
+            o[2 * i + 1] = fmaf(weight, x.y, o[2 * i + 1]);
+          } else {
+            o[4 * k + i] = fmaf(weight, __uint_as_float(v[i]), o[4 * k + i]);
+          }
+        }
       }
     }
   }
 };
 
 // A unit of a request in more pieces, by 2^warps_log2 warps.
+template <bool HALVES>
 DEVICE void merge_many(const Arrays& a, const Request& request, int unit, int warps_log2,
                        Shared* shared) {
   const int warp = uniform(threadIdx.x >> 5), lane = lane_index(), warps = 1 << warps_log2;
   const int rows = a.s_q * a.h_q, row = unit / UNITS, at = unit % UNITS * COLUMNS;
   const int teams = warps * (32 / LANES), splits = request.splits;
   int first_of_warp = (warp & (warps - 1)) * (32 / LANES), first = first_of_warp + lane / LANES;
-  const int64_t first_row = (int64_t)request.first_slot * rows + row, pitch = (int64_t)rows * 1024;
+  const int64_t first_row = (int64_t)request.first_slot * rows + row, pitch = (int64_t)rows * 512;
   const float* rows_from = a.row_partial + first_row * 4;
-  const uint16_t* from = (const uint16_t*)(a.out_partial + first_row * 512) + first * pitch + at +
-                         lane % LANES * 8;
+  const float* from = a.out_partial + first_row * 512 + first * pitch + (HALVES ? at / 2 : at) +
+                      Columns<HALVES>::offset(lane % LANES);
   pin(rows_from), pin(from);
   griddepcontrol_wait();
 
-  Splits all;
+  Splits<HALVES> all;
   all.load(rows_from, (int64_t)rows * 4, splits);
-  Columns columns;
+  Columns<HALVES> columns;
   columns.load(from, pitch, first, teams, splits);
   const Row to(a, request, row);
   __syncwarp();  // all have read the weights of the unit before
@@ -215,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     combine(const int* __restrict__ tile_scheduler_metadata,  // [parts, 8]
             const float* out_partial, const float* row_partial, uint16_t* out, float* lse,
             uint64_t* pairs,  // [words], see pair.cuh
-            int words, int batch, int s_q, int h_q, int group, int slots, int parts) {
+            int words, int batch, int s_q, int h_q, int group, int slots, int parts, int slab_rows) {
   __shared__ Shared shared[WARPS];
   const Arrays a = {out_partial, row_partial, out, lse, s_q, h_q, group};
   auto listed = [&](int i) { return (uint32_t)__ldg(tile_scheduler_metadata + i * 8 + 7); };
@@ -250,8 +273,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       for (; unit < units; unit += mine * in_block) {
         if (request.splits == 2) {
           merge_pair(a, request, unit);
+        } else if (slab_rows > FEW_ROWS) {
+          merge_many<true>(a, request, unit, warps_log2, shared);
         } else {
-          merge_many(a, request, unit, warps_log2, shared);
+          merge_many<false>(a, request, unit, warps_log2, shared);
         }
       }
     }

@@ -38,7 +38,7 @@ DEVICE void store_out(const float (&o)[128], int half, const Params& p, int requ
   }
 }
 
-// O * inverse -> the partial result of one of two pieces, 16 bytes a lane.
+// O * inverse -> a partial result as floats, 16 bytes a lane.
 DEVICE void store_floats(const float (&o)[128], int half, const Params& p, int slot, float inverse0,
                          float inverse1) {
   const RowBlock block = row_block();
@@ -57,7 +57,7 @@ DEVICE void store_floats(const float (&o)[128], int half, const Params& p, int s
   }
 }
 
-// O * inverse -> that of one of many pieces.
+// O * inverse -> one as halves.
 DEVICE void store_halves(const float (&o)[128], int half, const Params& p, int slot, float inverse0,
                          float inverse1) {
   const RowBlock block = row_block();
@@ -197,7 +197,7 @@ DEVICE void matrix_role(const Params& p, int half, const TensorMap& q_map, const
     if (kind <= SPLIT) free_results();
     if (kind == WHOLE || kind == MERGED) {
       store_out(o, half, p, request, inverse0, inverse1);
-    } else if (kind == SPLIT) {
+    } else if (kind == SPLIT && p.slab_rows > FEW_ROWS) {
       store_halves(o, half, p, result & 0xffff, inverse0, inverse1);
     } else {
       store_floats(o, half, p, result & 0xffff, inverse0, inverse1);

@@ -17,10 +17,11 @@ constexpr float LN2 = 0.69314718056f;
 constexpr uint32_t MERGED_LSE = 0x7fc0ffee;
 constexpr float LEAST_LSE = -1e38f;  // the maximum starts here: a row without keys has -inf only
 
-// out_i of a request in two pieces lies in memory as floats. Of one in more it lies there in 16 bits,
-// since short requests are bound by writing and reading it: each half of a row, 256 columns, is scaled
-// by the power of two that brings its largest value to [2^14, 2^15), and rounded to float16. So a
-// value is as exact as any of 11 bits, down to 2^-29 of the largest.
+// out_i of a request in two pieces, or of few rows, lies in memory as floats. Else it lies there in 16
+// bits, since short requests are bound by writing and reading it: each half of a row, 256 columns, is
+// scaled by the power of two that brings its largest value to [2^14, 2^15), and rounded to float16. So
+// a value is as exact as any of 11 bits, down to 2^-29 of the largest.
+constexpr int FEW_ROWS = 32;  // of a slab
 struct Scale {
   float up, down;  // up * down = 1
 };

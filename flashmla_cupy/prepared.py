@@ -27,7 +27,7 @@ COMBINE_THREADS = 256
 COMBINE_UNITS = 4  # of a row
 SMALL_COMBINE = 512  # units
 COMBINE_ARRAYS = (0, 5, 6, 3, 4, 7)  # its first six parameters: places in CALL_PARAMS
-COMBINE_SIZES = struct.Struct("7i")  # the others
+COMBINE_SIZES = struct.Struct("8i")  # the others
 LOG2_E = 1.4426950408889634
 
 MAX_MAPS = 8192  # of one geometry, a bound; a model has as many caches as layers
@@ -195,6 +195,7 @@ class Prepared:
             g.group,
             g.partial_slots,
             g.parts,
+            g.slab_rows,
         )
         self._own = threading.local()
         batch, position, head, _ = g.q_strides

@@ -213,7 +213,7 @@ def test_decode_launches_both_kernels(fake):
     pairs = row_partial + slots * 128 * 16
     assert COMBINE_PARAMS.unpack(b"".join(read)) == (
         *(2, 1 << 30, row_partial, 4, 5, pairs),
-        *(132, 3, 1, 128, 128, slots, 66),
+        *(132, 3, 1, 128, 128, slots, 66, 128),
     )
 
     names = [name for name, _ in struct_of(source("work.cuh"), "Params")]
