@@ -35,7 +35,7 @@ DECODE = [variant for variant in VARIANTS if variant.kernel == "dense_decode"]
 # kernel -> (registers a thread, bytes of spill stores) at most. dense_decode runs 384 threads a
 # block, which leaves 168 registers each at launch; setmaxnreg then shares them out by role.
 LIMITS = {
-    "dense_decode": (168, 28),
+    "dense_decode": (168, 56),
     "schedule": (64, 0),
     "combine": (128, 0),
 }
