@@ -230,11 +230,12 @@ DEVICE void softmax_role(const Params& p) {
   for (int request = uniform(part_of(p).first_request);
        request <= uniform(part_of(p).last_request); ++request) {
     int tiles_left, first_token, tiles_to_mask;
+    uint32_t result;
     {
       const Piece piece = piece_of(p, request);
       if (piece.kind == TAIL && !piece.refused && thread_index() == 0) tail_started(p);
       tiles_left = uniform(piece.end - piece.begin), first_token = piece.begin * TOKENS;
-      tiles_to_mask = uniform(masked_tiles(p, piece));
+      tiles_to_mask = uniform(masked_tiles(p, piece)), result = uniform(result_word(piece));
       if (tiles_left == 0) {
         store_no_keys(p, request, piece);
         continue;
@@ -270,12 +271,11 @@ DEVICE void softmax_role(const Params& p) {
         st_shared_f32(row_floats(INVERSE_L) + 32 * h, l[h] == 0.f ? 0.f : rcp(l[h]));
       }
     }
-    const Piece piece = piece_of(p, request);
-    if (thread_index() == 0) st_shared_u32(shared_base() + RESULT, result_word(piece));
+    if (thread_index() == 0) st_shared_u32(shared_base() + RESULT, result);
     release(p_ready(place.stage));  // ahead of the stores: their latency must not delay P V
-    const int kind = uniform(piece.kind);
+    const uint32_t kind = result >> 16, slot = result & 0xffff;
     if (kind == HEAD) {
-      finish_head(p, request, piece.slot, m, l, place);
+      finish_head(p, request, slot, m, l, place);
       return;
     }
     place.advance();
@@ -289,7 +289,7 @@ DEVICE void softmax_role(const Params& p) {
         if (kind == WHOLE) {
           store_lse(p, request, block, row, l[h] == 0.f ? POS_INF : lse * LN2);
         } else {
-          p.row_partial[partial_row(p, piece.slot, block, row) * 4] = l[h] == 0.f ? NEG_INF : lse;
+          p.row_partial[partial_row(p, slot, block, row) * 4] = l[h] == 0.f ? NEG_INF : lse;
         }
       }
     }
