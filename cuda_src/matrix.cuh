@@ -130,6 +130,7 @@ DEVICE void matrix_role(const Params& p, int half, const TensorMap& q_map, const
   }
   float o[128];
   Place place;
+  uint32_t results_phase = 0;
 #pragma unroll 1
   for (int request = uniform(part_of(p).first_request);
        request <= uniform(part_of(p).last_request); ++request) {
@@ -180,6 +181,8 @@ DEVICE void matrix_role(const Params& p, int half, const TensorMap& q_map, const
       if (i == tiles) break;
       place.advance();
     }
+    mbarrier_wait(results_ready(), results_phase);
+    results_phase ^= 1;
     float inverse0 = ld_shared_f32(row_floats(INVERSE_L));
     float inverse1 = ld_shared_f32(row_floats(INVERSE_L) + 32);
     uint32_t result = uniform(ld_shared_u32(shared_base() + RESULT));

@@ -22,8 +22,8 @@ constexpr int PART_ROW = RESCALE + STAGES * 16;        // int32 [8]
 constexpr int ROW_BLOCK = PART_ROW + 32;               // int32 [3]
 constexpr int RESULT = ROW_BLOCK + 12;                 // int32: where the piece's results go
 constexpr int BARRIERS = RESULT + 4;
-constexpr int SHARED_BYTES = BARRIERS + 5 * STAGES * 8 + 16;
-static_assert(BARRIERS % 8 == 0 && SHARED_BYTES == 232296, "of 232448; prepared.py has it too");
+constexpr int SHARED_BYTES = BARRIERS + 5 * STAGES * 8 + 24;
+static_assert(BARRIERS % 8 == 0 && SHARED_BYTES == 232304, "of 232448; prepared.py has it too");
 
 extern __shared__ __align__(1024) uint8_t shared[];
 
@@ -43,6 +43,8 @@ DEVICE uint32_t p_ready(uint32_t stage) {
 DEVICE uint32_t results_free() { return shared_base() + BARRIERS + 5 * STAGES * 8; }
 // The other piece of a pair has arrived (pair.cuh).
 DEVICE uint32_t other_full() { return shared_base() + BARRIERS + 5 * STAGES * 8 + 8; }
+// INVERSE_L and RESULT are written (4 warps).
+DEVICE uint32_t results_ready() { return shared_base() + BARRIERS + 5 * STAGES * 8 + 16; }
 DEVICE uint32_t part_row() { return shared_base() + PART_ROW; }
 DEVICE uint32_t row_block_address() { return shared_base() + ROW_BLOCK; }
 
@@ -66,6 +68,7 @@ DEVICE void init_barriers() {
   }
   mbarrier_init(results_free(), 8 * ARRIVALS);
   mbarrier_init(other_full(), 1);
+  mbarrier_init(results_ready(), 4 * ARRIVALS);
   fence_mbarrier_init();
 }
 

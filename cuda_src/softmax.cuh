@@ -262,6 +262,7 @@ DEVICE void softmax_role(const Params& p) {
       to_release = arrived ? p_written : 0;
     }
 
+    release(p_ready(place.stage));  // ahead of all else: P V must not wait
     mbarrier_wait(results_free(), results_phase);
     results_phase ^= 1;
     l[0] = quad_sum(l[0]), l[1] = quad_sum(l[1]);
@@ -272,7 +273,8 @@ DEVICE void softmax_role(const Params& p) {
       }
     }
     if (thread_index() == 0) st_shared_u32(shared_base() + RESULT, result);
-    release(p_ready(place.stage));  // ahead of the stores: their latency must not delay P V
+    __syncwarp();
+    if (arrives()) mbarrier_arrive(results_ready());
     const uint32_t kind = result >> 16, slot = result & 0xffff;
     if (kind == HEAD) {
       finish_head(p, request, slot, m, l, place);

@@ -16,7 +16,7 @@ from .geometry import HEAD_DIM, ROWS_PER_BLOCK, TOKENS_PER_TILE, Geometry, ceil_
 
 # dense_decode.cu
 DECODE_THREADS = 384
-DECODE_SHARED_BYTES = 232296  # SHARED_BYTES in ring.cuh
+DECODE_SHARED_BYTES = 232304  # SHARED_BYTES in ring.cuh
 PARAMS = struct.Struct("11Qq12if4x")  # Params in work.cuh
 CALL_PARAMS = struct.Struct("9Q")  # those of them that differ from call to call, the first ones
 HALVES = (4, 5)  # column blocks in each half of a ring slot
