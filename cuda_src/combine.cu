@@ -43,6 +43,36 @@ struct Arrays {
 struct Request {
   int index, first_slot, splits;
 };
+// Column 7 of the metadata: entries lane, lane + 32, ..., by one load each.
+struct List {
+  uint32_t entries[MAX_SPLITS / 32];
+  DEVICE void load(const int* tile_scheduler_metadata, int parts) {
+#pragma unroll
+    for (int k = 0; k < MAX_SPLITS / 32; ++k) {
+      const int i = k * 32 + lane_index();
+      entries[k] = NO_REQUEST;
+      if (i < parts) entries[k] = __ldg(tile_scheduler_metadata + i * 8 + 7);
+    }
+  }
+  DEVICE uint32_t operator[](int i) const {
+    uint32_t entry = entries[0];
+#pragma unroll
+    for (int k = 1; k < MAX_SPLITS / 32; ++k) {
+      if (i >> 5 == k) entry = entries[k];
+    }
+    return __shfl_sync(~0u, entry, i & 31);
+  }
+  // Entries of which something is true.
+  template <class Condition>
+  DEVICE int count(Condition condition) const {
+    int sum = 0;
+#pragma unroll
+    for (int k = 0; k < MAX_SPLITS / 32; ++k) {
+      sum += __popc(__ballot_sync(~0u, condition(entries[k])));
+    }
+    return sum;
+  }
+};
 // Of each warp: what the splits of its unit weigh, then the sums of its teams.
 union Shared {
   float weights[MAX_SPLITS];
@@ -241,21 +271,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             int words, int batch, int s_q, int h_q, int group, int slots, int parts, int slab_rows) {
   __shared__ Shared shared[WARPS];
   const Arrays a = {out_partial, row_partial, out, lse, s_q, h_q, group};
-  auto listed = [&](int i) { return (uint32_t)__ldg(tile_scheduler_metadata + i * 8 + 7); };
   // Metadata that does not fit is refused by dense_decode; here it must only do no harm.
-  const int blocks = gridDim.x, block = blockIdx.x, used = listed(parts - 1) >> REQUEST_BITS;
+  List list;
+  list.load(tile_scheduler_metadata, parts);
+  const int blocks = gridDim.x, block = blockIdx.x, used = list[parts - 1] >> REQUEST_BITS;
   if (used >= 2 && used <= slots) {
     // The last request whose slots begin, in proportion, at this block or before.
-    int i = -1;
-#pragma unroll 5
-    for (int begin = 0; begin < parts; begin += 32) {
-      const int at = begin + lane_index();
-      const uint32_t entry = at < parts ? listed(at) : NO_REQUEST;
-      const bool before = (int)(entry >> REQUEST_BITS) * blocks <= block * used;
-      i += __popc(__ballot_sync(~0u, (entry & NO_REQUEST) < batch && before));
-    }
-    i = max(i, 0);
-    const uint32_t this_one = uniform(listed(i)), next_one = uniform(listed(i + 1));
+    const int i = list.count([&](uint32_t entry) {
+      return (entry & NO_REQUEST) < batch && (int)(entry >> REQUEST_BITS) * blocks <= block * used;
+    });
+    const uint32_t this_one = list[max(i - 1, 0)], next_one = list[max(i, 1)];
     Request request = {(int)(this_one & NO_REQUEST), (int)(this_one >> REQUEST_BITS), 0};
     const int end_slot = next_one >> REQUEST_BITS;
     request.splits = end_slot - request.first_slot;
