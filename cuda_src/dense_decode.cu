@@ -47,6 +47,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   }
   const bool begins = thread_index() >> 5 == 1;  // a warp that waits for Q afterwards
   if (begins) init_row_block(p);
+  if (thread_index() >> 5 == 2) prefetch_tables(p);
   griddepcontrol_wait();
   uint32_t column = 0;
   if (begins) column = init_part_row(p);

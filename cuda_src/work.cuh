@@ -139,7 +139,6 @@ DEVICE void init_row_block(const Params& p) {
   }
   // Whatever they hold: it is the way to them that takes long.
   if (lane == 1) prefetch_l2(p.tile_scheduler_metadata + blockIdx.z * 8);
-  if (lane == 2) prefetch_l2(p.cache_seqlens);
 }
 // Fills what part_of() reads; returns the lane's column for check_part_row().
 DEVICE uint32_t init_part_row(const Params& p) {
