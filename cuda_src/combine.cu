@@ -28,10 +28,16 @@
 #include "metadata.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
-constexpr int MAX_SPLITS = 160;                  // parts at most (geometry.py)
-constexpr int UNITS = 4, COLUMNS = 512 / UNITS;  // of a row, of a unit
-constexpr int LANES = COLUMNS / 8;               // a team: eight columns a lane
-constexpr int IN_FLIGHT = 5;                     // splits that a team has loaded
+constexpr int MAX_SPLITS = 160;  // parts at most (geometry.py)
+
+// A unit of work: some columns of a row, of which a lane of a team has eight. Halves: 256 columns, one
+// scale. Floats, which few rows have: 128, so that there are enough units; half of a warp is a team.
+template <bool HALVES>
+struct Unit {
+  static constexpr int COLUMNS = HALVES ? 256 : 128, IN_ROW = 512 / COLUMNS;
+  static constexpr int LANES = COLUMNS / 8, TEAMS = 32 / LANES;  // of a team, of a warp
+  static constexpr int IN_FLIGHT = HALVES ? 10 : 5;              // splits that a team has loaded
+};
 
 struct Arrays {
   const float* out_partial;  // [slots, s_q * h_q, 512], or halves: merge.cuh
@@ -76,7 +82,7 @@ struct List {
 // Of each warp: what the splits of its unit weigh, then the sums of its teams.
 union Shared {
   float weights[MAX_SPLITS];
-  float sums[COLUMNS];
+  float sums[256];
 };
 
 DEVICE float warp_max(float x) {
@@ -101,22 +107,45 @@ struct Row {
   }
 };
 
-// A unit of a pair (pair.cuh) that dense_decode has not merged, by a warp.
-DEVICE void merge_pair(const Arrays& a, const Request& request, int unit) {
-  const int rows = a.s_q * a.h_q, row = unit / UNITS, at = unit % UNITS * COLUMNS + lane_index() * 4;
-  const int64_t first_row = (int64_t)request.first_slot * rows + row;
-  const float* from = a.row_partial + first_row * 4;
-  const float head_lse = ld_global_f32(from);
-  if (__float_as_uint(head_lse) == MERGED_LSE) return;
-  const Merged both = merge_rows(head_lse, ld_global_f32(from + (int64_t)rows * 4));
-  const float4 head = ld_global_v4_f32(a.out_partial + first_row * 512 + at);
-  const float4 tail = ld_global_v4_f32(a.out_partial + (first_row + rows) * 512 + at);
+// A row of a pair (pair.cuh), by a warp.
+DEVICE void merge_pair(const Arrays& a, const Request& request, int row) {
+  const int64_t rows = a.s_q * a.h_q, first_row = request.first_slot * rows + row;
+  const float* lse = a.row_partial + first_row * 4;
+  const float* from = a.out_partial + first_row * 512 + lane_index() * 4;
+  const float head_lse = ld_global_f32(lse), tail_lse = ld_global_f32(lse + rows * 4);
+  float4 head[4], tail[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    head[i] = ld_global_v4_f32(from + i * 128);
+    tail[i] = ld_global_v4_f32(from + rows * 512 + i * 128);
+  }
   const Row to(a, request, row);
-  uint16_t* out = a.out + to.out * 512;
+  const Merged both = merge_rows(head_lse, tail_lse);
   auto merge = [&](float x, float y) { return merge_two(both.head, x, both.tail, y); };
-  *(uint32_t*)(out + column_of_float(at)) = cvt_x2(merge(head.x, tail.x), merge(head.y, tail.y));
-  *(uint32_t*)(out + column_of_float(at + 2)) = cvt_x2(merge(head.z, tail.z), merge(head.w, tail.w));
-  if (unit % UNITS == 0 && lane_index() == 0) a.lse[to.lse] = both.lse;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint16_t* out = a.out + to.out * 512 + column_of_float(i * 128 + lane_index() * 4);
+    const float4 x = head[i], y = tail[i];
+    *(uint32_t*)out = cvt_x2(merge(x.x, y.x), merge(x.y, y.y));
+    *(uint32_t*)(out + 8) = cvt_x2(merge(x.z, y.z), merge(x.w, y.w));
+  }
+  if (lane_index() == 0) a.lse[to.lse] = both.lse;
+}
+// Rows first, first + step, ... of a pair, but those that dense_decode has merged: all, most often, so a
+// warp looks at 32 at once.
+DEVICE void merge_pairs(const Arrays& a, const Request& request, int first, int step) {
+  const int rows = a.s_q * a.h_q;
+  const float* lse = a.row_partial + (int64_t)request.first_slot * rows * 4;
+  griddepcontrol_wait();
+#pragma unroll 1
+  for (int begin = first; begin < rows; begin += 32 * step) {
+    const int row = begin + lane_index() * step;
+    bool is_left = row < rows;
+    if (is_left) is_left = __float_as_uint(ld_global_f32(lse + row * 4)) != MERGED_LSE;
+    uint32_t left = __ballot_sync(~0u, is_left);
+#pragma unroll 1
+    for (; left; left &= left - 1) merge_pair(a, request, begin + (__ffs(left) - 1) * step);
+  }
 }
 
 // lse and, of halves, the scale of splits lane, lane + 32, ... of a row.
@@ -167,6 +196,7 @@ struct Splits {
 // the same eight as of halves.
 template <bool HALVES>
 struct Columns {
+  static constexpr int IN_FLIGHT = Unit<HALVES>::IN_FLIGHT;
   Vector4 loaded[IN_FLIGHT][HALVES ? 1 : 2];
   // Where those of a lane are in a row.
   DEVICE static int offset(int lane) {
@@ -206,16 +236,17 @@ struct Columns {
 
 // A unit of a request in more pieces, by 2^warps_log2 warps.
 template <bool HALVES>
-DEVICE void merge_many(const Arrays& a, const Request& request, int unit, int warps_log2,
+DEVICE void merge_unit(const Arrays& a, const Request& request, int unit, int warps_log2,
                        Shared* shared) {
+  using U = Unit<HALVES>;
   const int warp = uniform(threadIdx.x >> 5), lane = lane_index(), warps = 1 << warps_log2;
-  const int rows = a.s_q * a.h_q, row = unit / UNITS, at = unit % UNITS * COLUMNS;
-  const int teams = warps * (32 / LANES), splits = request.splits;
-  int first_of_warp = (warp & (warps - 1)) * (32 / LANES), first = first_of_warp + lane / LANES;
+  const int rows = a.s_q * a.h_q, row = unit / U::IN_ROW, at = unit % U::IN_ROW * U::COLUMNS;
+  const int teams = warps * U::TEAMS, splits = request.splits;
+  int first_of_warp = (warp & (warps - 1)) * U::TEAMS, first = first_of_warp + lane / U::LANES;
   const int64_t first_row = (int64_t)request.first_slot * rows + row, pitch = (int64_t)rows * 512;
   const float* rows_from = a.row_partial + first_row * 4;
   const float* from = a.out_partial + first_row * 512 + first * pitch + (HALVES ? at / 2 : at) +
-                      Columns<HALVES>::offset(lane % LANES);
+                      Columns<HALVES>::offset(lane % U::LANES);
   pin(rows_from), pin(from);
   griddepcontrol_wait();
 
@@ -226,42 +257,63 @@ DEVICE void merge_many(const Arrays& a, const Request& request, int unit, int wa
   const Row to(a, request, row);
   __syncwarp();  // all have read the weights of the unit before
   float* weights = shared[warp].weights;
-  const float row_lse = all.weigh(weights, splits, unit % UNITS >= UNITS / 2);
+  const float row_lse = all.weigh(weights, splits, at >= 256);
   float o[8] = {};
   for (;;) {
     columns.add(o, weights, first, teams, splits);
-    first_of_warp += IN_FLIGHT * teams, first += IN_FLIGHT * teams;
+    first_of_warp += U::IN_FLIGHT * teams, first += U::IN_FLIGHT * teams;
     if (first_of_warp >= splits) break;
-    from += IN_FLIGHT * teams * pitch;
+    from += U::IN_FLIGHT * teams * pitch;
     columns.load(from, pitch, first, teams, splits);
   }
+  if (U::TEAMS == 2) {
 #pragma unroll
-  for (int i = 0; i < 8; ++i) o[i] += __shfl_xor_sync(~0u, o[i], LANES);
+    for (int i = 0; i < 8; ++i) o[i] += __shfl_xor_sync(~0u, o[i], U::LANES);
+  }
   uint16_t* out = a.out + to.out * 512 + at;
   if (warps == 1) {
     const Vector4 packed = transpose_quads(
         {cvt_x2(o[0], o[1]), cvt_x2(o[2], o[3]), cvt_x2(o[4], o[5]), cvt_x2(o[6], o[7])});
-    if (lane < LANES) st_global_v4(out + lane * 8, packed);
+    if (lane < U::LANES) st_global_v4(out + lane * 8, packed);
   } else {
     const int first_warp = warp & -warps, thread = (warp - first_warp) * 32 + lane;
     __syncwarp();  // all have read the weights
-    if (lane < LANES) {
+    if (lane < U::LANES) {
       float4* to_sums = (float4*)(shared[warp].sums + lane * 8);
       to_sums[0] = make_float4(o[0], o[1], o[2], o[3]);
       to_sums[1] = make_float4(o[4], o[5], o[6], o[7]);
     }
     bar_sync(1 + (warp >> warps_log2), 32 * warps);
-    if (thread * 2 < COLUMNS) {
+#pragma unroll 1
+    for (int column = thread * 2; column < U::COLUMNS; column += 64 * warps) {
       float x = 0.f, y = 0.f;
 #pragma unroll 2
       for (int w = 0; w < warps; ++w) {
-        const float2 v = *(const float2*)(shared[first_warp + w].sums + thread * 2);
+        const float2 v = *(const float2*)(shared[first_warp + w].sums + column);
         x += v.x, y += v.y;
       }
-      *(uint32_t*)(out + column_of_half(thread * 2)) = cvt_x2(x, y);
+      *(uint32_t*)(out + column_of_half(column)) = cvt_x2(x, y);
     }
   }
-  if (unit % UNITS == 0 && (warp & (warps - 1)) == 0 && lane == 0) a.lse[to.lse] = row_lse;
+  if (at == 0 && (warp & (warps - 1)) == 0 && lane == 0) a.lse[to.lse] = row_lse;
+}
+
+// The units of a request in more than two pieces, by `mine` blocks, of which this is number `block`.
+template <bool HALVES>
+DEVICE void merge_units(const Arrays& a, const Request& request, int block, int mine,
+                        Shared* shared) {
+  using U = Unit<HALVES>;
+  const int units = a.s_q * a.h_q * U::IN_ROW, warp = uniform(threadIdx.x >> 5);
+  int warps_log2 = 0;  // so that all loads are in flight at once, if there are so many
+  while (WARPS >> warps_log2 > 1 && request.splits > U::IN_FLIGHT * U::TEAMS << warps_log2 &&
+         units << (warps_log2 + 1) <= mine * WARPS) {
+    ++warps_log2;
+  }
+  const int step = mine * (WARPS >> warps_log2);
+#pragma unroll 1
+  for (int unit = block + mine * (warp >> warps_log2); unit < units; unit += step) {
+    merge_unit<HALVES>(a, request, unit, warps_log2, shared);
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
@@ -288,21 +340,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     const int mine = (end_slot * blocks + used - 1) / used - first_block;
     if (request.index < batch && request.splits >= 2 && request.splits <= MAX_SPLITS &&
         end_slot <= slots && block >= first_block && block < first_block + mine) {
-      const int units = s_q * h_q * UNITS, warp = uniform(threadIdx.x >> 5);
-      int warps_log2 = request.splits == 2 ? 0 : 3;
-      while (warps_log2 > 0 && units << warps_log2 > mine * WARPS) --warps_log2;
-      const int in_block = WARPS >> warps_log2;
-      int unit = (block - first_block) * in_block + (warp >> warps_log2);
-      if (request.splits == 2) griddepcontrol_wait();
-#pragma unroll 1
-      for (; unit < units; unit += mine * in_block) {
-        if (request.splits == 2) {
-          merge_pair(a, request, unit);
-        } else if (slab_rows > FEW_ROWS) {
-          merge_many<true>(a, request, unit, warps_log2, shared);
-        } else {
-          merge_many<false>(a, request, unit, warps_log2, shared);
-        }
+      const int number = block - first_block;
+      if (request.splits == 2) {
+        merge_pairs(a, request, number + mine * uniform(threadIdx.x >> 5), mine * WARPS);
+      } else if (slab_rows > FEW_ROWS) {
+        merge_units<true>(a, request, number, mine, shared);
+      } else {
+        merge_units<false>(a, request, number, mine, shared);
       }
     }
   }

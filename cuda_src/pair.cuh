@@ -6,17 +6,16 @@
 // schedule.py cuts in two is a pair, and `combine` takes two pieces for one: their partial results are
 // floats, those of more pieces are halves (merge.cuh).
 //
-// They meet in a word of `pairs`: epoch * 4 + state. A word of another epoch means that the tail has
-// not started: scratch memory comes as it is. The head waits for a tail only if that has started,
-// and so is resident and will end; there is no deadlock, however few multiprocessors there are. In
-// a graph every replay has the same epoch: `combine` clears the words.
+// They meet in a word of `pairs`, which holds the number of this launch once the tail is written. Any
+// other number, since scratch memory comes as it is, means that it is not: the head does not wait, as
+// `combine` then takes less time than a wait and the rest of the way through memory. In a graph every
+// replay has the same number: `combine` clears the words.
 //
 // The arithmetic is the same (merge.cuh): who merges changes no bit.
 #pragma once
 #include "merge.cuh"
 #include "ring.cuh"
 
-constexpr uint64_t STARTED = 1, WRITTEN = 2;
 // In the ring, rows are padded so that a quad of lanes each from 2 rows reads 32 different banks.
 constexpr int OTHER_PITCH = 2048 + 64, OTHER_ROWS = 32;  // of each of two stages
 static_assert(OTHER_PITCH * OTHER_ROWS <= STAGE_BYTES, "half of the rows fit a stage");
@@ -27,21 +26,14 @@ DEVICE uint64_t* pair_word(const Params& p, int tail_part) {
   const int row_blocks = gridDim.x * gridDim.y;
   return p.pairs + (int64_t)tail_part * row_blocks + blockIdx.y * gridDim.x + blockIdx.x;
 }
-DEVICE void tail_started(const Params& p) {
-  st_relaxed(pair_word(p, blockIdx.z), p.epoch * 4 + STARTED);
-}
 // By one thread, after a barrier behind all stores of the block.
 DEVICE void tail_written(const Params& p) {
   fence_proxy_async_all();  // the head reads by TMA
   fence_acq_rel_gpu();
-  st_relaxed(pair_word(p, blockIdx.z), p.epoch * 4 + WRITTEN);
+  st_relaxed(pair_word(p, blockIdx.z), p.epoch);
 }
-// Whether the tail's result is there, or will be: then waits for it.
-DEVICE bool await_tail(const Params& p) {
-  const uint64_t* word = pair_word(p, blockIdx.z + 1);
-  uint64_t state = ld_acquire(word);
-  while (state == p.epoch * 4 + STARTED) state = ld_acquire(word);
-  return state == p.epoch * 4 + WRITTEN;
+DEVICE bool is_tail_written(const Params& p) {
+  return ld_acquire(pair_word(p, blockIdx.z + 1)) == p.epoch;
 }
 
 // Brings the tail's rows into the two stages after the last one of the head, by one warp. `last` is

@@ -194,7 +194,7 @@ DEVICE uint32_t result_word(const Piece& piece) {
 DEVICE void finish_head(const Params& p, int request, int slot, const float (&m)[2],
                         const float (&l)[2], Place last) {
   const RowBlock block = row_block();
-  if (thread_index() == 0 && await_tail(p)) {
+  if (thread_index() == 0 && is_tail_written(p)) {
     st_shared_u32(shared_base() + RESULT, MERGED << 16 | slot);
   }
   __syncwarp();
@@ -233,7 +233,6 @@ DEVICE void softmax_role(const Params& p) {
     uint32_t result;
     {
       const Piece piece = piece_of(p, request);
-      if (piece.kind == TAIL && !piece.refused && thread_index() == 0) tail_started(p);
       tiles_left = uniform(piece.end - piece.begin), first_token = piece.begin * TOKENS;
       tiles_to_mask = uniform(masked_tiles(p, piece)), result = uniform(result_word(piece));
       if (tiles_left == 0) {

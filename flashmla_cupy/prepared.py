@@ -24,8 +24,9 @@ COLUMN_BLOCK = 64  # elements: 128 bytes
 COLUMN_BLOCKS = HEAD_DIM // COLUMN_BLOCK
 # combine.cu
 COMBINE_THREADS = 256
-COMBINE_UNITS = 4  # of a row
-SMALL_COMBINE = 512  # units
+FEW_ROWS = 32  # of a slab: partial results are floats
+COMBINE_UNITS = 4, 2  # of a row: floats, halves
+COMBINE_AT_ONCE = 10 * COMBINE_THREADS // 32  # pieces of a unit that a block loads at once
 COMBINE_ARRAYS = (0, 5, 6, 3, 4, 7)  # its first six parameters: places in CALL_PARAMS
 COMBINE_SIZES = struct.Struct("8i")  # the others
 LOG2_E = 1.4426950408889634
@@ -150,14 +151,19 @@ class Launches:
             )
 
 
-def combine_blocks(rows: int, requests: int, parts: int, num_sms: int) -> int:
-    """Blocks of combine.cu, for at most so many split requests of `rows` rows each.
+def combine_blocks(geometry: Geometry, num_sms: int) -> int:
+    """Blocks of combine.cu, for as many split requests and pieces as there may be.
 
-    As many as run at a time, but that launching 132 takes a microsecond: of little work, fewer. A
-    request has half a block for each of its slots at least, so every one has a block."""
-    units = COMBINE_UNITS * rows * requests
-    blocks = min(units, num_sms) if units <= SMALL_COMBINE else 2 * num_sms
-    return blocks if requests == 1 else max(blocks, parts - 1)
+    As many as load everything at once, but two a multiprocessor at most, and no more of little work,
+    since launching 132 takes a microsecond. A request has two pieces at least, and so has a block."""
+    g = geometry
+    requests = min(g.batch, g.parts - 1)
+    tiles = ceil_div(g.max_pages * g.page_size, TOKENS_PER_TILE)
+    pieces = min(g.parts - 1 + requests, requests * tiles)
+    units = COMBINE_UNITS[g.slab_rows > FEW_ROWS] * g.s_q * g.h_q
+    blocks = max(ceil_div(units * pieces, COMBINE_AT_ONCE), num_sms)
+    blocks = min(blocks, units * requests, 2 * num_sms)
+    return blocks if requests == 1 else max(blocks, g.parts - 1)
 
 
 class Prepared:
@@ -184,9 +190,7 @@ class Prepared:
         )
         self.causal_tiles = 1 + ceil_div(g.s_q - 1, TOKENS_PER_TILE)
         self.out_partial_bytes, self.partial_bytes = g.out_partial_bytes, g.partial_bytes
-        requests = min(g.batch, g.parts - 1)
-        blocks = combine_blocks(g.s_q * g.h_q, requests, g.parts, num_sms)
-        self.combine_grid = (blocks, 1, 1)
+        self.combine_grid = (combine_blocks(g, num_sms), 1, 1)
         self.combine_sizes = (
             g.pair_words,
             g.batch,

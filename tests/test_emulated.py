@@ -82,13 +82,13 @@ def test_schedules_are_those_of_the_host(gpu, batch):
         np.testing.assert_array_equal(num_splits, expected_splits)
 
 
-@pytest.mark.parametrize("h_q", [2, 16, 40, 170])
-def test_one_request_in_many_parts(gpu, h_q):
-    """Each way in which `combine` shares out work: 8, 4, 2 warps or 1 for a unit."""
-    gpu(num_sms=20 * -(-h_q // 64))
-    problem = make_problem([1400], h_q=h_q, page_size=64)
+@pytest.mark.parametrize(("h_q", "parts"), [(2, 90), (16, 45), (40, 20), (170, 20)])
+def test_one_request_in_many_parts(gpu, h_q, parts):
+    """`combine` takes 8, 4 or 2 warps for a unit, of floats, then of halves."""
+    gpu(num_sms=parts * -(-h_q // 64))
+    problem = make_problem([64 * parts - 5], h_q=h_q, page_size=64)
     metadata = metadata_of(problem)
-    assert metadata[1][-1] >= 10, "few splits"
+    assert metadata[1][-1] == parts, "few splits"
     out, lse = decode(problem, metadata)
     assert_within_bound(out, lse, oracle(*problem.arrays()))
 
@@ -319,7 +319,7 @@ def test_a_broken_kernel_is_noticed(monkeypatch, tmp_path, what):
     with pytest.raises(AssertionError, match=reported):
         for seed in range(20):
             with monkeypatch.context() as patch:
-                lengths, num_sms = ([900, 330, 450], 5) if seed % 2 else ([700], 9)
+                lengths, num_sms = ([900, 330, 450], 5) if seed % 2 else ([1100], 16)
                 emulator = device.install(patch, kernels, num_sms)
                 emulator.seed = seed
                 problem = make_problem(lengths, h_q=8 if seed % 2 else 3, seed=seed)

@@ -83,7 +83,11 @@ def test_constants_are_those_of_the_kernels():
     combine = source("combine.cu")
     assert f"constexpr int THREADS = {prepared.COMBINE_THREADS}," in combine
     assert f"constexpr int MAX_SPLITS = {geometry.MAX_SPLITS};" in combine
-    assert f"constexpr int UNITS = {prepared.COMBINE_UNITS}," in combine
+    floats, halves = (512 // units for units in prepared.COMBINE_UNITS)
+    assert f"COLUMNS = HALVES ? {halves} : {floats}, IN_ROW = 512 / COLUMNS;" in combine
+    assert "IN_FLIGHT = HALVES ? 10 : 5;" in combine  # COMBINE_AT_ONCE, a team or two a warp
+    assert prepared.COMBINE_AT_ONCE == 10 * prepared.COMBINE_THREADS // 32
+    assert f"constexpr int FEW_ROWS = {prepared.FEW_ROWS};" in source("merge.cuh")
     reasons = re.search(r"enum Reason {(.*?)}", source("work.cuh"))[1].split(",")
     assert [name.strip().lower().replace("_", " ") for name in reasons] == list(launch.REASONS)
 
@@ -202,7 +206,7 @@ def test_decode_launches_both_kernels(fake):
     )
     decode, combine = fake.launches
     assert decode[:4] == ((2, 1, 66), (384, 1, 1), prepared.DECODE_SHARED_BYTES, 9)
-    assert combine[:4] == ((264, 1, 1), (256, 1, 1), 0, 9)
+    assert combine[:4] == ((132, 1, 1), (256, 1, 1), 0, 9)
     slots = 2 * 65
     letters = letters_of(COMBINE_PARAMS)
     read = [
@@ -303,18 +307,20 @@ def test_kernels_are_loaded_on_the_device_of_their_arrays(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("rows", "requests", "parts", "expected"),
+    ("h_q", "batch", "parts", "tokens", "expected"),
     [
-        (16, 1, 132, 64),  # a block a unit, shared by its warps
-        (128, 1, 66, 132),
-        (16, 8, 132, 132),
-        (1, 2, 132, 131),  # each request has one
-        (16, 66, 132, 264),
-        (128, 65, 66, 264),
+        (16, 1, 132, 1 << 20, 64),  # a block a unit, shared by its warps
+        (1, 2, 132, 1 << 20, 131),  # each request has one
+        (128, 1, 66, 512, 132),
+        (128, 1, 66, 1 << 20, 212),  # all of 66 pieces at once
+        (128, 65, 66, 1 << 20, 264),
     ],
 )
-def test_blocks_of_combine(rows, requests, parts, expected):
-    assert prepared.combine_blocks(rows, requests, parts, 132) == expected
+def test_blocks_of_combine(h_q, batch, parts, tokens, expected):
+    q_strides, k_strides = (h_q * 576, h_q * 576, 576, 1), (64 * 576, 576, 576, 1)
+    cache = (64, 64, k_strides, tokens // 64, tokens // 64)
+    geometry = Geometry("bfloat16", batch, 1, h_q, 1, q_strides, *cache, parts)
+    assert prepared.combine_blocks(geometry, 132) == expected
 
 
 def test_a_forked_engine_refuses():
