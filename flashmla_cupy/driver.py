@@ -44,7 +44,8 @@ class _Config(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The driver. Raises NoDeviceError."""
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
         return ctypes.CDLL(name)
@@ -55,15 +56,16 @@ def _library() -> ctypes.CDLL:
         ) from error
 
 
-def _message(code: int) -> str:
+def message(code: int) -> str:
+    """What an error code of the driver means."""
     text = ctypes.c_char_p()
-    _library().cuGetErrorString(code, ctypes.byref(text))
+    library().cuGetErrorString(code, ctypes.byref(text))
     return f"CUDA error {code}, {(text.value or b'unknown').decode()}"
 
 
 def _must(code: int, what: str) -> None:
     if code:
-        raise KernelLoadError(f"{what} failed: {_message(code)}.")
+        raise KernelLoadError(f"{what} failed: {message(code)}.")
 
 
 class Function:
@@ -71,16 +73,16 @@ class Function:
 
     def __init__(self, cubin: bytes, entry: str, *, block: int, max_shared: int = 0) -> None:
         """Needs a current context. Raises KernelLoadError."""
-        library, module, function = _library(), ctypes.c_void_p(), ctypes.c_void_p()
-        _must(library.cuModuleLoadData(ctypes.byref(module), cubin), f"Loading {entry}")
+        cuda, module, function = library(), ctypes.c_void_p(), ctypes.c_void_p()
+        _must(cuda.cuModuleLoadData(ctypes.byref(module), cubin), f"Loading {entry}")
         name = entry.encode()
-        _must(library.cuModuleGetFunction(ctypes.byref(function), module, name), f"Finding {entry}")
+        _must(cuda.cuModuleGetFunction(ctypes.byref(function), module, name), f"Finding {entry}")
         # Also makes the driver load the code now: a graph capture would forbid it later.
         _must(
-            library.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, max_shared),
+            cuda.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, max_shared),
             f"Setting the shared memory of {entry}",
         )
-        self.handle = function.value
+        self.handle = function.value or 0
         self.entry = entry
         self.block = block
 
@@ -91,7 +93,7 @@ class Launch:
     def __init__(self, function: Function, grid: Sequence[int], shared_bytes: int = 0) -> None:
         self._attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION)
         self._attribute.value[0] = 1
-        self._config = _Config(
+        self.config = _Config(
             _Three(*grid),
             _Three(function.block, 1, 1),
             shared_bytes,
@@ -100,24 +102,24 @@ class Launch:
             1,
         )
         self._stream: int | None = None
-        self._address = ctypes.addressof(self._config)
-        self._function = function.handle
+        self._address = ctypes.addressof(self.config)
+        self.function = function.handle
         self._entry = function.entry
-        self._start = _library().cuLaunchKernelEx
+        self._start = library().cuLaunchKernelEx
         self._start.argtypes = (ctypes.c_void_p,) * 4
 
     def set_size(self, threads: int, shared_bytes: int) -> None:
-        self._config.block[0] = threads
-        self._config.shared_bytes = shared_bytes
+        self.config.block[0] = threads
+        self.config.shared_bytes = shared_bytes
 
     def __call__(self, stream: int, arguments: int) -> None:
         """Launches with the array at address `arguments`, of addresses of the parameters. (Numbers
         all of them: ctypes takes those fastest.)"""
         if stream != self._stream:
-            self._config.stream = self._stream = stream
-        code = self._start(self._address, self._function, arguments, None)
+            self.config.stream = self._stream = stream
+        code = self._start(self._address, self.function, arguments, None)
         if code:
-            raise RuntimeError(f"Launching {self._entry} failed: {_message(code)}.")
+            raise RuntimeError(f"Launching {self._entry} failed: {message(code)}.")
 
 
 def tensor_map(
@@ -137,7 +139,7 @@ def tensor_map(
     rank = len(dims)
     room = ctypes.create_string_buffer(2 * TENSOR_MAP_BYTES)
     aligned = -(-ctypes.addressof(room) // TENSOR_MAP_BYTES) * TENSOR_MAP_BYTES
-    code = _library().cuTensorMapEncodeTiled(
+    code = library().cuTensorMapEncodeTiled(
         ctypes.c_void_p(aligned),
         TENSOR_MAP_DTYPES[dtype],
         rank,
@@ -154,7 +156,7 @@ def tensor_map(
     if code:
         raise RuntimeError(
             f"A tensor map of {tuple(dims)} elements, strides {tuple(strides)}, at {address:#x}"
-            f" cannot be made: {_message(code)}."
+            f" cannot be made: {message(code)}."
         )
     return (ctypes.c_char * TENSOR_MAP_BYTES).from_buffer(room, aligned - ctypes.addressof(room))
 
@@ -162,7 +164,7 @@ def tensor_map(
 def capture_id(stream: int) -> int:
     """The number of the graph capture that a capturing stream takes part in."""
     status, number = ctypes.c_int(), ctypes.c_uint64()
-    _library().cuStreamGetCaptureInfo_v2(
+    library().cuStreamGetCaptureInfo_v2(
         ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None
     )
     return number.value
@@ -173,7 +175,7 @@ class RelaxedCapture:
 
     def __enter__(self) -> None:
         self._mode = ctypes.c_int(_CAPTURE_MODE_RELAXED)
-        _library().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
+        library().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
 
     def __exit__(self, *_: object) -> None:
-        _library().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
+        library().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))

@@ -9,6 +9,7 @@ tile_scheduler_metadata), which cut the tokens of the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .frameworks import ArrayInfo
 
@@ -135,3 +136,17 @@ class Geometry:
     @property
     def scratch_floats(self) -> int:
         return self.partial_bytes // 4 + 2 * self.pair_words
+
+
+class Addresses(NamedTuple):
+    """Where the arrays of one decode launch are; those after the first two are parameters of
+    dense_decode.cu, in its order."""
+
+    q: int
+    k_cache: int
+    tile_scheduler_metadata: int
+    cache_seqlens: int
+    block_table: int
+    out: int
+    lse: int
+    scratch: int

@@ -11,10 +11,10 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, cast
 
-from . import checks, plans, reference, routes, scalars, schedule
+from . import checks, metadata_plans, plans, reference, routes, scalars
 from .errors import ArgTypeError, DeviceCheckError
-from .frameworks import HERE, HOST, Framework, is_foreign
-from .geometry import NUM_SMS_CPU, Geometry, num_sm_parts
+from .frameworks import HERE, is_foreign
+from .geometry import Addresses, Geometry
 from .layouts import DECODE
 from .metadata import SchedMeta, stale_requests
 
@@ -50,7 +50,8 @@ def get_mla_metadata(
     num_heads_q is accepted for FlashMLA's sake and not needed. Raises an ArgumentError.
     """
     function = METADATA
-    scalars.dense_only(function, is_fp8_kvcache, topk=topk)
+    if is_fp8_kvcache is not False or topk is not None:
+        scalars.dense_only(function, is_fp8_kvcache, topk=topk)
     if cache_seqlens is None and num_q_tokens_per_head_k is None:
         return SchedMeta(), None
     if cache_seqlens is None or num_q_tokens_per_head_k is None:
@@ -69,8 +70,13 @@ def get_mla_metadata(
         return torch_op.traced_metadata(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
     if is_foreign(cache_seqlens):
         cache_seqlens = routes.imported("cache_seqlens", cache_seqlens, function)
+    arguments = num_q_tokens_per_head_k, num_heads_k, num_heads_q
+    plan, address, key = metadata_plans.find(cache_seqlens, *arguments)
+    if plan is not None:
+        return plan(cache_seqlens, address)
     framework, infos = checks.describe({"cache_seqlens": cache_seqlens}, function)
-    checks.lengths(infos["cache_seqlens"], None, function)
+    lengths = infos["cache_seqlens"]
+    checks.lengths(lengths, None, function)
     rows = scalars.integer("num_q_tokens_per_head_k", num_q_tokens_per_head_k, function)
     h_kv = scalars.integer("num_heads_k", num_heads_k, function, least=1)
     if num_heads_q is not None:
@@ -79,7 +85,8 @@ def get_mla_metadata(
         from . import jax_op
 
         return jax_op.metadata(cache_seqlens, rows, h_kv)
-    return _make_metadata(framework, cache_seqlens, rows, h_kv)
+    plan = metadata_plans.make(framework, lengths, rows, h_kv, _engine, key)
+    return plan(cache_seqlens, lengths.ptr)
 
 
 def flash_mla_with_kvcache(
@@ -198,31 +205,21 @@ def _launch(
     """Allocates what is missing and launches; nothing here waits for the device."""
     framework = plan.framework
     pointer = framework.pointer
-    q, k_cache, table, cache_seqlens, metadata, num_splits, out_pointer, lse_pointer = pointers
+    q, k_cache, table, cache_seqlens, metadata, _, out_pointer, lse_pointer = pointers
     if lazy is not None:
-        metadata, num_splits = lazy.pointers
+        metadata, _ = lazy.pointers
     if out is None:
         out = plan.new_out()
         out_pointer = pointer(out)
     if lse is None:
         lse = plan.new_lse()
         lse_pointer = pointer(lse)
-    room, scratch = None, 0
+    scratch = 0
     if plan.new_scratch is not None:  # freed at the end of this call, in the order of the stream
-        room = plan.new_scratch()
-        scratch = pointer(room)
-    q_at, k_cache_at, table_at = plan.inputs
+        _room, scratch = plan.new_scratch()
     engine.decode(
         framework.stream(plan.configuration.device),
-        q_at[q],
-        k_cache_at[k_cache],
-        table_at[table],
-        cache_seqlens,
-        metadata,
-        num_splits,
-        out_pointer,
-        lse_pointer,
-        scratch,
+        Addresses(q, k_cache, metadata, cache_seqlens, table, out_pointer, lse_pointer, scratch),
         cast("Geometry", plan.geometry),
         plan.softmax_scale,
         plan.causal,
@@ -276,46 +273,12 @@ def _bind(lazy: SchedMeta, plan: plans.Plan, cache_seqlens: Any) -> None:
         with _bind_lock:
             if lazy.bound is None:
                 bound = plan.configuration
-                rows = bound.s_q * bound.h_q // bound.h_kv
-                lazy.bind(
-                    bound,
-                    *_make_metadata(plan.framework, cache_seqlens, rows, bound.h_kv),
-                    plan.framework.pointer,
-                )
+                framework, rows = plan.framework, bound.s_q * bound.h_q // bound.h_kv
+                lengths = framework.describe(cache_seqlens)
+                make = metadata_plans.make(framework, lengths, rows, bound.h_kv, _engine)
+                made = make(cache_seqlens, lengths.ptr)
+                lazy.bind(bound, *made, framework.pointer)
     lazy.require(plan.configuration)
-
-
-def _make_metadata(
-    framework: Framework, cache_seqlens: Any, rows: int, h_kv: int
-) -> tuple[Any, Any]:
-    """(tile_scheduler_metadata, num_splits) for checked arguments, beside cache_seqlens."""
-    lengths = framework.describe(cache_seqlens)
-    device, batch, rows = lengths.device, lengths.shape[0], max(1, rows)
-    engine = None if device == HOST else _engine(device)
-    parts = num_sm_parts(NUM_SMS_CPU if engine is None else engine.num_sms, rows, h_kv)
-    with framework.device_guard(device):
-        metadata = framework.empty((parts, checks.METADATA_COLUMNS), "int32", device)
-        num_splits = framework.empty((batch + 1,), "int32", device)
-        if engine is None:
-            view = framework.to_numpy
-            view(metadata)[:], view(num_splits)[:] = schedule.plan(
-                view(cache_seqlens), parts, rows, h_kv
-            )
-        elif batch:
-            engine.schedule(
-                framework.stream(device),
-                lengths.ptr,
-                batch,
-                parts,
-                rows,
-                h_kv,
-                framework.pointer(metadata),
-                framework.pointer(num_splits),
-            )
-        else:  # nothing to plan, and no launch of nothing
-            metadata[...] = 0
-            num_splits[...] = 0
-    return metadata, num_splits
 
 
 def _engine(device: int) -> Engine:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import interface, reference, schedule
-from .frameworks import HOST, ArrayInfo
-from .geometry import Geometry
+from .geometry import Addresses, Geometry
 from .metadata import stale_requests
 
 if TYPE_CHECKING:
@@ -60,9 +59,6 @@ def _pointer(buffer: Any) -> int:
 @functools.cache  # one object a configuration: JAX compiles again for another callback
 def decode_callback(config: Config, geometry: Geometry, rows: int) -> Callable[..., None]:
     g = geometry
-    q_info = ArrayInfo(0, (g.batch, g.s_q, g.h_q, 576), g.q_strides, g.dtype, HOST)
-    k_info = ArrayInfo(0, (g.num_pages, g.page_size, g.h_kv, 576), g.k_strides, g.dtype, HOST)
-    t_info = ArrayInfo(0, (g.batch, g.max_pages), (g.table_stride, 1), "int32", HOST)
 
     def flashmla_decode(ctx: Any, results: Any, *operands: Any) -> None:
         kind, ordinal = map(int, operands[0].__dlpack_device__())
@@ -85,21 +81,8 @@ def decode_callback(config: Config, geometry: Geometry, rows: int) -> Callable[.
                 engine.schedule(
                     stream, lengths, g.batch, g.parts, rows, g.h_kv, metadata, num_splits
                 )
-            engine.decode(
-                stream,
-                q_info._replace(ptr=q, device=ordinal),
-                k_info._replace(ptr=k_cache, device=ordinal),
-                t_info._replace(ptr=table, device=ordinal),
-                lengths,
-                metadata,
-                num_splits,
-                out,
-                lse,
-                scratch,
-                geometry,
-                config.softmax_scale,
-                config.causal,
-            )
+            addresses = Addresses(q, k_cache, metadata, lengths, table, out, lse, scratch)
+            engine.decode(stream, addresses, geometry, config.softmax_scale, config.causal)
 
     return flashmla_decode
 

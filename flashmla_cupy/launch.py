@@ -26,18 +26,11 @@ from .errors import (
     NoDeviceError,
     UnsupportedArchError,
 )
-from .frameworks import ArrayInfo
-from .geometry import TOKENS_PER_TILE, Geometry
+from .geometry import TOKENS_PER_TILE, Addresses, Geometry
 from .hopper import is_hopper
+from .launches import DECODE_SHARED_BYTES, Arguments
 from .nvrtc import binding
-from .prepared import (
-    CALL_PARAMS,
-    COMBINE_THREADS,
-    DECODE_SHARED_BYTES,
-    DECODE_THREADS,
-    Arguments,
-    Prepared,
-)
+from .prepared import COMBINE_THREADS, DECODE_THREADS, Prepared
 
 SCHEDULE_PARAMS = struct.Struct("Q4i2Q")
 
@@ -83,6 +76,7 @@ class Engine:
             self._refused = ctypes.c_uint32.from_address(self._host.ptr)
             self._host_key = ctypes.c_uint64.from_address(self._host.ptr + 8)
             self._refused.value = 0
+            self._status = self._key, self._host.ptr
             self._forget()
         self._prepared: dict[int, Prepared] = {}
         self._load_lock = threading.Lock()
@@ -169,15 +163,7 @@ class Engine:
     def decode(
         self,
         stream: int,
-        q: ArrayInfo,
-        k_cache: ArrayInfo,
-        block_table: ArrayInfo,
-        cache_seqlens: int,
-        tile_scheduler_metadata: int,
-        num_splits: int,
-        out: int,
-        lse: int,
-        scratch: int,
+        addresses: Addresses,
         geometry: Geometry,
         softmax_scale: float,
         causal: bool,
@@ -187,27 +173,9 @@ class Engine:
         if prepared is None:
             self.scratch_floats(geometry)
             prepared = self._prepared[id(geometry)]
-        launches = prepared.launches()
-        row_partial = scratch + prepared.out_partial_bytes
-        pairs = scratch + prepared.partial_bytes
-        launches.set_options(softmax_scale, causal, (self._key, self._host.ptr))
-        launches.decode_arguments.set_maps(prepared.q_maps[q.ptr], prepared.k_maps[k_cache.ptr])
-        CALL_PARAMS.pack_into(
-            launches.decode_arguments.buffer,
-            0,
-            tile_scheduler_metadata,
-            cache_seqlens,
-            block_table.ptr,
-            out,
-            lse,
-            scratch,
-            row_partial,
-            pairs,
-            next(self._epochs),
+        prepared.launches().start(
+            stream, addresses, softmax_scale, causal, self._status, self._epochs
         )
-        launches.decode(stream, launches.decode_arguments.address)
-        if launches.combine is not None:
-            launches.combine(stream, launches.combine_arguments.address)
 
     def _schedule_launch(self) -> tuple[Launch, Arguments]:
         """Of this thread."""

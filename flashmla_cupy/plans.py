@@ -65,9 +65,7 @@ class Plan:
     spans: tuple[tuple[int, int], ...]  # bytes that each array covers, relative to its address
     new_out: Callable[[], Any]
     new_lse: Callable[[], Any]
-    new_scratch: Callable[[], Any] | None  # None: the launch needs none
-    # The first three arrays as the launch wants them, by address.
-    inputs: tuple[_AtAddress, _AtAddress, _AtAddress]
+    new_scratch: Callable[[], tuple[Any, int]] | None  # with its address; None: no need
     # Addresses that accepts() has found right; most calls come again with the same ones.
     accepted: set[tuple[int, ...]] = field(default_factory=set, compare=False, repr=False)
 
@@ -100,20 +98,6 @@ class Plan:
             if (begin < out_end and out_begin < end) or (begin < lse_end and lse_begin < end):
                 return True
         return False
-
-
-class _AtAddress(dict[int, ArrayInfo]):
-    """Address -> the ArrayInfo of an array that is otherwise like `info`."""
-
-    def __init__(self, info: ArrayInfo) -> None:
-        super().__init__()
-        self.info = info
-
-    def __missing__(self, pointer: int) -> ArrayInfo:
-        if len(self) >= MAX_ADDRESSES:
-            self.clear()
-        info = self[pointer] = self.info._replace(ptr=pointer)
-        return info
 
 
 _plans: dict[Any, Plan] = {}
@@ -204,10 +188,9 @@ def make(
         checks.metadata(infos["tile_scheduler_metadata"], infos["num_splits"], batch, parts)
 
     is_empty = 0 in out_shape
-    plain_q, plain_k_cache = layouts.plain(q), layouts.plain(k_cache)
     geometry, scratch_floats = None, 0
     if engine is not None and not is_empty:
-        geometry = Geometry.of(plain_q, plain_k_cache, block_table, parts)
+        geometry = Geometry.of(layouts.plain(q), layouts.plain(k_cache), block_table, parts)
         scratch_floats = engine.scratch_floats(geometry)
 
     def new(shape: tuple[int, ...], dtype: str) -> Callable[[], Any]:
@@ -220,11 +203,11 @@ def make(
     new_scratch = None
     if scratch_floats:
         allocator = getattr(framework, "scratch_allocator", None)
-        new_scratch = (
-            new((scratch_floats,), "float32")
-            if allocator is None
-            else allocator(scratch_floats, q.device)
-        )
+        if allocator is None:
+            make_scratch, pointer = new((scratch_floats,), "float32"), framework.pointer
+            new_scratch = lambda: (room := make_scratch(), pointer(room))  # noqa: E731
+        else:
+            new_scratch = allocator(scratch_floats, q.device)
 
     found = [infos.get(name, ABSENT) for name in Arrays._fields]
     plan = Plan(
@@ -241,7 +224,6 @@ def make(
         new_out=new(out_shape, q.dtype),
         new_lse=new(lse_shape, "float32"),
         new_scratch=new_scratch,
-        inputs=(_AtAddress(plain_q), _AtAddress(plain_k_cache), _AtAddress(block_table)),
     )
     if key is not None:
         if len(_plans) >= MAX_PLANS:  # a bound, not a policy: a decoding loop needs a few

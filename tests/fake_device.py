@@ -141,11 +141,12 @@ class FakeDevice:
 
 def install(monkeypatch) -> FakeDevice:
     """Makes FakeArrays arrays of a framework with engines for devices 0 and 1."""
-    from flashmla_cupy import frameworks, interface, plans
+    from flashmla_cupy import frameworks, interface, metadata_plans, plans
 
     fake = FakeDevice(FakeFramework(), {0: FakeEngine(), 1: FakeEngine()})
     monkeypatch.setitem(frameworks._by_type, FakeArray, fake.framework)
     monkeypatch.setattr(interface, "_engines", dict(fake.engines))
     monkeypatch.setattr(interface, "_engine", fake.engines.__getitem__)
     monkeypatch.setattr(plans, "_plans", {})
+    monkeypatch.setattr(metadata_plans, "_plans", {})
     return fake

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from flashmla_cupy import compiler, driver, geometry, launch, prepared, schedule
+from flashmla_cupy import compiler, driver, geometry, launch, launches, prepared, schedule
 from flashmla_cupy.errors import ForkedProcessError
 from flashmla_cupy.frameworks import ArrayInfo
 from flashmla_cupy.geometry import Geometry
@@ -62,11 +62,11 @@ def letters_of(layout: struct.Struct) -> list[str]:
 
 def test_params_are_those_of_the_kernel():
     fields = struct_of(source("work.cuh"), "Params")
-    assert [letter for _, letter in fields] == letters_of(prepared.PARAMS)
-    assert prepared.PARAMS.size % 8 == 0
+    assert [letter for _, letter in fields] == letters_of(launches.PARAMS)
+    assert launches.PARAMS.size % 8 == 0
 
 
-COMBINE_PARAMS = struct.Struct(f"{len(prepared.COMBINE_ARRAYS)}Q{prepared.COMBINE_SIZES.format}")
+COMBINE_PARAMS = struct.Struct(f"{len(launches.COMBINE_ARRAYS)}Q{launches.COMBINE_SIZES.format}")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_parameters_are_those_of_the_kernel(name, layout):
 
 
 def test_constants_are_those_of_the_kernels():
-    assert f"SHARED_BYTES == {prepared.DECODE_SHARED_BYTES}" in source("ring.cuh")
+    assert f"SHARED_BYTES == {launches.DECODE_SHARED_BYTES}" in source("ring.cuh")
     assert f"__launch_bounds__({prepared.DECODE_THREADS}, 1)" in source("dense_decode.cu")
     combine = source("combine.cu")
     assert f"constexpr int THREADS = {prepared.COMBINE_THREADS}," in combine
@@ -130,7 +130,7 @@ def fake(monkeypatch):
         made.maps.append((*args, nan_outside))
         return (ctypes.c_char * 128)()
 
-    monkeypatch.setattr(driver, "_library", lambda: made)
+    monkeypatch.setattr(driver, "library", lambda: made)
     monkeypatch.setattr(prepared, "tensor_map", tensor_map)
     return made
 
@@ -205,7 +205,7 @@ def test_decode_launches_both_kernels(fake):
         9, *arrays, **pointers, **outputs, geometry=made.geometry, softmax_scale=0.5, causal=False
     )
     decode, combine = fake.launches
-    assert decode[:4] == ((2, 1, 66), (384, 1, 1), prepared.DECODE_SHARED_BYTES, 9)
+    assert decode[:4] == ((2, 1, 66), (384, 1, 1), launches.DECODE_SHARED_BYTES, 9)
     assert combine[:4] == ((132, 1, 1), (256, 1, 1), 0, 9)
     slots = 2 * 65
     letters = letters_of(COMBINE_PARAMS)
@@ -221,8 +221,8 @@ def test_decode_launches_both_kernels(fake):
     )
 
     names = [name for name, _ in struct_of(source("work.cuh"), "Params")]
-    packed = ctypes.string_at(decode[4][4], prepared.PARAMS.size)
-    seen = dict(zip(names, prepared.PARAMS.unpack(packed), strict=True))
+    packed = ctypes.string_at(decode[4][4], launches.PARAMS.size)
+    seen = dict(zip(names, launches.PARAMS.unpack(packed), strict=True))
     assert seen.pop("scale_log2") == pytest.approx(0.5 * 1.4426950408889634)
     assert seen == {
         "tile_scheduler_metadata": 2,

@@ -30,7 +30,8 @@ class Framework(Protocol):
     """An adapter. Nothing here copies, and nothing waits for the device.
 
     An adapter whose allocator does not know of CUDA graphs has scratch_allocator(floats, device):
-    a function without arguments that makes float32 scratch for one call.
+    a function without arguments that makes float32 scratch for one call, and returns what keeps it
+    alive and its address.
 
     For calls that were seen before an adapter may have two methods more, faster ways to the same:
     signature(*arrays) -> (facts, pointers), of all arrays of a call, None for one it lacks, where

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import operator
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,6 +15,8 @@ from ..driver import capture_id
 from .base import HERE, ArrayInfo, dtype_names, element_strides, no_whole_strides, numpy_dtype
 
 _NEVER_CAPTURED = (0, 1)  # the legacy default stream
+_facts = operator.attrgetter("shape", "strides", "dtype", "data.device_id")
+_pointer = operator.attrgetter("data.ptr")
 
 
 class CuPy:
@@ -22,6 +25,7 @@ class CuPy:
     def __init__(self) -> None:
         cupy: Any = importlib.import_module("cupy")
         self._empty = cupy.empty
+        self._alloc = cupy.cuda.alloc
         self._ndarray = cupy.ndarray
         self._device = cupy.cuda.Device
         self._current_device = cupy.cuda.runtime.getDevice
@@ -38,17 +42,13 @@ class CuPy:
         return ArrayInfo(data.ptr, x.shape, strides, dtype_names[dtype], data.device_id)
 
     def signature(self, *arrays: Any) -> tuple[Any, tuple[int, ...]]:
-        facts: list[Any] = [self]
-        pointers = []
-        for x in arrays:
-            if x is None:
-                facts.append(None)
-                pointers.append(0)
-            else:
-                data = x.data
-                facts.append((x.shape, x.strides, x.dtype, data.device_id))
-                pointers.append(data.ptr)
-        return tuple(facts), tuple(pointers)
+        given = [x for x in arrays if x is not None]
+        facts, pointers = tuple(map(_facts, given)), tuple(map(_pointer, given))
+        if len(given) == len(arrays):
+            return (self, facts), pointers
+        absent = tuple([x is None for x in arrays])
+        rest = iter(pointers)
+        return (self, facts, absent), tuple([0 if no else next(rest) for no in absent])
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
         return self._empty(shape, numpy_dtype(dtype))
@@ -56,20 +56,21 @@ class CuPy:
     def allocator(self, shape: tuple[int, ...], dtype: str, device: int) -> Callable[[], Any]:
         return functools.partial(self._ndarray, shape, numpy_dtype(dtype))
 
-    def scratch_allocator(self, floats: int, device: int) -> Callable[[], Any]:
+    def scratch_allocator(self, floats: int, device: int) -> Callable[[], tuple[Any, int]]:
         """Scratch returns to the pool after a call, in the order of the stream. A graph, though,
         writes to it in every replay, and CuPy's pool does not know: so what a capture is given is
         kept, once for all calls on the same stream in the same capture."""
-        new = self.allocator((floats,), "float32", device)
+        new, size = self._alloc, 4 * floats
 
-        def scratch() -> Any:
+        def scratch() -> tuple[Any, int]:
             stream = self.stream(device)
             if stream in _NEVER_CAPTURED or not self._is_capturing(stream):
-                return new()
+                memory = new(size)
+                return memory, memory.ptr
             kept = self._graph_scratch.setdefault((capture_id(stream), stream), [])
-            if not kept or kept[-1].size < floats:
-                kept.append(new())
-            return kept[-1]
+            if not kept or kept[-1].mem.size < size:
+                kept.append(new(size))
+            return kept[-1], kept[-1].ptr
 
         return scratch
 

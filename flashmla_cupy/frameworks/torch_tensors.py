@@ -31,6 +31,7 @@ class Torch:
     def __init__(self) -> None:
         torch: Any = importlib.import_module("torch")
         self._empty = torch.empty
+        self._address_of: Callable[[Any], int] = torch.Tensor.data_ptr
         self._cuda = torch.cuda
         self._int16 = torch.int16
         self._int32 = torch.int32
@@ -96,7 +97,7 @@ class Torch:
             tensors, arguments = (*tensors, lse), arguments | 4
         known = self._guards.find(arguments, tensors)
         if known is not None:
-            addresses = tuple([x.data_ptr() for x in tensors])
+            addresses = tuple(map(self._address_of, tensors))
             if 0 not in addresses:
                 return known, addresses + _ABSENT[arguments]
         if (q.requires_grad or k_cache.requires_grad) and self._grad_enabled():

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmla_cupy import compiler, driver, frameworks, interface, launch, plans
+from flashmla_cupy import compiler, driver, frameworks, interface, launch, metadata_plans, plans
 from flashmla_cupy.frameworks import HOST, numpy_arrays
 
 HERE = Path(__file__).parent
@@ -211,7 +211,7 @@ def _cuda(num_sms: int) -> types.ModuleType:
 def install(monkeypatch, kernels: Kernels, num_sms: int) -> Emulator:
     """From now on, NumPy arrays are arrays of an emulated GPU of that size."""
     emulator = Emulator(kernels)
-    monkeypatch.setattr(driver, "_library", lambda: emulator)
+    monkeypatch.setattr(driver, "library", lambda: emulator)
     monkeypatch.setattr(launch, "binding", lambda: None)
     monkeypatch.setattr(launch, "_engines", {})
     monkeypatch.setattr(
@@ -226,4 +226,5 @@ def install(monkeypatch, kernels: Kernels, num_sms: int) -> Emulator:
     monkeypatch.setitem(frameworks._by_type, np.ndarray, emulator.framework)
     monkeypatch.setattr(interface, "_engines", {})
     monkeypatch.setattr(plans, "_plans", {})
+    monkeypatch.setattr(metadata_plans, "_plans", {})
     return emulator
