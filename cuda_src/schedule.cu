@@ -30,8 +30,9 @@ constexpr int C_REQ = 4;
 constexpr int CANDIDATES = 7;
 constexpr int T_TILE = 14500;
 constexpr int T_TILE_MEM = 178;
-constexpr int T_SPLIT = 30000;
-constexpr int T_COMB = 40000;
+constexpr int T_SPLIT = 15000;
+constexpr int T_PAIR = 25000;
+constexpr int T_COMB = 20000;
 constexpr int T_GAIN = 1000;
 constexpr int PARTIAL_ROWS = 36;
 
@@ -227,7 +228,8 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
       const Cut a = mine[p], b = mine[p + 1];
       const int pieces = begins_inside(a, b) + starts_split(a, b);
       const long long load = is_busy(a, b) ? b.at + (b.tile > 0 ? C_REQ : 0) - a.at : 0;
-      const long long time = load * T_TILE / UNIT + (long long)pieces * T_SPLIT;
+      const int paired = is_pair(mine, p, parts) + is_pair(mine, p + 1, parts);
+      const long long time = load * T_TILE / UNIT + pieces * T_SPLIT + paired * T_PAIR;
       longest = time > longest ? time : longest;
       split += pieces;
     }

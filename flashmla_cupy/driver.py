@@ -173,9 +173,12 @@ def capture_id(stream: int) -> int:
 class RelaxedCapture:
     """Lets this thread make any CUDA call while another stream is being captured."""
 
+    def __init__(self, cuda: ctypes.CDLL | None = None) -> None:
+        self._exchange = (cuda or library()).cuThreadExchangeStreamCaptureMode
+
     def __enter__(self) -> None:
         self._mode = ctypes.c_int(_CAPTURE_MODE_RELAXED)
-        library().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
+        self._exchange(ctypes.byref(self._mode))
 
     def __exit__(self, *_: object) -> None:
-        library().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
+        self._exchange(ctypes.byref(self._mode))

@@ -9,6 +9,7 @@ makes no such graphs, the kernels are launched one by one.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 
 from . import driver
@@ -38,7 +39,8 @@ class LaunchGraph:
         """Each launch with the address of its arguments. Needs a current context. Raises
         RuntimeError if the driver does not make the graph."""
         library = driver.library()
-        self._graph, self._executable = ctypes.c_void_p(), ctypes.c_void_p()
+        handles = self._executable, self._graph = ctypes.c_void_p(), ctypes.c_void_p()
+        weakref.finalize(self, _destroy, library, handles).atexit = False
         with RelaxedCapture():
             self._capture(library, launches)
             made = ctypes.byref(self._executable)
@@ -107,13 +109,14 @@ class LaunchGraph:
         if code:
             raise RuntimeError(f"Launching a graph failed: {driver.message(code)}.")
 
-    def __del__(self) -> None:
-        library = driver.library()
-        with RelaxedCapture():  # what is still running is freed as it ends
-            if self._executable:
-                library.cuGraphExecDestroy(self._executable)
-            if self._graph:
-                library.cuGraphDestroy(self._graph)
+
+def _destroy(library: ctypes.CDLL, handles: tuple[ctypes.c_void_p, ctypes.c_void_p]) -> None:
+    executable, graph = handles
+    with RelaxedCapture(library):  # what is still running is freed as it ends
+        if executable:
+            library.cuGraphExecDestroy(executable)
+        if graph:
+            library.cuGraphDestroy(graph)
 
 
 def _must(code: int) -> None:

@@ -54,16 +54,19 @@ BEGINS_IN_PAIR, ENDS_IN_PAIR = 1 << 16, 1 << 17  # column 4
 CHECK_SHIFT, CHECK_FACTOR = 18, 0x9E3779B1  # column 4; metadata.cuh has them, too
 T_TILE = 14500  # 0.1 ns: one tile of 64 rows on one multiprocessor, memory permitting
 T_TILE_MEM = 178  # 0.1 ns: the bytes of one tile at the memory bandwidth of the whole GPU
-T_SPLIT = 30000  # 0.1 ns: a piece of a split request: its partial result, what comes with it
-T_COMB = 40000  # 0.1 ns: a combine kernel with work to do
+T_SPLIT = 15000  # 0.1 ns: a piece of a split request: its partial result, what comes with it
+T_PAIR = 25000  # 0.1 ns: what a piece of a pair takes more: floats, and the merge of the two
+T_COMB = 20000  # 0.1 ns: a combine kernel with work to do
 T_GAIN = 1000  # 0.1 ns: a later candidate must be better by more than this
 PARTIAL_ROWS = 36  # rows of partial out, 2048 bytes each, in the bytes of one tile
-# Tried; microseconds of a decode call of 128 heads, as it is first:
-#   as many parts as give requests alike the same number of them, and no T_COMB for pairs
-#                             32 requests of 1024 tokens 31.4 | 34.4 (an H200; the rest an H100)
-#   PARTIAL_ROWS 72           8 of 4096 31.6 | 30.3, 32 of 1024 30.4 | 33.6: pairs whose halves end
-#                             together wait for a chain of write, fence, read and merge
-#   T_SPLIT 18000 | 30000     128 of about 1024 94.4 | 90.5, of about 4096 284 | 282
+# Tried, on an H100; microseconds of a decode call of 128 heads, as it is first:
+#   T_SPLIT 30000, no T_PAIR, T_COMB 40000: the same schedules, but that of one request of 256 tokens
+#                             8.2 | 10.9 (16 heads: 7.0 | 10.4)
+#   T_PAIR 20000              32 requests of 1024 tokens, then split into pairs, 29.6 | 31.4
+#   PARTIAL_ROWS 72           that 29.6 | 31.4, one of 8192 15.0 | 16.1, 64 of 512 with 64 rows each
+#                             32.8 | 37.6
+#   T_SPLIT 18000 | 30000, no T_PAIR
+#                             128 of about 1024 94.4 | 90.5, of about 4096 284 | 282
 
 _WHOLE = 1 << 30  # more tiles than any piece has
 
@@ -219,7 +222,8 @@ def _estimate(tiles: Ints, starts: Ints, cuts: _Cuts, rows: int, h_kv: int) -> i
     at = starts[cuts.request] + UNIT * cuts.tile
     load = at[1:] + C_REQ * (cuts.tile[1:] > 0) - at[:-1]  # a piece that ends inside pays, too
     load = np.where(cuts.busy, load, 0)
-    longest = int((load * T_TILE // UNIT + pieces * T_SPLIT).max())
+    paired = cuts.pairs[:-1].astype(np.int64) + cuts.pairs[1:]
+    longest = int((load * T_TILE // UNIT + pieces * T_SPLIT + paired * T_PAIR).max())
     split = int(pieces.sum())
     partials = split * rows * h_kv * T_TILE_MEM // PARTIAL_ROWS
     memory = total * h_kv * T_TILE_MEM + partials

@@ -23,7 +23,16 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmla_cupy import compiler, driver, frameworks, interface, launch, metadata_plans, plans
+from flashmla_cupy import (
+    compiler,
+    driver,
+    frameworks,
+    interface,
+    launch,
+    launch_graph,
+    metadata_plans,
+    plans,
+)
 from flashmla_cupy.frameworks import HOST, numpy_arrays
 
 HERE = Path(__file__).parent
@@ -96,12 +105,26 @@ class Emulator:
         self._handles = itertools.count(1)
         self._modules: dict[int, tuple[compiler.Variant, ctypes.CDLL]] = {}
 
+        self.graphs = _Graphs(self._handles, self._run)
+
+        # Functions, no methods: argtypes are given to them.
         def launch_kernel(config, function, arguments, extra):
             seen = ctypes.cast(config, ctypes.POINTER(driver._Config)).contents
-            self._run(function, seen, arguments)
+            if self.graphs.captured is not None:
+                parameters = function, seen.grid, seen.block, seen.shared_bytes, arguments
+                self.graphs.captured.append(launch_graph._NodeParams(*parameters))
+            else:
+                self._run(function, seen.grid, seen.block[0], arguments)
             return 0
 
-        self.cuLaunchKernelEx = launch_kernel  # a function: driver.py gives it argtypes
+        self.cuLaunchKernelEx = launch_kernel
+        self.cuStreamIsCapturing = lambda stream, status: 0
+        self.cuGraphLaunch = lambda executable, stream: self.graphs.launch(executable)
+        self.cuGraphExecKernelNodeSetParams_v2 = lambda *of: self.graphs.set_parameters(*of)
+
+    def __getattr__(self, name):
+        """What _Graphs has of the driver."""
+        return getattr(self.graphs, name)
 
     def cuModuleLoadData(self, module, cubin):
         variant = variants()[cubin.decode()]
@@ -143,18 +166,82 @@ class Emulator:
         text._obj.value = b"invalid argument"
         return 0
 
-    def _run(self, function, config, arguments):
+    def _run(self, function, grid, threads, arguments):
         variant, library = self._modules[function]
-        grid = (ctypes.c_uint32 * 3)(*config.grid)
         message = library.emulate(
-            grid,
-            config.block[0],
+            (ctypes.c_uint32 * 3)(*grid),
+            threads,
             ctypes.c_void_p(arguments),
             self.resident,
             ctypes.c_uint64(self.seed),
         )
         if message:
             raise EmulationError(f"{variant.name}, seed {self.seed}: {message.decode()}")
+
+
+class _Graphs:
+    """The part of the driver that captures launches and launches graphs of them."""
+
+    def __init__(self, handles, run) -> None:
+        self.captured: list[launch_graph._NodeParams] | None = None
+        self.launched = 0  # graphs
+        self._handles, self._run = handles, run
+        self._nodes: dict[int, dict[int, launch_graph._NodeParams]] = {}  # of each graph
+
+    def cuStreamCreate(self, stream, flags):
+        stream._obj.value = next(self._handles)
+        return 0
+
+    def cuStreamBeginCapture_v2(self, stream, mode):
+        self.captured = []
+        return 0
+
+    def cuStreamEndCapture(self, stream, graph):
+        graph._obj.value = next(self._handles)
+        self._nodes[graph._obj.value] = {next(self._handles): node for node in self.captured}
+        self.captured = None
+        return 0
+
+    def cuStreamDestroy_v2(self, stream):
+        return 0
+
+    def cuGraphInstantiateWithFlags(self, executable, graph, flags):
+        executable._obj.value = next(self._handles)
+        self._nodes[executable._obj.value] = dict(self._nodes[graph.value])
+        return 0
+
+    def cuGraphGetNodes(self, graph, nodes, size):
+        found = self._nodes[graph.value]
+        assert len(nodes) == len(found) == size._obj.value
+        nodes[:] = list(reversed(found))  # in no particular order
+        return 0
+
+    def cuGraphKernelNodeGetParams_v2(self, node, parameters):
+        (found,) = {
+            id(n[node.value]): n[node.value] for n in self._nodes.values() if node.value in n
+        }.values()
+        ctypes.memmove(parameters, ctypes.byref(found), ctypes.sizeof(found))
+        return 0
+
+    def set_parameters(self, executable, node, address):
+        """Keeps where the arguments are. A driver copies them, but here nothing is queued."""
+        made = launch_graph._NodeParams.from_buffer_copy(
+            ctypes.string_at(address, ctypes.sizeof(launch_graph._NodeParams))
+        )
+        self._nodes[executable][node] = made
+        return 0
+
+    def launch(self, executable):
+        self.launched += 1
+        for node in self._nodes[executable].values():
+            self._run(node.function, node.grid, node.block[0], node.arguments)
+        return 0
+
+    def cuGraphExecDestroy(self, executable):
+        return 0
+
+    def cuGraphDestroy(self, graph):
+        return 0
 
 
 @functools.cache
