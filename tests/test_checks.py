@@ -310,5 +310,6 @@ def test_axes_of_size_one_may_have_any_stride(monkeypatch):
     call["cache_seqlens"] = call["cache_seqlens"].but(strides=(4,))
     flashmla_cupy.flash_mla_with_kvcache(**call)
     (launch,) = fake.launches
-    assert launch[2].strides == (16 * 576, 16 * 576, 576, 1)  # plain, as a tensor map needs them
-    assert launch[3].strides == (64 * 576, 576, 576, 1)
+    geometry = launch[3]
+    assert geometry.q_strides == (16 * 576, 16 * 576, 576, 1)  # plain, as a tensor map needs them
+    assert geometry.k_strides == (64 * 576, 576, 576, 1)

@@ -119,6 +119,16 @@ def test_a_pair_has_the_same_bits_whoever_merges_it(gpu):
     assert len(results) == 1
 
 
+def test_calls_after_the_first_are_one_graph(gpu):
+    """With the arrays of each call, and with words of pairs that the call before has cleared."""
+    emulator = gpu(num_sms=2)
+    problems = [make_problem([1500, 64], h_q=8, seed=seed) for seed in range(3)]
+    expected = [oracle(*problem.arrays()) for problem in problems]
+    for problem, right in [*zip(problems, expected, strict=True)] * 2:
+        assert_within_bound(*decode(problem), right)
+    assert emulator.graphs.launched == 5
+
+
 def test_requests_without_tokens(gpu):
     gpu(num_sms=3)
     problem = make_problem([0, 90, 0], h_q=5, s_q=2, causal=True)

@@ -146,11 +146,12 @@ def cupy(monkeypatch):
         ndim = property(lambda self: self.array.ndim)
         size = property(lambda self: self.array.size)
 
-    used = []
+    used, addresses = [], itertools.count(1 << 40, 1 << 20)
     cuda = SimpleNamespace(
         Device=lambda device: nullcontext(used.append(device)),
         runtime=SimpleNamespace(getDevice=lambda: 0, streamIsCapturing=lambda stream: 0),
         get_current_stream=lambda device: SimpleNamespace(ptr=100 + device),
+        alloc=lambda size: SimpleNamespace(ptr=next(addresses), mem=SimpleNamespace(size=size)),
     )
     fake = SimpleNamespace(ndarray=ndarray, empty=ndarray, cuda=cuda, used=used)
     monkeypatch.setitem(sys.modules, "cupy", fake)
@@ -172,12 +173,13 @@ def test_cupy_calls_run_on_the_device_and_the_stream_that_is_current_there(cupy,
         assert (out.shape, out.dtype, lse.shape, lse.dtype) == (
             (3, 2, 4, 512), BF16, (3, 4, 2), np.float32,
         )  # fmt: skip
-        what, stream, q, k_cache, table, *pointers = engine.launches[-1]
+        what, stream, addresses, geometry, *_ = engine.launches[-1]
         assert (what, stream) == ("decode", 101)
-        assert [x.ptr for x in (q, k_cache, table)] == [x.data.ptr for x in arrays[:3]]
-        assert q.strides == (4608, 2304, 576, 1)
-        expected = [x.data.ptr for x in (arrays[3], metadata, num_splits, out, lse)]
-        assert pointers[:5] == expected
+        q, k_cache, table, lengths = arrays
+        expected = [x.data.ptr for x in (q, k_cache, metadata, lengths, table, out, lse)]
+        assert list(addresses[:7]) == expected
+        assert addresses.scratch >= 1 << 40
+        assert geometry.q_strides == (4608, 2304, 576, 1)
         assert given.get("out", out) is out
     assert [launch[:2] for launch in engine.launches] == [("schedule", 101)] + 3 * [("decode", 101)]
     assert cupy.used == [1] * 4  # for each, since device 0 is current
@@ -187,17 +189,17 @@ def test_scratch_of_a_cupy_capture_is_kept(cupy, monkeypatch):
     """A replay writes to it; the pool, which does not know, must not give it to anybody else."""
     adapter = framework("cupy")
     big, small = adapter.scratch_allocator(100, 1), adapter.scratch_allocator(40, 1)
-    assert big() is not big()
+    assert big()[1] != big()[1]
     capture = {"id": 7}
     monkeypatch.setattr(adapter, "_is_capturing", lambda stream: stream == 101)
     monkeypatch.setattr(cupy_arrays, "capture_id", lambda stream: capture["id"])
-    first = small()
-    assert small() is first
-    grown = big()
+    first, address = small()
+    assert small() == (first, address) == (first, first.ptr)
+    grown, _ = big()
     assert grown is not first
-    assert big() is small() is grown  # one for all calls, which follow one another on the stream
+    assert big()[0] is small()[0] is grown  # one for all calls, one behind another on the stream
     capture["id"] = 8
-    assert big() is not grown
+    assert big()[0] is not grown
     kept = [id(x) for rooms in adapter._graph_scratch.values() for x in rooms]
     assert id(first) in kept
     assert id(grown) in kept

@@ -11,7 +11,12 @@ from problems import make_problem
 
 import flashmla_cupy
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata, interface, plans
-from flashmla_cupy.errors import DeviceCheckError, StaleMetadataError
+from flashmla_cupy.errors import (
+    AlignmentError,
+    ArgumentError,
+    DeviceCheckError,
+    StaleMetadataError,
+)
 
 
 @pytest.fixture
@@ -123,15 +128,11 @@ def test_a_call_is_one_launch_with_these_arguments(gpu):
     assert out is call["out"]
     assert lse is call["lse"]
     assert gpu.engines[0].launches == []
-    ((what, stream, q, k_cache, table, *pointers, geometry, scale, causal),) = gpu.launches
+    ((what, stream, addresses, geometry, scale, causal),) = gpu.launches
     assert (what, stream) == ("decode", STREAM + 1)
-    assert [q.ptr, k_cache.ptr, table.ptr] == [
-        call[name].ptr for name in ("q", "k_cache", "block_table")
-    ]
-    names = ("cache_seqlens", "tile_scheduler_metadata", "num_splits", "out", "lse")
-    assert pointers[:5] == [call[name].ptr for name in names]
     (scratch,) = gpu.framework.allocated
-    assert pointers[5:] == [scratch.ptr]
+    for name, address in addresses._asdict().items():
+        assert address == (scratch if name == "scratch" else call[name]).ptr, name
     assert (scratch.shape, scratch.dtype, scratch.device) == ((1000,), "float32", 1)
     assert (geometry.batch, geometry.s_q, geometry.h_q, geometry.h_kv) == (3, 2, 16, 2)
     assert (scale, causal) == (576**-0.5, True)
@@ -147,7 +148,7 @@ def test_missing_outputs_are_allocated_on_the_device(gpu):
     out, lse = flash_mla_with_kvcache(**call)
     assert (out.shape, out.dtype, out.device) == ((3, 2, 16, 512), "bfloat16", 1)
     assert (lse.shape, lse.dtype, lse.device) == ((3, 16, 2), "float32", 1)
-    assert gpu.launches[0][8:10] == (out.ptr, lse.ptr)
+    assert gpu.launches[0][2][5:7] == (out.ptr, lse.ptr)
     assert gpu.framework.current == 0
 
 
@@ -166,6 +167,19 @@ def test_metadata_is_one_launch(gpu):
     assert gpu.launches == [
         ("schedule", STREAM + 1, lengths.ptr, 3, 132, 16, 1, metadata.ptr, num_splits.ptr)
     ]
+
+
+def test_a_seen_signature_of_metadata_is_not_checked_again(gpu, monkeypatch):
+    lengths = gpu.arguments()["cache_seqlens"]
+    get_mla_metadata(lengths, 16, 1)
+    with pytest.raises(ArgumentError, match="num_heads_k"):  # equal to 1, and yet no integer
+        get_mla_metadata(lengths, 16, True)
+    with pytest.raises(AlignmentError, match="4 bytes"):
+        get_mla_metadata(lengths.but(ptr=lengths.ptr + 2), 16, 1)
+    monkeypatch.setattr(interface.checks, "describe", None)
+    metadata, _ = get_mla_metadata(gpu.arguments()["cache_seqlens"], 16, 1)
+    assert [launch[0] for launch in gpu.launches] == ["schedule"] * 2
+    assert gpu.launches[1][-2] == metadata.ptr
 
 
 def test_lazy_metadata_is_made_once(gpu):

@@ -19,7 +19,7 @@ import pytest
 from flashmla_cupy import compiler, driver, geometry, launch, launches, prepared, schedule
 from flashmla_cupy.errors import ForkedProcessError
 from flashmla_cupy.frameworks import ArrayInfo
-from flashmla_cupy.geometry import Geometry
+from flashmla_cupy.geometry import Addresses, Geometry
 
 SOURCES = Path(__file__).parent.parent / "cuda_src"
 SIZES = {"int": "i", "float": "f", "int64_t": "q", "uint64_t": "Q"}
@@ -96,7 +96,7 @@ def test_offsets_are_those_of_struct():
     for layout in ("5Q6i", "Q4i2Q", "9Qq12if"):
         values = range(1, len(letters_of(struct.Struct(layout))) + 1)
         packed = struct.pack(layout, *values)
-        at = prepared._offsets(layout)
+        at = launches._offsets(layout)
         letters = letters_of(struct.Struct(layout))
         read = [
             struct.unpack_from(letter, packed, o)[0] for letter, o in zip(letters, at, strict=True)
@@ -120,6 +120,16 @@ class FakeDriver:
             return 0
 
         self.cuLaunchKernelEx = start
+        self.cuStreamIsCapturing = lambda stream, status: 0
+
+    def cuThreadExchangeStreamCaptureMode(self, mode):
+        return 0
+
+    def cuStreamCreate(self, stream, flags):
+        return 801  # CUDA_ERROR_NOT_SUPPORTED: there are no graphs
+
+    def cuGetErrorString(self, code, text):
+        return 0
 
 
 @pytest.fixture
@@ -191,19 +201,20 @@ def test_grid_and_tensor_maps(fake, q, k_cache, grid):
     assert len(fake.maps) == before  # once for an address
 
 
+def engine_with(made) -> launch.Engine:
+    engine = object.__new__(launch.Engine)
+    engine._prepared, engine._status = {id(made.geometry): made}, (77, 88)
+    engine._epochs = iter(range(99, 200))
+    return engine
+
+
+# In the order of Addresses: q, k_cache, metadata, lengths, table, out, lse, scratch.
+CALL = Addresses(1 << 20, 1 << 20, 2, 1, 1 << 20, 4, 5, 1 << 30)
+
+
 def test_decode_launches_both_kernels(fake):
     made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE)
-    engine = object.__new__(launch.Engine)
-    engine._prepared, engine._key = {id(made.geometry): made}, 77
-    engine._epochs = iter([99])
-    engine._host = ctypes.c_uint64()
-    engine._host.ptr = 88
-    pointers = {"cache_seqlens": 1, "tile_scheduler_metadata": 2, "num_splits": 3}
-    outputs = {"out": 4, "lse": 5, "scratch": 1 << 30}
-    arrays = info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE
-    engine.decode(
-        9, *arrays, **pointers, **outputs, geometry=made.geometry, softmax_scale=0.5, causal=False
-    )
+    engine_with(made).decode(9, CALL, made.geometry, 0.5, False)
     decode, combine = fake.launches
     assert decode[:4] == ((2, 1, 66), (384, 1, 1), launches.DECODE_SHARED_BYTES, 9)
     assert combine[:4] == ((132, 1, 1), (256, 1, 1), 0, 9)
@@ -268,7 +279,80 @@ def test_schedule_launches_with_the_room_that_a_batch_needs(fake):
 
 def test_no_combine_where_nothing_can_be_split(fake):
     made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE, parts=1)
-    assert made.launches().combine is None
+    for _ in range(2):
+        engine_with(made).decode(9, CALL, made.geometry, 0.5, False)
+    assert [call[1] for call in fake.launches] == [(384, 1, 1)] * 2
+
+
+class FakeGraph:
+    """Counts in `log`; made=False: the driver makes no graphs."""
+
+    def __init__(self, monkeypatch, made=True):
+        self.log: list = []
+        self.capturing = False
+
+        outer = self
+
+        class Graph:
+            def __init__(self, parts):
+                if not made:
+                    raise RuntimeError("no graphs")
+                outer.log.append(f"made of {len(parts)}")
+
+            def set_arguments(self):
+                outer.log.append("set")
+
+            def __call__(self, stream):
+                outer.log.append(stream)
+
+        monkeypatch.setattr(launches, "LaunchGraph", Graph)
+        monkeypatch.setattr(launches, "CaptureStatus", lambda: lambda stream: self.capturing)
+
+
+def test_calls_after_the_first_are_a_graph(fake, monkeypatch):
+    graph = FakeGraph(monkeypatch)
+    made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE)
+    engine = engine_with(made)
+
+    def decode(call=CALL, scale=0.5, causal=False):
+        graph.log.clear()
+        before = len(fake.launches)
+        engine.decode(9, call, made.geometry, scale, causal)
+        return graph.log, len(fake.launches) - before
+
+    assert decode() == (["made of 2"], 2)
+    assert decode() == (["set", 9], 0)
+    assert decode() == ([9], 0)  # nothing has changed
+    other = CALL._replace(k_cache=1 << 21)
+    assert decode(other) == (["set", 9], 0)
+    assert decode(other, scale=0.25) == (["set", 9], 0)
+    assert decode(other, 0.25, True) == (["set", 9], 0)
+    graph.capturing = True
+    assert decode(other, 0.25, True) == ([], 2)
+    graph.capturing = False
+    assert decode(other, 0.25, True) == (["set", 9], 0)  # the capture had another number
+
+
+def test_without_graphs_there_are_launches(fake, monkeypatch):
+    graph = FakeGraph(monkeypatch, made=False)
+    made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE)
+    engine = engine_with(made)
+    for _ in range(3):
+        engine.decode(9, CALL, made.geometry, 0.5, False)
+    assert len(fake.launches) == 6
+    assert graph.log == []
+
+
+def test_a_first_call_in_a_capture_makes_no_graph(fake, monkeypatch):
+    graph = FakeGraph(monkeypatch)
+    graph.capturing = True
+    made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE)
+    engine = engine_with(made)
+    engine.decode(9, CALL, made.geometry, 0.5, False)
+    assert graph.log == []
+    graph.capturing = False
+    engine.decode(9, CALL, made.geometry, 0.5, False)
+    assert graph.log == ["made of 2"]
 
 
 def test_kernels_are_loaded_on_the_device_of_their_arrays(monkeypatch):
