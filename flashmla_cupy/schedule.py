@@ -61,7 +61,7 @@ T_GAIN = 1000  # 0.1 ns: a later candidate must be better by more than this
 PARTIAL_ROWS = 36  # rows of partial out, 2048 bytes each, in the bytes of one tile
 # Tried, on an H100; microseconds of a decode call of 128 heads, as it is first:
 #   T_SPLIT 30000, no T_PAIR, T_COMB 40000
-#                             one request of 256 tokens 8.2 | 10.9 (16 heads: 7.0 | 10.4), others alike
+#                             one request of 256 tokens 8.2 | 10.9, with 16 heads 7.0 | 10.4
 #   T_PAIR 20000              32 requests of 1024 tokens, then split into pairs, 29.6 | 31.4
 #   PARTIAL_ROWS 72           that 29.6 | 31.4, one of 8192 15.0 | 16.1, 64 of 512 with 64 rows each
 #                             32.8 | 37.6

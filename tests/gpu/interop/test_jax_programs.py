@@ -48,7 +48,7 @@ def test_jax_transformations(jax):
             assert same_bits(np.asarray(got), want)
         else:  # the schedule of fewer heads may cut elsewhere
             np.testing.assert_allclose(
-                np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=2e-2, atol=2e-2
+                get(got).astype(np.float32), get(want).astype(np.float32), rtol=2e-2, atol=2e-2
             )
 
 
