@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from . import driver
 from .driver import Launch, RelaxedCapture
 
-_NON_BLOCKING, _CAPTURE_RELAXED = 1, 2
+_WHEN_TRIGGERED, _PROGRAMMATIC = 1, 1  # CU_GRAPH_KERNEL_NODE_PORT_, CU_GRAPH_DEPENDENCY_TYPE_
 _NEVER_CAPTURED = (0, 1)  # the legacy default stream
 
 
@@ -32,8 +32,19 @@ class _NodeParams(ctypes.Structure):  # CUDA_KERNEL_NODE_PARAMS_v2
     )
 
 
+class _Edge(ctypes.Structure):  # CUgraphEdgeData
+    _fields_ = (
+        ("from_port", ctypes.c_uint8),
+        ("to_port", ctypes.c_uint8),
+        ("type", ctypes.c_uint8),
+        ("reserved", ctypes.c_uint8 * 5),
+    )
+
+
 class LaunchGraph:
-    """A graph of launches, made by capturing them. Not for two threads at once."""
+    """A graph of launches. Not for two threads at once.
+
+    Its nodes are added one by one, since no thread may wait for the device during a capture."""
 
     def __init__(self, launches: Sequence[tuple[Launch, int]]) -> None:
         """Each launch with the address of its arguments. Needs a current context. Raises
@@ -41,11 +52,6 @@ class LaunchGraph:
         library = driver.library()
         handles = self._executable, self._graph = ctypes.c_void_p(), ctypes.c_void_p()
         weakref.finalize(self, _destroy, library, handles).atexit = False
-        with RelaxedCapture():
-            self._capture(library, launches)
-            made = ctypes.byref(self._executable)
-            _must(library.cuGraphInstantiateWithFlags(made, self._graph, ctypes.c_uint64(0)))
-            nodes = self._nodes(library, len(launches))
         self._parameters = [
             _NodeParams(
                 launch.function,
@@ -56,46 +62,38 @@ class LaunchGraph:
             )
             for launch, arguments in launches
         ]
-        self._updates = [
-            (nodes[launch.function], ctypes.addressof(parameters))
-            for (launch, _), parameters in zip(launches, self._parameters, strict=True)
-        ]
-        self._set = library.cuGraphExecKernelNodeSetParams_v2
-        self._start = library.cuGraphLaunch
+        try:
+            with RelaxedCapture():
+                nodes = self._make(library)
+            self._set = library.cuGraphExecKernelNodeSetParams_v2
+            self._start = library.cuGraphLaunch
+        except AttributeError as error:
+            raise RuntimeError(f"The driver is too old for such graphs: {error}.") from error
         self._set.argtypes = (ctypes.c_void_p,) * 3
         self._start.argtypes = (ctypes.c_void_p,) * 2
         self._handle = self._executable.value
+        addresses = map(ctypes.addressof, self._parameters)
+        self._updates = list(zip(nodes, addresses, strict=True))
 
-    def _capture(self, library: ctypes.CDLL, launches: Sequence[tuple[Launch, int]]) -> None:
-        stream = ctypes.c_void_p()
-        _must(library.cuStreamCreate(ctypes.byref(stream), _NON_BLOCKING))
-        try:
-            _must(library.cuStreamBeginCapture_v2(stream, _CAPTURE_RELAXED))
-            try:
-                for launch, arguments in launches:
-                    launch(stream.value or 0, arguments)
-            finally:
-                code = library.cuStreamEndCapture(stream, ctypes.byref(self._graph))
-            _must(code)
-        finally:
-            library.cuStreamDestroy_v2(stream)
-
-    def _nodes(self, library: ctypes.CDLL, count: int) -> dict[int, int]:
-        """The nodes of the graph by the functions that they launch."""
-        size, nodes = ctypes.c_size_t(count), (ctypes.c_void_p * count)()
-        _must(library.cuGraphGetNodes(self._graph, nodes, ctypes.byref(size)))
-        found: dict[int, int] = {}
-        for node in map(int, nodes):
-            parameters = _NodeParams()
-            _must(
-                library.cuGraphKernelNodeGetParams_v2(
-                    ctypes.c_void_p(node), ctypes.byref(parameters)
+    def _make(self, library: ctypes.CDLL) -> list[int]:
+        """Makes the graph, each node behind the one before, and returns the nodes."""
+        _must(library.cuGraphCreate(ctypes.byref(self._graph), 0))
+        nodes: list[ctypes.c_void_p] = []
+        for parameters in self._parameters:
+            node, none = ctypes.c_void_p(), ctypes.c_size_t(0)
+            made, values = ctypes.byref(node), ctypes.byref(parameters)
+            _must(library.cuGraphAddKernelNode_v2(made, self._graph, None, none, values))
+            if nodes:
+                ends = ctypes.byref(nodes[-1]), made
+                edge = _Edge(_WHEN_TRIGGERED, 0, _PROGRAMMATIC)
+                one = ctypes.c_size_t(1)
+                _must(
+                    library.cuGraphAddDependencies_v2(self._graph, *ends, ctypes.byref(edge), one)
                 )
-            )
-            found[parameters.function] = node
-        if len(found) != count:
-            raise RuntimeError("A graph of other nodes was captured.")
-        return found
+            nodes.append(node)
+        made = ctypes.byref(self._executable)
+        _must(library.cuGraphInstantiateWithFlags(made, self._graph, ctypes.c_uint64(0)))
+        return [node.value or 0 for node in nodes]
 
     def set_arguments(self) -> None:
         """What now lies at the addresses of the arguments is for the launches to come."""

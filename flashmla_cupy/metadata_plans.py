@@ -6,12 +6,11 @@ signature, which is all of the arguments but the address of cache_seqlens.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import checks, schedule
-from .frameworks import HERE, HOST, ArrayInfo, Framework, framework_of
+from .frameworks import HERE, HOST, ArrayInfo, Framework, allocator, framework_of
 from .geometry import NUM_SMS_CPU, num_sm_parts
 
 if TYPE_CHECKING:
@@ -99,15 +98,9 @@ def make(
     engine = None if device == HOST else engine_of(device)
     parts = num_sm_parts(NUM_SMS_CPU if engine is None else engine.num_sms, rows, h_kv)
 
-    def new(shape: tuple[int, ...]) -> Callable[[], Any]:
-        allocator = getattr(framework, "allocator", None)
-        if allocator is None:
-            return functools.partial(framework.empty, shape, "int32", device)
-        made: Callable[[], Any] = allocator(shape, "int32", device)
-        return made
-
     shapes = (parts, checks.METADATA_COLUMNS), (batch + 1,)
-    plan = MetadataPlan(framework, engine, device, batch, parts, rows, h_kv, *map(new, shapes))
+    new = [allocator(framework, shape, "int32", device) for shape in shapes]
+    plan = MetadataPlan(framework, engine, device, batch, parts, rows, h_kv, *new)
     if key is not None:
         if len(_plans) >= MAX_PLANS:
             _plans.clear()

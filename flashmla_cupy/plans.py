@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import checks, layouts, scalars
-from .frameworks import HOST, ArrayInfo, Framework, framework_of
+from .frameworks import HOST, ArrayInfo, Framework, allocator, framework_of
 from .geometry import HEAD_DIM_V, NUM_SMS_CPU, Geometry, num_sm_parts
 from .metadata import Configuration
 
@@ -193,21 +193,15 @@ def make(
         geometry = Geometry.of(layouts.plain(q), layouts.plain(k_cache), block_table, parts)
         scratch_floats = engine.scratch_floats(geometry)
 
-    def new(shape: tuple[int, ...], dtype: str) -> Callable[[], Any]:
-        allocator = getattr(framework, "allocator", None)
-        if allocator is None:
-            return functools.partial(framework.empty, shape, dtype, q.device)
-        made: Callable[[], Any] = allocator(shape, dtype, q.device)
-        return made
-
+    new = functools.partial(allocator, framework, device=q.device)
     new_scratch = None
     if scratch_floats:
-        allocator = getattr(framework, "scratch_allocator", None)
-        if allocator is None:
+        own = getattr(framework, "scratch_allocator", None)
+        if own is None:
             make_scratch, pointer = new((scratch_floats,), "float32"), framework.pointer
             new_scratch = lambda: (room := make_scratch(), pointer(room))  # noqa: E731
         else:
-            new_scratch = allocator(scratch_floats, q.device)
+            new_scratch = own(scratch_floats, q.device)
 
     found = [infos.get(name, ABSENT) for name in Arrays._fields]
     plan = Plan(

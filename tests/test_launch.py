@@ -125,8 +125,8 @@ class FakeDriver:
     def cuThreadExchangeStreamCaptureMode(self, mode):
         return 0
 
-    def cuStreamCreate(self, stream, flags):
-        return 801  # CUDA_ERROR_NOT_SUPPORTED: there are no graphs
+    def cuGraphCreate(self, graph, flags):
+        return 801  # CUDA_ERROR_NOT_SUPPORTED
 
     def cuGetErrorString(self, code, text):
         return 0

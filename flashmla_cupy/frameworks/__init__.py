@@ -12,8 +12,10 @@ attributes and carries no bfloat16 into NumPy.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import ArgTypeError, FrameworkMismatchError
@@ -24,6 +26,7 @@ __all__ = [
     "HOST",
     "ArrayInfo",
     "Framework",
+    "allocator",
     "framework",
     "framework_of",
     "is_foreign",
@@ -54,6 +57,17 @@ def framework_of(x: Any, argument: str) -> Framework:
     for anything that is not an array of one of the four."""
     found = _by_type.get(type(x))
     return found if found is not None else _find(x, argument)
+
+
+def allocator(
+    framework: Framework, shape: tuple[int, ...], dtype: str, device: int
+) -> Callable[[], Any]:
+    """A function that makes such an array: the adapter's own, or empty() with these arguments."""
+    own = getattr(framework, "allocator", None)
+    if own is None:
+        return functools.partial(framework.empty, shape, dtype, device)
+    made: Callable[[], Any] = own(shape, dtype, device)
+    return made
 
 
 def is_foreign(x: Any) -> bool:

@@ -110,11 +110,7 @@ class Emulator:
         # Functions, no methods: argtypes are given to them.
         def launch_kernel(config, function, arguments, extra):
             seen = ctypes.cast(config, ctypes.POINTER(driver._Config)).contents
-            if self.graphs.captured is not None:
-                parameters = function, seen.grid, seen.block, seen.shared_bytes, arguments
-                self.graphs.captured.append(launch_graph._NodeParams(*parameters))
-            else:
-                self._run(function, seen.grid, seen.block[0], arguments)
+            self._run(function, seen.grid, seen.block[0], arguments)
             return 0
 
         self.cuLaunchKernelEx = launch_kernel
@@ -180,47 +176,34 @@ class Emulator:
 
 
 class _Graphs:
-    """The part of the driver that captures launches and launches graphs of them."""
+    """The part of the driver that makes and launches graphs."""
 
     def __init__(self, handles, run) -> None:
-        self.captured: list[launch_graph._NodeParams] | None = None
         self.launched = 0  # graphs
         self._handles, self._run = handles, run
         self._nodes: dict[int, dict[int, launch_graph._NodeParams]] = {}  # of each graph
 
-    def cuStreamCreate(self, stream, flags):
-        stream._obj.value = next(self._handles)
-        return 0
-
-    def cuStreamBeginCapture_v2(self, stream, mode):
-        self.captured = []
-        return 0
-
-    def cuStreamEndCapture(self, stream, graph):
+    def cuGraphCreate(self, graph, flags):
         graph._obj.value = next(self._handles)
-        self._nodes[graph._obj.value] = {next(self._handles): node for node in self.captured}
-        self.captured = None
+        self._nodes[graph._obj.value] = {}
         return 0
 
-    def cuStreamDestroy_v2(self, stream):
+    def cuGraphAddKernelNode_v2(self, node, graph, dependencies, count, parameters):
+        node._obj.value = next(self._handles)
+        made = launch_graph._NodeParams.from_buffer_copy(parameters._obj)
+        self._nodes[graph.value][node._obj.value] = made
+        return 0
+
+    def cuGraphAddDependencies_v2(self, graph, before, after, edges, count):
+        *_, last_but_one, last = self._nodes[graph.value]
+        edge = edges._obj
+        assert (before._obj.value, after._obj.value) == (last_but_one, last)
+        assert (edge.from_port, edge.to_port, edge.type, count.value) == (1, 0, 1, 1)
         return 0
 
     def cuGraphInstantiateWithFlags(self, executable, graph, flags):
         executable._obj.value = next(self._handles)
         self._nodes[executable._obj.value] = dict(self._nodes[graph.value])
-        return 0
-
-    def cuGraphGetNodes(self, graph, nodes, size):
-        found = self._nodes[graph.value]
-        assert len(nodes) == len(found) == size._obj.value
-        nodes[:] = list(reversed(found))  # in no particular order
-        return 0
-
-    def cuGraphKernelNodeGetParams_v2(self, node, parameters):
-        (found,) = {
-            id(n[node.value]): n[node.value] for n in self._nodes.values() if node.value in n
-        }.values()
-        ctypes.memmove(parameters, ctypes.byref(found), ctypes.sizeof(found))
         return 0
 
     def set_parameters(self, executable, node, address):

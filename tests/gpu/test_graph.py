@@ -16,7 +16,7 @@ import pytest
 from gpu_arrays import DRY, differing, fill_nan, fill_normal, host, mark, release_memory, xp
 
 import flashmla_cupy
-from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
+from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata, launch_graph
 
 pytestmark = mark
 
@@ -136,6 +136,29 @@ def test_a_replay_refuses_what_an_eager_call_refuses():
         replay()
         assert np.isfinite(host(gpu_oracle.to_float(step.out))).all()
         flashmla_cupy.check()
+
+
+def test_eager_calls_after_the_first_are_one_graph(monkeypatch):
+    """On any stream; with the arrays of each call, though the graph is the same."""
+    launched, start = [], launch_graph.LaunchGraph.__call__
+
+    def spy(graph, stream):
+        launched.append(stream)
+        start(graph, stream)
+
+    monkeypatch.setattr(launch_graph.LaunchGraph, "__call__", spy)
+    problems = [gpu_problems.make([700, 3000, 90], h_q=128, seed=seed) for seed in range(3)]
+    streams = [new_stream() for _ in range(2)]
+    if not DRY:
+        xp.cuda.Device().synchronize()
+    for problem in problems * 2:
+        for stream in streams:
+            with stream:
+                out, lse = problem.decode()
+                gpu_oracle.assert_right(problem, out, lse)
+    flashmla_cupy.check()
+    assert DRY or len(launched) >= 11
+    assert DRY or set(launched) == {stream.ptr for stream in streams}
 
 
 def test_replays_of_a_torch_graph():

@@ -43,9 +43,9 @@ def launches(monkeypatch):
     for engine in {type(interface._engine(0))}:
         launch = engine.decode
 
-        def decode(self, *args, _launch=launch):
-            seen.append((args[0], args[1].ptr, args[2].ptr, args[7]))
-            return _launch(self, *args)
+        def decode(self, stream, addresses, *args, _launch=launch):
+            seen.append((stream, addresses.q, addresses.k_cache, addresses.out))
+            return _launch(self, stream, addresses, *args)
 
         monkeypatch.setattr(engine, "decode", decode)
     return seen
