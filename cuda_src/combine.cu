@@ -1,9 +1,9 @@
 // Merges the partial results of split requests, by the arithmetic of merge.cuh.
 //
 // Column 7 of the metadata lists the split requests and where their slots begin (schedule.py). The
-// blocks are shared out to the requests by their slots. A unit of work is a quarter of the columns of
-// a row; W warps share it, more where there are blocks to spare, and each half of a warp takes splits
-// in turns. With more units than warps the blocks of a request go round.
+// blocks are shared out to the requests by their slots. A unit of work is half of the columns of a row,
+// a quarter where rows are few; W warps share it and take the splits in turns, as many as have all loads
+// in flight at once. With more units than warps the blocks of a request go round.
 //
 // What this kernel takes is latency: that of its loads, and that of its instructions. It is launched
 // programmatically behind dense_decode, so the metadata and the addresses come before the wait; then
@@ -11,18 +11,26 @@
 // ptxas moves them behind the arithmetic of the weights.
 //
 // What was tried, on an H100; microseconds of a whole call. `h`, `b` and `s`: query heads, requests,
-// tokens of each. As it is: h128 b1 s512 9.3, h128 b1 s8192 16, h16 b1 s8192 13.2, h128 b8 s4096 32.
+// tokens of each. As it is: h128 b1 s512 8.6, h128 b1 s8192 15.0, h16 b1 s8192 12.3, h128 b8 s4096 27.8;
+// without this kernel at all the first ones take 7.2, 12.6, 9.7 and 25.3.
 //   no second kernel: the blocks of dense_decode merge a slice each as they end, told by words in
 //   global memory that all pieces are there     h128 b1 s512 1.4 times as long, h16 b1 s32768 1.04
-//   partial results as floats                   h128 b1 s8192 17.6, b8 s4096 32.4, h16 b1 s8192 12.9
+//   partial results as floats                   h128 b1 s8192 17.6 instead of 16; of few rows, as now,
+//                                               h16 b1 s8192 12.9 instead of 13.2
 //   a path for each number of slices and splits, 44 KB more code
 //                                               nothing split, h32 b64 s512: 24.9 instead of 23.1.
 //                                               With dense_decode it must fit the instruction cache,
 //                                               120 KB it seems
 //   warps a row by the number of requests, not by what is split
 //                                               one long request among 64, h16: 91 instead of 79
-//   264 blocks whatever there is to do          h128 b1 s512 10.5: launching 132 takes a microsecond
-//   528 blocks of 64 registers a thread         h128 b1 s512 11.7, b8 s4096 30
+//   264 blocks whatever there is to do          h128 b1 s512 10.5 instead of 9.3: launching 132 takes a
+//                                               microsecond
+//   quarters of a row, two splits a warp at a time, in rounds of five
+//                                               h128 b8 s4096 31.5, 128 of about 4096 281 (now 275)
+//   blocks of 512 threads                       the same
+//   blocks of 1024 threads of 64 registers      h16 b1 s8192 15.6, h128 b1 s32768 28.9 instead of 26
+//   a load for each row of a pair that may be merged already, one behind another
+//                                               3 to 6 where all are merged, now 1
 //   triggered ahead of dense_decode's epilogue  the same
 #include "merge.cuh"
 #include "metadata.cuh"
