@@ -16,7 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from flashmla_cupy import compiler, driver, geometry, launch, launches, prepared, schedule
+from flashmla_cupy import (
+    compiler,
+    driver,
+    geometry,
+    launch,
+    launch_graph,
+    launches,
+    prepared,
+    schedule,
+)
 from flashmla_cupy.errors import ForkedProcessError
 from flashmla_cupy.frameworks import ArrayInfo
 from flashmla_cupy.geometry import Addresses, Geometry
@@ -341,6 +350,14 @@ def test_without_graphs_there_are_launches(fake, monkeypatch):
         engine.decode(9, CALL, made.geometry, 0.5, False)
     assert len(fake.launches) == 6
     assert graph.log == []
+
+
+@pytest.mark.parametrize("driver_has", [False, True])
+def test_a_driver_that_makes_no_graph_says_so(fake, monkeypatch, driver_has):
+    if not driver_has:
+        monkeypatch.delattr(FakeDriver, "cuGraphCreate")
+    with pytest.raises(RuntimeError, match="makes no graph" if driver_has else "too old"):
+        launch_graph.LaunchGraph([])
 
 
 def test_a_first_call_in_a_capture_makes_no_graph(fake, monkeypatch):
