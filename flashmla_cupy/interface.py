@@ -175,7 +175,7 @@ def flash_mla_with_kvcache(
                 plan.new_lse() if lse is None else lse,
             )
     if lazy is not None:
-        _bind(lazy, plan, cache_seqlens)
+        _bind(lazy, plan, cache_seqlens, pointers[3])
     if engine is None:
         return _on_host(plan, plans.Arrays(*arrays), lazy)
     guard = framework.device_guard(plan.configuration.device)
@@ -267,17 +267,13 @@ def _raise_host_violation() -> None:
         raise _host_violations.pop()
 
 
-def _bind(lazy: SchedMeta, plan: plans.Plan, cache_seqlens: Any) -> None:
+def _bind(lazy: SchedMeta, plan: plans.Plan, cache_seqlens: Any, address: int) -> None:
     """Makes the metadata of a SchedMeta at its first call; later, checks that it is for this."""
     if lazy.bound is None:
         with _bind_lock:
-            if lazy.bound is None:
-                bound = plan.configuration
-                framework, rows = plan.framework, bound.s_q * bound.h_q // bound.h_kv
-                lengths = framework.describe(cache_seqlens)
-                make = metadata_plans.make(framework, lengths, rows, bound.h_kv, _engine)
-                made = make(cache_seqlens, lengths.ptr)
-                lazy.bind(bound, *made, framework.pointer)
+            if lazy.bound is None and plan.schedule is not None:
+                made = plan.schedule(cache_seqlens, address)
+                lazy.bind(plan.configuration, *made, plan.framework.pointer)
     lazy.require(plan.configuration)
 
 

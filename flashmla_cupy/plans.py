@@ -16,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import checks, layouts, scalars
+from . import checks, layouts, metadata_plans, scalars
 from .frameworks import HOST, ArrayInfo, Framework, allocator, framework_of
 from .geometry import HEAD_DIM_V, NUM_SMS_CPU, Geometry, num_sm_parts
 from .metadata import Configuration
+from .metadata_plans import MetadataPlan
 
 if TYPE_CHECKING:
     from .launch import Engine
@@ -66,6 +67,7 @@ class Plan:
     new_out: Callable[[], Any]
     new_lse: Callable[[], Any]
     new_scratch: Callable[[], tuple[Any, int]] | None  # with its address; None: no need
+    schedule: MetadataPlan | None  # makes the metadata of a SchedMeta; None: there is none
     # Addresses that accepts() has found right; most calls come again with the same ones.
     accepted: set[tuple[int, ...]] = field(default_factory=set, compare=False, repr=False)
 
@@ -193,6 +195,11 @@ def make(
         geometry = Geometry.of(layouts.plain(q), layouts.plain(k_cache), block_table, parts)
         scratch_floats = engine.scratch_floats(geometry)
 
+    schedule = None
+    if options.is_lazy:
+        rows = s_q * h_q // h_kv
+        schedule = metadata_plans.make(framework, infos["cache_seqlens"], rows, h_kv, engine_of)
+
     new = functools.partial(allocator, framework, device=q.device)
     new_scratch = None
     if scratch_floats:
@@ -218,6 +225,7 @@ def make(
         new_out=new(out_shape, q.dtype),
         new_lse=new(lse_shape, "float32"),
         new_scratch=new_scratch,
+        schedule=schedule,
     )
     if key is not None:
         if len(_plans) >= MAX_PLANS:  # a bound, not a policy: a decoding loop needs a few
