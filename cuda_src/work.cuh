@@ -35,7 +35,7 @@ struct Params {
 
 // ---- requests -------------------------------------------------------------------------------
 
-enum Reason { LENGTH, STALE_METADATA, PAGE_ID, FOREIGN_METADATA };  // launch.py names them
+enum Reason { LENGTH, STALE_METADATA, PAGE_ID, FOREIGN_METADATA };  // engine.py names them
 
 // Remembers why a request is refused. The least key wins: the first request, then the first reason.
 DEVICE void refuse(const Params& p, int request, Reason reason, int column) {

@@ -19,7 +19,7 @@ from .layouts import DECODE
 from .metadata import SchedMeta, stale_requests
 
 if TYPE_CHECKING:
-    from .launch import Engine
+    from .engine import Engine
 
 METADATA = "get_mla_metadata"
 _modules = sys.modules
@@ -279,7 +279,7 @@ def _bind(lazy: SchedMeta, plan: plans.Plan, cache_seqlens: Any, address: int) -
 
 def _engine(device: int) -> Engine:
     """The engine of a CUDA device, remembered for check()."""
-    from . import launch  # not needed, and so not imported, without a GPU
+    from .engine import engine_of  # not needed, and so not imported, without a GPU
 
-    engine = _engines[device] = launch.engine(device)
+    engine = _engines[device] = engine_of(device)
     return engine

@@ -19,7 +19,7 @@ from .geometry import Addresses, Geometry
 from .metadata import stale_requests
 
 if TYPE_CHECKING:
-    from .launch import Engine
+    from .engine import Engine
 
 _CPU = 1  # kDLCPU
 

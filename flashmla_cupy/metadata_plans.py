@@ -14,7 +14,7 @@ from .frameworks import HERE, HOST, ArrayInfo, Framework, allocator, framework_o
 from .geometry import NUM_SMS_CPU, num_sm_parts
 
 if TYPE_CHECKING:
-    from .launch import Engine
+    from .engine import Engine
 
 MAX_PLANS = 1024  # a bound, not a policy
 _plans: dict[Any, MetadataPlan] = {}

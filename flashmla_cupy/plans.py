@@ -23,7 +23,7 @@ from .metadata import Configuration
 from .metadata_plans import MetadataPlan
 
 if TYPE_CHECKING:
-    from .launch import Engine
+    from .engine import Engine
 
 MAX_PLANS = 1024
 MAX_ADDRESSES = 4096  # of one array of one plan; a model has as many caches as layers

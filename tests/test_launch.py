@@ -1,4 +1,4 @@
-"""What launch.py and prepared.py hand to the kernels, read against the CUDA sources; without a GPU.
+"""What engine, launches and prepared hand to the kernels, read against the CUDA sources; no GPU.
 
 The driver is replaced by one that accepts everything. That the kernels compute the right thing from
 it is the business of tests/gpu.
@@ -20,12 +20,12 @@ from flashmla_cupy import (
     compiler,
     driver,
     geometry,
-    launch,
     launch_graph,
     launches,
     prepared,
     schedule,
 )
+from flashmla_cupy import engine as engine_module
 from flashmla_cupy.errors import ForkedProcessError
 from flashmla_cupy.frameworks import ArrayInfo
 from flashmla_cupy.geometry import Addresses, Geometry
@@ -80,7 +80,7 @@ COMBINE_PARAMS = struct.Struct(f"{len(launches.COMBINE_ARRAYS)}Q{launches.COMBIN
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("combine", COMBINE_PARAMS), ("schedule", launch.SCHEDULE_PARAMS)],
+    [("combine", COMBINE_PARAMS), ("schedule", engine_module.SCHEDULE_PARAMS)],
 )
 def test_parameters_are_those_of_the_kernel(name, layout):
     assert parameters_of(source(f"{name}.cu"), name) == letters_of(layout)
@@ -98,7 +98,9 @@ def test_constants_are_those_of_the_kernels():
     assert prepared.COMBINE_AT_ONCE == 10 * prepared.COMBINE_THREADS // 32
     assert f"constexpr int FEW_ROWS = {prepared.FEW_ROWS};" in source("merge.cuh")
     reasons = re.search(r"enum Reason {(.*?)}", source("work.cuh"))[1].split(",")
-    assert [name.strip().lower().replace("_", " ") for name in reasons] == list(launch.REASONS)
+    assert [name.strip().lower().replace("_", " ") for name in reasons] == list(
+        engine_module.REASONS
+    )
 
 
 def test_offsets_are_those_of_struct():
@@ -210,8 +212,8 @@ def test_grid_and_tensor_maps(fake, q, k_cache, grid):
     assert len(fake.maps) == before  # once for an address
 
 
-def engine_with(made) -> launch.Engine:
-    engine = object.__new__(launch.Engine)
+def engine_with(made) -> engine_module.Engine:
+    engine = object.__new__(engine_module.Engine)
     engine._prepared, engine._status = {id(made.geometry): made}, (77, 88)
     engine._epochs = iter(range(99, 200))
     return engine
@@ -273,7 +275,7 @@ def test_decode_launches_both_kernels(fake):
 
 
 def test_schedule_launches_with_the_room_that_a_batch_needs(fake):
-    engine = object.__new__(launch.Engine)
+    engine = object.__new__(engine_module.Engine)
     engine._kernels = {compiler.Variant("schedule"): function("schedule", schedule.MOST_THREADS)}
     engine._own = threading.local()
     for batch in (3, 9000, 1):
@@ -282,8 +284,8 @@ def test_schedule_launches_with_the_room_that_a_batch_needs(fake):
         threads = 1024 if batch == 9000 else 256
         assert (grid, block, stream) == ((1, 1, 1), (threads, 1, 1), 9)
         assert shared_bytes == schedule.shared_bytes(batch, 66)
-        packed = ctypes.string_at(arguments[0], launch.SCHEDULE_PARAMS.size)
-        assert launch.SCHEDULE_PARAMS.unpack(packed) == (1, batch, 66, 128, 1, 2, 3)
+        packed = ctypes.string_at(arguments[0], engine_module.SCHEDULE_PARAMS.size)
+        assert engine_module.SCHEDULE_PARAMS.unpack(packed) == (1, batch, 66, 128, 1, 2, 3)
 
 
 def test_no_combine_where_nothing_can_be_split(fake):
@@ -386,7 +388,7 @@ def test_kernels_are_loaded_on_the_device_of_their_arrays(monkeypatch):
         def __exit__(self, *_):
             current.pop()
 
-    engine = object.__new__(launch.Engine)
+    engine = object.__new__(engine_module.Engine)
     engine.device, engine.num_sms = 1, 132
     engine._cuda = types.SimpleNamespace(Device=Device)
     engine._kernels, engine._prepared, engine._load_lock = {}, {}, threading.Lock()
@@ -398,9 +400,9 @@ def test_kernels_are_loaded_on_the_device_of_their_arrays(monkeypatch):
         loaded_on.append(current[-1])
         return function(compiled.variant.entry, 32)
 
-    monkeypatch.setattr(launch, "RelaxedCapture", contextlib.nullcontext)
-    monkeypatch.setattr(launch, "compile_variants", compile_variants)
-    monkeypatch.setattr(launch, "_function", loaded)
+    monkeypatch.setattr(engine_module, "RelaxedCapture", contextlib.nullcontext)
+    monkeypatch.setattr(engine_module, "compile_variants", compile_variants)
+    monkeypatch.setattr(engine_module, "_function", loaded)
     q, k_cache = info(3, 1, 128, 576), info(9, 64, 1, 576)
     assert engine.scratch_floats(Geometry.of(q, k_cache, TABLE, 66)) > 0
     assert set(loaded_on) == {1} and len(loaded_on) == 2
@@ -425,8 +427,8 @@ def test_blocks_of_combine(h_q, batch, parts, tokens, expected):
 
 
 def test_a_forked_engine_refuses():
-    engine = object.__new__(launch.Engine)
-    engine.__class__ = launch._Forked
+    engine = object.__new__(engine_module.Engine)
+    engine.__class__ = engine_module._Forked
     for call in (engine.schedule, engine.decode, engine.check, engine.raise_pending):
         with pytest.raises(ForkedProcessError, match="spawn"):
             call()

@@ -28,11 +28,11 @@ from flashmla_cupy import (
     driver,
     frameworks,
     interface,
-    launch,
     launch_graph,
     metadata_plans,
     plans,
 )
+from flashmla_cupy import engine as engine_module
 from flashmla_cupy.frameworks import HOST, numpy_arrays
 
 HERE = Path(__file__).parent
@@ -249,7 +249,7 @@ class _Framework(numpy_arrays.NumPy):
 
 
 def _cuda(num_sms: int) -> types.ModuleType:
-    """As much of `cupy` as launch.py asks for."""
+    """As much of `cupy` as engine.py asks for."""
     keep = []
 
     def malloc(size):
@@ -282,10 +282,10 @@ def install(monkeypatch, kernels: Kernels, num_sms: int) -> Emulator:
     """From now on, NumPy arrays are arrays of an emulated GPU of that size."""
     emulator = Emulator(kernels)
     monkeypatch.setattr(driver, "library", lambda: emulator)
-    monkeypatch.setattr(launch, "binding", lambda: None)
-    monkeypatch.setattr(launch, "_engines", {})
+    monkeypatch.setattr(engine_module, "binding", lambda: None)
+    monkeypatch.setattr(engine_module, "_engines", {})
     monkeypatch.setattr(
-        launch,
+        engine_module,
         "compile_variants",
         lambda wanted: [
             compiler.Compiled(variant, variant.name.encode(), "", None, 0.0, True)

@@ -1,8 +1,9 @@
 """The engine of one GPU: loaded kernels, tensor maps, launches, and what the device refused.
 
-Everything that allocates, compiles or loads happens in `engine()` and `Engine.scratch_floats()`,
+Everything that allocates, compiles or loads happens in `engine_of()` and `Engine.scratch_floats()`,
 before the first launch of a kind, because a graph capture forbids it. `schedule`, `decode` and
-`raise_pending` only launch or look at host memory.
+`raise_pending` only launch or look at host memory; what `decode` makes for a thread's later calls
+(see `launches`) it makes outside of captures.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ _engines: dict[int, Engine] = {}
 _lock = threading.Lock()
 
 
-def engine(device: int) -> Engine:
+def engine_of(device: int) -> Engine:
     """The engine of a CUDA device, made at first use.
 
     Raises MissingDependencyError without CuPy or NVRTC, NoDeviceError, UnsupportedArchError,
