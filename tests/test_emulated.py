@@ -129,6 +129,19 @@ def test_calls_after_the_first_are_one_graph(gpu):
     assert emulator.graphs.launched == 5
 
 
+def test_metadata_of_the_newer_style(gpu):
+    """Made anew for the lengths of each step, and shared by its layers."""
+    gpu(num_sms=4)
+    for step in range(3):
+        problem = make_problem([900 - 64 * step, 40 + step, 0], h_q=8, seed=step)
+        lazy = get_mla_metadata()
+        layers = [bits(*decode(problem, lazy)) for _ in range(2)]
+        assert layers == [bits(*decode(problem))] * 2
+        assert_within_bound(*decode(problem, lazy), oracle(*problem.arrays()))
+        made = lazy[0].tile_scheduler_metadata, lazy[0].num_splits
+        assert all(map(np.array_equal, made, metadata_of(problem)))
+
+
 def test_requests_without_tokens(gpu):
     gpu(num_sms=3)
     problem = make_problem([0, 90, 0], h_q=5, s_q=2, causal=True)
