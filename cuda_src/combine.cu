@@ -27,6 +27,7 @@
 //                                               microsecond
 //   quarters of a row, two splits a warp at a time, in rounds of five
 //                                               h128 b8 s4096 31.5, 128 of about 4096 281 (now 275)
+//   528 blocks of 64 registers a thread         of those: h128 b1 s512 11.7 instead of 9.3, b8 s4096 30
 //   blocks of 512 threads                       the same
 //   blocks of 1024 threads of 64 registers      h16 b1 s8192 15.6, h128 b1 s32768 28.9 instead of 26
 //   a load for each row of a pair that may be merged already, one behind another
@@ -90,7 +91,7 @@ struct List {
 // Of each warp: what the splits of its unit weigh, then the sums of its teams.
 union Shared {
   float weights[MAX_SPLITS];
-  float sums[256];
+  float sums[Unit<true>::COLUMNS];
 };
 
 DEVICE float warp_max(float x) {

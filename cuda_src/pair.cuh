@@ -4,7 +4,7 @@
 // long done when the head ends, and the head merges: it copies the tail's partial result into the
 // ring, which nothing else needs any more, and writes out and lse. Otherwise `combine` does. Whatever
 // schedule.py cuts in two is a pair, and `combine` takes two pieces for one: their partial results are
-// floats, those of more pieces are halves (merge.cuh).
+// floats, however many rows there are (merge.cuh).
 //
 // They meet in a word of `pairs`, which holds the number of this launch once the tail is written. Any
 // other number, since scratch memory comes as it is, means that it is not: the head does not wait, as

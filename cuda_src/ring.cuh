@@ -23,7 +23,7 @@ constexpr int ROW_BLOCK = PART_ROW + 32;               // int32 [3]
 constexpr int RESULT = ROW_BLOCK + 12;                 // int32: where the piece's results go
 constexpr int BARRIERS = RESULT + 4;
 constexpr int SHARED_BYTES = BARRIERS + 5 * STAGES * 8 + 24;
-static_assert(BARRIERS % 8 == 0 && SHARED_BYTES == 232304, "of 232448; prepared.py has it too");
+static_assert(BARRIERS % 8 == 0 && SHARED_BYTES == 232304, "of 232448; launches.py has it too");
 
 extern __shared__ __align__(1024) uint8_t shared[];
 

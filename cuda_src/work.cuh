@@ -10,7 +10,7 @@
 constexpr int ROWS = 64;    // query rows of a thread block
 constexpr int TOKENS = 64;  // tokens of a tile
 
-// prepared.py packs the same fields in the same order.
+// launches.py packs the same fields in the same order.
 struct Params {
   const int* tile_scheduler_metadata;  // [parts, 8]; schedule.py documents the columns
   const int* cache_seqlens;            // [batch]

@@ -20,6 +20,7 @@ _INTERLEAVE_NONE, _SWIZZLE_128B, _L2_PROMOTION_256B = 0, 3, 3
 _MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _CAPTURE_MODE_RELAXED = 2
+NEVER_CAPTURED = (0, 1)  # the legacy default stream
 
 _Three = ctypes.c_uint32 * 3
 

@@ -29,9 +29,9 @@ from .errors import (
 )
 from .geometry import TOKENS_PER_TILE, Addresses, Geometry
 from .hopper import is_hopper
-from .launches import DECODE_SHARED_BYTES, Arguments
+from .launches import DECODE_SHARED_BYTES, DECODE_THREADS, Arguments
 from .nvrtc import binding
-from .prepared import COMBINE_THREADS, DECODE_THREADS, Prepared
+from .prepared import COMBINE_THREADS, Prepared
 
 SCHEDULE_PARAMS = struct.Struct("Q4i2Q")
 

@@ -16,10 +16,9 @@ import weakref
 from collections.abc import Sequence
 
 from . import driver
-from .driver import Launch, RelaxedCapture
+from .driver import NEVER_CAPTURED, Launch, RelaxedCapture
 
 _WHEN_TRIGGERED, _PROGRAMMATIC = 1, 1  # CU_GRAPH_KERNEL_NODE_PORT_, CU_GRAPH_DEPENDENCY_TYPE_
-_NEVER_CAPTURED = (0, 1)  # the legacy default stream
 
 
 class _NodeParams(ctypes.Structure):  # CUDA_KERNEL_NODE_PARAMS_v2
@@ -135,7 +134,7 @@ class CaptureStatus:
         self._ask.argtypes = (ctypes.c_void_p,) * 2
 
     def __call__(self, stream: int) -> bool:
-        if stream in _NEVER_CAPTURED:
+        if stream in NEVER_CAPTURED:
             return False
         code: int = self._ask(stream, self._address)
         return code != 0 or self._status.value != 0

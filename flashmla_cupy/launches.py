@@ -1,4 +1,8 @@
-"""The launches of one geometry by one thread, and room for their parameters."""
+"""The launches of one geometry by one thread, and room for their parameters.
+
+`engine` starts them with the addresses of a call; what else they need is in `prepared`. From the
+second call on, dense_decode and combine are one graph (see `launch_graph`).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ from .launch_graph import CaptureStatus, LaunchGraph
 if TYPE_CHECKING:
     from .prepared import Maps, Prepared
 
+DECODE_THREADS = 384  # dense_decode.cu
 DECODE_SHARED_BYTES = 232304  # SHARED_BYTES in ring.cuh
 PARAMS = struct.Struct("11Qq12if4x")  # Params in work.cuh
 CALL_PARAMS = struct.Struct("9Q")  # those of them that differ from call to call, the first ones
@@ -67,11 +72,11 @@ class Launches:
         self._combine_arguments = Arguments(COMBINE_SIZES, elsewhere=arrays)
         COMBINE_SIZES.pack_into(self._combine_arguments.buffer, 0, *prepared.combine_sizes)
         self._combine: Launch | None = None
-        self._graph: LaunchGraph | None = None
-        self._may_have_graph = bool(prepared.geometry.partial_slots)
-        if self._may_have_graph:
+        if prepared.geometry.partial_slots:
             self._combine = Launch(prepared.combine, prepared.combine_grid)
-            self._is_capturing = CaptureStatus()
+        self._is_capturing = CaptureStatus()
+        self._graph: LaunchGraph | None = None
+        self._may_have_graph = True
         self._options: tuple[float, bool] | None = None
         self._in_graph: tuple[Addresses, float, bool] | None = None
 
@@ -99,20 +104,20 @@ class Launches:
             return
         self._in_graph = None
         self._pack(addresses, softmax_scale, causal, status, next(epochs))
-        if self._may_have_graph and not self._is_capturing(stream):
-            self._make_graph()
-        self._decode(stream, self._arguments.address)
-        if self._combine is not None:
-            self._combine(stream, self._combine_arguments.address)
-
-    def _make_graph(self) -> None:
-        """For the calls to come."""
-        self._may_have_graph = False
-        launches = [(self._decode, self._arguments.address)]
-        if self._combine is not None:
-            launches.append((self._combine, self._combine_arguments.address))
-        with contextlib.suppress(RuntimeError):
-            self._graph = LaunchGraph(launches)
+        combine = self._combine
+        if combine is None:
+            self._decode(stream, self._arguments.address)
+            return
+        launches = (
+            (self._decode, self._arguments.address),
+            (combine, self._combine_arguments.address),
+        )
+        if self._may_have_graph and not self._is_capturing(stream):  # for the calls to come
+            self._may_have_graph = False
+            with contextlib.suppress(RuntimeError):
+                self._graph = LaunchGraph(launches)
+        for launch, arguments in launches:
+            launch(stream, arguments)
 
     def _pack(
         self,

@@ -1,7 +1,8 @@
 """get_mla_metadata() for arrays with an address: validated calls, and what follows from them.
 
 Like `plans`, for the smaller call that every decoding step makes: the checks run once for each
-signature, which is all of the arguments but the address of cache_seqlens.
+signature, which is all of the arguments but the address of cache_seqlens. `interface` looks plans
+up and makes them; `plans` makes one for calls with a SchedMeta.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class MetadataPlan(NamedTuple):
     new_num_splits: Callable[[], Any]
 
     def __call__(self, cache_seqlens: Any, address: int) -> tuple[Any, Any]:
-        """(tile_scheduler_metadata, num_splits) beside cache_seqlens, queued on the stream."""
+        """(tile_scheduler_metadata [parts, 8], num_splits [batch + 1]), int32, for cache_seqlens
+        [batch] int32 at this address, beside it; queued on the current stream."""
         guard = self.framework.device_guard(self.device)
         if guard is HERE:  # the usual case; entering a context that does nothing takes time
             return self._queue(cache_seqlens, address)

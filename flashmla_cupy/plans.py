@@ -20,12 +20,11 @@ from . import checks, layouts, metadata_plans, scalars
 from .frameworks import HOST, ArrayInfo, Framework, allocator, framework_of
 from .geometry import HEAD_DIM_V, NUM_SMS_CPU, Geometry, num_sm_parts
 from .metadata import Configuration
-from .metadata_plans import MetadataPlan
+from .metadata_plans import MAX_PLANS, MetadataPlan
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-MAX_PLANS = 1024
 MAX_ADDRESSES = 4096  # of one array of one plan; a model has as many caches as layers
 ABSENT = ArrayInfo(0, (), (), "", HOST)  # stands for an array the call does not have
 

@@ -9,17 +9,10 @@ import ctypes
 import threading
 
 from .driver import Function, tensor_map
-from .geometry import (
-    HEAD_DIM,
-    ROWS_PER_BLOCK,
-    TOKENS_PER_TILE,
-    Geometry,
-    ceil_div,
-)
+from .geometry import HEAD_DIM, ROWS_PER_BLOCK, TOKENS_PER_TILE, Geometry, ceil_div
 from .launches import Launches
 
 # dense_decode.cu
-DECODE_THREADS = 384
 HALVES = (4, 5)  # column blocks in each half of a ring slot
 COLUMN_BLOCK = 64  # elements: 128 bytes
 COLUMN_BLOCKS = HEAD_DIM // COLUMN_BLOCK

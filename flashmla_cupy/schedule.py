@@ -62,6 +62,8 @@ PARTIAL_ROWS = 36  # rows of partial out, 2048 bytes each, in the bytes of one t
 # Tried, on an H100; microseconds of a decode call of 128 heads, as it is first:
 #   T_SPLIT 30000, no T_PAIR, T_COMB 40000
 #                             one request of 256 tokens 8.2 | 10.9, with 16 heads 7.0 | 10.4
+#   as many parts as give requests alike the same number of them, and no T_COMB for pairs
+#                             32 requests of 1024 tokens 31.4 | 34.4, on an H200
 #   T_PAIR 20000              32 requests of 1024 tokens, then split into pairs, 29.6 | 31.4
 #   PARTIAL_ROWS 72           that 29.6 | 31.4, one of 8192 15.0 | 16.1, 64 of 512 with 64 rows each
 #                             32.8 | 37.6

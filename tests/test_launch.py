@@ -88,7 +88,7 @@ def test_parameters_are_those_of_the_kernel(name, layout):
 
 def test_constants_are_those_of_the_kernels():
     assert f"SHARED_BYTES == {launches.DECODE_SHARED_BYTES}" in source("ring.cuh")
-    assert f"__launch_bounds__({prepared.DECODE_THREADS}, 1)" in source("dense_decode.cu")
+    assert f"__launch_bounds__({launches.DECODE_THREADS}, 1)" in source("dense_decode.cu")
     combine = source("combine.cu")
     assert f"constexpr int THREADS = {prepared.COMBINE_THREADS}," in combine
     assert f"constexpr int MAX_SPLITS = {geometry.MAX_SPLITS};" in combine
@@ -301,7 +301,6 @@ class FakeGraph:
     def __init__(self, monkeypatch, made=True):
         self.log: list = []
         self.capturing = False
-
         outer = self
 
         class Graph:
@@ -414,6 +413,8 @@ def test_kernels_are_loaded_on_the_device_of_their_arrays(monkeypatch):
     [
         (16, 1, 132, 1 << 20, 64),  # a block a unit, shared by its warps
         (1, 2, 132, 1 << 20, 131),  # each request has one
+        (16, 8, 132, 1 << 20, 132),
+        (16, 66, 132, 1 << 20, 158),
         (128, 1, 66, 512, 132),
         (128, 1, 66, 1 << 20, 212),  # all of 66 pieces at once
         (128, 65, 66, 1 << 20, 264),

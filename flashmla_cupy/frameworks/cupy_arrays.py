@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..driver import capture_id
+from ..driver import NEVER_CAPTURED, capture_id
 from .base import HERE, ArrayInfo, dtype_names, element_strides, no_whole_strides, numpy_dtype
 
-_NEVER_CAPTURED = (0, 1)  # the legacy default stream
 _facts = operator.attrgetter("shape", "strides", "dtype", "data.device_id")
 _pointer = operator.attrgetter("data.ptr")
 
@@ -42,9 +41,8 @@ class CuPy:
         return ArrayInfo(data.ptr, x.shape, strides, dtype_names[dtype], data.device_id)
 
     def signature(self, *arrays: Any) -> tuple[Any, tuple[int, ...]]:
-        *inputs, num_splits, out, lse = arrays
-        if out is None and lse is None and num_splits is not None:  # most calls
-            inputs.append(num_splits)
+        *inputs, out, lse = arrays
+        if out is None and lse is None and inputs[-1] is not None:  # most calls
             return (self, *map(_facts, inputs)), (*map(_pointer, inputs), 0, 0)
         given = [x for x in arrays if x is not None]
         absent = tuple([x is None for x in arrays])
@@ -68,7 +66,7 @@ class CuPy:
 
         def scratch() -> tuple[Any, int]:
             stream = self.stream(device)
-            if stream in _NEVER_CAPTURED or not self._is_capturing(stream):
+            if stream in NEVER_CAPTURED or not self._is_capturing(stream):
                 memory = new(size)
                 return memory, memory.ptr
             kept = self._graph_scratch.setdefault((capture_id(stream), stream), [])
