@@ -1,337 +1,332 @@
-// Sequence lengths -> tile_scheduler_metadata and num_splits, by one block: of 1024 threads for large
-// batches, else of 256 (schedule.threads), since most of the time goes to issuing instructions.
+// Sequence lengths -> tile_scheduler_metadata and num_splits, by one block.
 //
-// The algorithm, the columns and the constants are those of flashmla_cupy/schedule.py, which is
-// the oracle: every integer is equal. It runs once for each decoding step, so it is written for
-// latency: few barriers, few instructions, no 64-bit division.
+// The algorithm, the columns and the constants are those of flashmla_cupy/schedule.py, which is the
+// oracle: every integer is equal. It runs once for each decoding step, and its latency is all that
+// counts: a straight line of few instructions and four barriers, with all candidates side by side.
 //
-//   1. prefix  each warp scans a contiguous run of requests; one barrier; offsets of the warps are
-//              added. Above PREFIX_ENTRIES requests only every 2^k-th entry is kept, and a cut
-//              walks over the lengths between two entries.
-//   2. cut     thread p finds cut p of every candidate, by a binary search for those that cut alike.
-//   3. rate    warp c estimates the time of candidate c; every thread picks the same best.
-//   4. record  thread p writes row p; then all write num_splits, from the cuts.
+//   1. prefix  One warp sums up the costs of the requests, four a lane, and finds what the parts of each
+//              candidate have in common. Of a large batch (schedule.PREFIX_ENTRIES) only every 2^k-th
+//              sum is kept, and step 2 walks from there.
+//   2. cut     A candidate has a group of warps, a lane a cut. Neighbouring warps share three cuts,
+//              since it takes four to rate a part: lane i of warp w has cut 29 w - 1 + i, and the warp
+//              rates parts 29 w to 29 w + 28.
+//   3. rate    Every warp picks the same best candidate.
+//   4. record  The warps of that candidate write their rows, the others num_splits.
 //
-// Dynamic shared memory (schedule.shared_bytes):
-//   Cut cuts[CANDIDATES][parts + 1]     16 bytes each
-//   long long prefix[entries + 1]       cost of all requests before an entry
+// Dynamic shared memory (schedule.launch_sizes): int starts[4 step + 1], the cost of the requests before
+// an entry, and of all; then BEYOND.
 //
-// Costs are 64-bit: lengths are whatever the caller's buffer holds, up to 2^31 - 1.
+// What was tried, on an H100; microseconds for 128 requests and 132 | 66 parts, where a kernel that does
+// nothing takes 0.9:
+//   one warp a candidate, cuts in shared memory, 64-bit costs, seven candidates    6.0 | 5.5
+//   25 warps that each add up the runs of eight scanning warps, and divide         3.85 | 3.2
+//   of those that cut at the same places, one candidate does it for all            3.5 | 2.9
+//   what they have in common found by one warp, float32 shares                     3.35 | 3.0
+//   one warp scans, four requests a lane: as it is                                 3.15 | 2.85
+//   columns 4 to 7 by another group of warps                                       the same
+//   odd steps in count_to, against bank conflicts                                  the same
+// What bounds it is the chain: launch 0.9, length and scan 0.6, then 15 or 25 warps that take turns
+// at four schedulers, two cycles an integer instruction, and 35 cycles for each look at shared memory,
+// 45 for each reduction. Behind it, dense_decode has started by then: in front of a
+// decode call it takes 1.9 to 2.5 (6.0 without launch_dependents at its beginning).
 
 #include "metadata.cuh"
 #include "ptx.cuh"
 
-constexpr int MOST_THREADS = 1024;
-constexpr int PREFIX_ENTRIES = 8192;
+constexpr int WARP_PARTS = 29;
+constexpr int MAX_PARTS = 174;
 
-// The tuning constants of schedule.py.
-constexpr int UNIT = 8;
-constexpr int C_REQ = 4;
-constexpr int CANDIDATES = 7;
-constexpr int T_TILE = 14500;
-constexpr int T_TILE_MEM = 178;
-constexpr int T_SPLIT = 15000;
-constexpr int T_PAIR = 25000;
-constexpr int T_COMB = 20000;
-constexpr int T_GAIN = 1000;
-constexpr int PARTIAL_ROWS = 36;
+// The constants of schedule.py.
+constexpr int UNIT = 16;
+constexpr int C_REQ = 8;
+constexpr int CANDIDATES = 5;
+constexpr int EVEN = 3;
+constexpr int T_SPLIT = 17;
+constexpr int T_PAIR = 28;
+constexpr int T_COMB = 22;
+constexpr int T_MOST = (1 << 28) - 1;
 
 constexpr int WHOLE = 1 << 30;
-constexpr int MOST_WARPS = MOST_THREADS / 32;
+constexpr int GROUP = MAX_PARTS / WARP_PARTS;  // warps of a candidate, at most
+constexpr int MOST_THREADS = 32 * CANDIDATES * GROUP;
+constexpr int PARTS_STEP = 64, BEYOND = 0x7fffffff;
+static_assert(MAX_PARTS < 4 * PARTS_STEP - 1, "of count_to");
 constexpr unsigned ALL = 0xffffffffu;
-static_assert(MOST_WARPS == 32, "the totals of the warps are scanned by one warp");
-static_assert(CANDIDATES <= 8, "a warp rates a candidate");
-
-struct alignas(16) Cut {
-  int request, tile;
-  long long at;  // cost of everything before it; the part that ends inside pays C_REQ more
-};
+static_assert(CANDIDATES <= 8, "a time has three bits for its candidate");
 
 DEVICE int tiles_of(int length) {
   return length > 0 ? ((length - 1) >> 6) + 1 : 0;  // length + 63 could overflow
 }
+DEVICE int cost_of(int tiles) { return tiles ? UNIT * tiles + C_REQ : 0; }
 
-DEVICE int cost_of(int tiles) {
-  return tiles ? UNIT * tiles + C_REQ : 0;
+// How many of ascending numbers are at most x. `step` is a power of four, and there are 4 step - 1.
+DEVICE int count_to(const int* numbers, int step, int x) {
+  int count = 0;
+#pragma unroll 1
+  for (; step; step >>= 2) {
+    const int* from = numbers + (count + step - 1);
+    count += step * ((from[0] <= x) + (from[step] <= x) + (from[2 * step] <= x));
+  }
+  return count;
 }
 
-// x * factor / divisor, rounded down, where divisor * factor fits 32 bits and x is usually as small.
-DEVICE long long scaled(long long x, unsigned factor, unsigned divisor) {
-  long long quotient = (unsigned)x / divisor;
-  if (x >> 32) quotient = (unsigned long long)x / divisor;
-  const unsigned rest = (unsigned)x - (unsigned)quotient * divisor;
-  return quotient * factor + rest * factor / divisor;
-}
-
-DEVICE bool is_busy(Cut a, Cut b) {
-  return a.request < b.request || (a.request == b.request && a.tile < b.tile);
-}
-
-// Of the part between two cuts: whether its first piece is a later one of a split request, and whether
-// its last one is the first of a split request. A piece cut at both ends is the former alone.
-DEVICE bool begins_inside(Cut a, Cut b) { return is_busy(a, b) && a.tile > 0; }
-DEVICE bool starts_split(Cut a, Cut b) {
-  return is_busy(a, b) && b.tile > 0 && !(a.tile > 0 && a.request == b.request);
-}
-
-// Whether cut i is the only one of its request, between neighbouring parts.
-DEVICE bool is_pair(const Cut* cuts, int i, int parts) {
-  if (i <= 0 || i >= parts) return false;
-  const Cut before = cuts[i - 1], cut = cuts[i];
-  return cut.tile > 0 && (before.request < cut.request || before.tile == 0) &&
-         cuts[i + 1].request > cut.request;
-}
+// What all parts of a candidate have in common, and what all candidates have.
+struct alignas(16) Use {
+  int parts;  // that get work
+  float share;
+  int finder;  // of the places of the cuts: the first candidate with as many
+};
+// Where a cut lies: in a request that begins at `start`, with tiles on both sides.
+struct alignas(16) Place {
+  int request, start, before, behind;
+};
+struct Common {
+  int total, longer;  // cost of all requests; what memory alone takes longer than a mean part
+};
+// Of a candidate: the longest part; and its split pieces, those that begin inside a request, and
+// above them, from bit 16, those that begin at its first tile.
+struct Rating {
+  int longest, pieces;
+};
 
 extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
-  const int* __restrict__ cache_seqlens,      // [batch], batch > 0
-  int batch,
-  int parts,                                  // <= blockDim.x
-  int rows,                                   // query rows of one kv head
-  int h_kv,
-  int* __restrict__ tile_scheduler_metadata,  // [parts, 8], 16-byte aligned
-  int* __restrict__ num_splits) {             // [batch + 1]
+    const int* __restrict__ cache_seqlens,      // [batch], batch > 0
+    int batch, int parts,                       // parts <= MAX_PARTS
+    int most_tiles,                             // of a request: longer ones count as that
+    int shift, int step,                        // see 1.; of count_to
+    float tile_longer, int piece_memory,        // schedule.memory_costs
+    int* __restrict__ tile_scheduler_metadata,  // [parts, 8], 16-byte aligned
+    int* __restrict__ num_splits) {             // [batch + 1]
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ long long warp_tiles[MOST_WARPS];
-  __shared__ int warp_requests[MOST_WARPS];
-  __shared__ long long times[CANDIDATES];
-  __shared__ int warp_counts[MOST_WARPS];
-  __shared__ int inside[MOST_THREADS];
-  __shared__ int list[MOST_THREADS];  // column 7
+  __shared__ float inverses[MAX_PARTS + 1];  // of i
+  __shared__ int evens[MAX_PARTS + 1];       // parts, less what i requests cannot share out
+  __shared__ Use uses[CANDIDATES];
+  __shared__ Common common;
+  __shared__ Place places[CANDIDATES][MAX_PARTS];
+  __shared__ int best;
+  __shared__ Rating ratings[CANDIDATES];
+  __shared__ int warp_pieces[CANDIDATES][GROUP];       // the same as in Rating
+  __shared__ int requests[CANDIDATES][4 * PARTS_STEP];  // of the cuts
+  __shared__ int inside[MAX_PARTS];  // parts up to this one that begin inside a request
+  __shared__ int list[MAX_PARTS];    // column 7
 
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-  const int threads = blockDim.x, warps = threads / 32;
-  int shift = 0;
-  while (((batch - 1) >> shift) >= PREFIX_ENTRIES) ++shift;
-  const int entries = ((batch - 1) >> shift) + 1, spacing = (1 << shift) - 1;
-  Cut* cuts = reinterpret_cast<Cut*>(shared);
-  long long* prefix = reinterpret_cast<long long*>(cuts + CANDIDATES * (parts + 1));
+  int* starts = reinterpret_cast<int*>(shared);
+  const int lane = threadIdx.x, warp_in_group = threadIdx.y, group = blockDim.y;
+  const int candidate = threadIdx.z, warp = candidate * group + warp_in_group;
+  const int cut = warp_in_group * WARP_PARTS - 1 + lane;  // that of this lane, and its part
+  const bool owns = lane >= 1 && lane <= WARP_PARTS && cut < parts;
 
+  griddepcontrol_launch_dependents();
   griddepcontrol_wait();  // the lengths may be the work of a kernel
 
   // ---- 1. prefix ---------------------------------------------------------------------------
 
-  // Whole groups of 32 requests, and of 2^shift where that is more, for each warp.
-  const int grain = shift > 5 ? 1 << shift : 32;
-  const int run = (batch + warps * grain - 1) / (warps * grain) * grain;
-  const int run_begin = warp * run, run_end = min(run_begin + run, batch);
-  long long tiles_sum = 0;  // of this warp's requests so far
-  int requests_sum = 0;     // those that have tiles
-  #pragma unroll 4
-  for (int base = run_begin; base < run_end; base += 32) {
-    const int request = base + lane;
-    const int tiles = request < batch ? tiles_of(cache_seqlens[request]) : 0;
-    const unsigned present = __ballot_sync(ALL, tiles > 0);
-    int sum = tiles;  // of 32 requests: at most 2^30
-    #pragma unroll
-    for (int d = 1; d < 32; d *= 2) {
-      const int below = __shfl_up_sync(ALL, sum, d);
-      if (lane >= d) sum += below;
+  if (warp > 0) {
+    const int thread = warp * 32 + lane - 32, threads = 32 * CANDIDATES * group - 32;
+#pragma unroll 1
+    for (int i = thread + 1; i <= parts; i += threads) {
+      inverses[i] = __fdiv_rn(1.f, (float)i);
+      evens[i] = parts / i * i;
     }
-    if (request < batch && (request & spacing) == 0)
-      prefix[request >> shift] =
-        UNIT * (tiles_sum + sum - tiles) +
-        C_REQ * (requests_sum + __popc(present & ((1u << lane) - 1)));
-    tiles_sum += __shfl_sync(ALL, sum, 31);
-    requests_sum += __popc(present);
-  }
-  if (lane == 0) {
-    warp_tiles[warp] = tiles_sum;
-    warp_requests[warp] = requests_sum;
-  }
-  __syncthreads();
-
-  long long total_tiles = lane < warps ? warp_tiles[lane] : 0;
-  int total_requests = lane < warps ? warp_requests[lane] : 0;
-  #pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const long long tiles = __shfl_up_sync(ALL, total_tiles, d);
-    const int requests = __shfl_up_sync(ALL, total_requests, d);
-    if (lane >= d) {
-      total_tiles += tiles;
-      total_requests += requests;
+#pragma unroll 1
+    for (int i = ((batch - 1) >> shift) + 2 + thread; i < 4 * step; i += threads) starts[i] = BEYOND;
+#pragma unroll 1
+    for (int i = parts + 1 + thread; i < 4 * PARTS_STEP; i += threads) {
+#pragma unroll
+      for (int k = 0; k < CANDIDATES; ++k) requests[k][i] = BEYOND;
+    }
+    if (thread == 0) starts[0] = 0;
+    if (thread < CANDIDATES) ratings[thread] = {0, 0};
+    bar_arrive<1>(32 * CANDIDATES * group);
+  } else {
+    const int spacing = (1 << shift) - 1;
+    int total = 0, with_tiles = 0, lengths[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int request = 4 * lane + k;
+      lengths[k] = request < batch ? cache_seqlens[request] : 0;
+    }
+#pragma unroll 1
+    for (int first = 4 * lane; first - 4 * lane < batch; first += 128) {
+      int costs[4], sum = 0;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int tiles = min(tiles_of(lengths[k]), most_tiles);
+        with_tiles += tiles > 0;
+        costs[k] = sum += cost_of(tiles);
+        lengths[k] = first + 128 + k < batch ? cache_seqlens[first + 128 + k] : 0;  // the next ones
+      }
+      const int own = sum;
+#pragma unroll
+      for (int d = 1; d < 32; d *= 2) {
+        const int below = __shfl_up_sync(ALL, sum, d);
+        if (lane >= d) sum += below;
+      }
+      const int before = total + sum - own;
+      total += __shfl_sync(ALL, sum, 31);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int request = first + k;
+        if (request == batch - 1 || (request < batch && (request & spacing) == spacing)) {
+          starts[(request >> shift) + 1] = before + costs[k];
+        }
+      }
+    }
+    with_tiles = __reduce_add_sync(ALL, with_tiles);
+    const int total_tiles = (uint32_t)(total - C_REQ * with_tiles) / UNIT;
+    bar_sync(1, 32 * CANDIDATES * group);  // evens, inverses
+    if (lane < CANDIDATES) {
+      int most = parts;
+      if (lane == EVEN && with_tiles > 0 && with_tiles <= parts) most = evens[with_tiles];
+      const int used = max(1, min(total_tiles >> (lane < CANDIDATES - 1 ? lane : 0), most));
+      const int finder = used == max(1, min(total_tiles, parts)) ? 0 : lane;
+      uses[lane] = {used, __fmul_rn((float)total, inverses[used]), finder};
+    } else if (lane == CANDIDATES) {
+      common = {total, (int)__fmul_rn((float)total_tiles, tile_longer)};
     }
   }
-  const long long up_to_here = UNIT * total_tiles + C_REQ * (long long)total_requests;
-  const long long offset =
-    __shfl_sync(ALL, up_to_here, warp) - (UNIT * tiles_sum + C_REQ * (long long)requests_sum);
-  total_tiles = __shfl_sync(ALL, total_tiles, 31);
-  const long long total_cost = __shfl_sync(ALL, up_to_here, 31);
-
-  if (run_begin < run_end) {
-    const int entry_end = ((run_end - 1) >> shift) + 1;
-    for (int i = (run_begin >> shift) + lane; i < entry_end; i += 32) prefix[i] += offset;
-  }
-  if (tid == 0) prefix[entries] = total_cost;
   __syncthreads();
 
   // ---- 2. cut ------------------------------------------------------------------------------
 
-  for (int p = tid; p <= parts; p += threads) {
-    // Where the line is cut into `located` parts: tile `tile` of `tiles` of a request.
-    int located = 0, request = 0, tiles = 0, tile = 0;
-    long long start = 0;
-    #pragma unroll 1
-    for (int k = 0; k < CANDIDATES; ++k) {
-      const int candidate = k ? k - 1 : CANDIDATES - 1;  // first and last often cut at the same
-      const bool splits = candidate < CANDIDATES - 1;
-      const int limit = splits ? 1 << candidate : WHOLE;
-      const long long share = total_tiles >> (splits ? candidate : 0);
-      const int used = share < 1 ? 1 : share < parts ? (int)share : parts;
-      Cut cut = {0, 0, 0};
-      if (p >= used) {
-        cut.request = batch;
-        cut.at = total_cost;
-      } else if (p > 0) {
-        if (used != located) {
-          located = used;
-          const long long x = scaled(total_cost, p, used);
-          int low = 0, high = entries;  // prefix[low] <= x < prefix[high]
-          while (low + 1 < high) {
-            const int middle = (low + high) >> 1;
-            if (prefix[middle] <= x) low = middle;
-            else high = middle;
-          }
-          request = low << shift;
-          start = prefix[low];
-          if (shift == 0) {
-            tiles = (int)((prefix[low + 1] - start - C_REQ) / UNIT);
-          } else {
-            for (;;) {
-              tiles = tiles_of(cache_seqlens[request]);
-              if (start + cost_of(tiles) > x) break;
-              start += cost_of(tiles);
-              ++request;
-            }
-          }
-          tile = ((int)(x - start) - C_REQ / 2 + UNIT / 2) / UNIT;
-        }
-        if (tile < limit) {
-          cut = {request, 0, start};
-        } else if (tiles - tile < limit) {
-          cut = {request + 1, 0, start + cost_of(tiles)};
-        } else {
-          cut = {request, tile, start + UNIT * (long long)tile};
-        }
-      }
-      cuts[candidate * (parts + 1) + p] = cut;
+  const Use use = uses[candidate];
+  const int found = warp_in_group * 32 + lane;
+  if (use.finder == candidate && found > 0 && found < use.parts) {
+    const int x = (int)__fmul_rn((float)found, use.share);
+    const int entry = count_to(starts + 1, step, x);
+    int request = entry << shift, start = starts[entry], cost = starts[entry + 1] - start;
+    while (shift > 0) {
+      cost = cost_of(min(tiles_of(cache_seqlens[request]), most_tiles));
+      if (start + cost > x) break;
+      start += cost, ++request;
     }
+    const int before = (uint32_t)(x - start - C_REQ / 2 + UNIT / 2) / UNIT;
+    places[candidate][found] = {request, start, before, (int)((uint32_t)cost / UNIT) - before};
   }
   __syncthreads();
 
   // ---- 3. rate -----------------------------------------------------------------------------
 
-  if (warp < CANDIDATES) {
-    const Cut* mine = cuts + warp * (parts + 1);
-    long long longest = 0;
-    int split = 0;
-    for (int p = lane; p < parts; p += 32) {
-      const Cut a = mine[p], b = mine[p + 1];
-      const int pieces = begins_inside(a, b) + starts_split(a, b);
-      const long long load = is_busy(a, b) ? b.at + (b.tile > 0 ? C_REQ : 0) - a.at : 0;
-      const int paired = is_pair(mine, p, parts) + is_pair(mine, p + 1, parts);
-      const long long time = load * T_TILE / UNIT + pieces * T_SPLIT + paired * T_PAIR;
-      longest = time > longest ? time : longest;
-      split += pieces;
+  // Of the cut. Inside a request: at a tile but its first; otherwise `start` is -1.
+  int request = 0, tile = 0, start = -1, at = 0;
+  if (cut >= use.parts) {
+    request = batch, at = common.total;
+  } else if (cut > 0) {
+    const Place place = places[use.finder][cut];
+    const int limit = candidate < CANDIDATES - 1 ? 1 << candidate : WHOLE;
+    request = place.request, at = place.start;
+    if (min(place.before, place.behind) >= limit) {
+      tile = place.before, start = at, at += UNIT * tile;
+    } else if (place.behind < place.before) {
+      ++request, at += UNIT * (place.before + place.behind) + C_REQ;
     }
-    split = __reduce_add_sync(ALL, split);
-    #pragma unroll
-    for (int d = 16; d; d /= 2) {
-      const long long other = __shfl_xor_sync(ALL, longest, d);
-      longest = other > longest ? other : longest;
+  }
+  if (owns || cut == parts) requests[candidate][cut] = request;
+
+  const int next_at = __shfl_down_sync(ALL, at, 1), next_start = __shfl_down_sync(ALL, start, 1);
+  const int start_before = __shfl_up_sync(ALL, start, 1);
+  const bool is_inside = start >= 0, next_is_inside = next_start >= 0, moves = next_at != at;
+  // Of all lanes, as bits. A pair: the cut is the only one of its request, between neighbouring parts.
+  const uint32_t pairs = __ballot_sync(ALL, is_inside && start_before != start && next_start != start);
+  const bool begins_inside = owns && is_inside && moves;
+  const bool starts_split = owns && next_is_inside && next_start != start;
+  const uint32_t inside_bits = __ballot_sync(ALL, begins_inside);
+  const uint32_t split_bits = __ballot_sync(ALL, starts_split);
+  const int my_pairs = pairs >> lane & 3;  // bit 0: of this cut, bit 1: of the next
+  {
+    int time = next_at - at;
+    if (next_is_inside && moves) time += C_REQ;
+    if (begins_inside) time += T_SPLIT;
+    if (starts_split) time += T_SPLIT;
+    if (my_pairs & 1) time += T_PAIR;
+    if (my_pairs & 2) time += T_PAIR;
+    const int longest = __reduce_max_sync(ALL, owns ? time : 0);
+    if (lane == 0) {
+      const int pieces = __popc(split_bits) << 16 | __popc(inside_bits);
+      atomicMax(&ratings[candidate].longest, longest);
+      atomicAdd(&ratings[candidate].pieces, pieces);
+      warp_pieces[candidate][warp_in_group] = pieces;
     }
-    const long long partials = (long long)split * rows * h_kv * T_TILE_MEM / PARTIAL_ROWS;
-    const long long memory = total_tiles * h_kv * T_TILE_MEM + partials;
-    const long long mean = scaled(total_tiles, T_TILE, parts);
-    long long time = memory > mean ? longest + memory - mean : longest;
-    if (split) time += T_COMB + partials;
-    if (lane == 0) times[warp] = time;
   }
   __syncthreads();
 
-  int chosen = 0;
-  long long best = times[0];
-  #pragma unroll
-  for (int candidate = 1; candidate < CANDIDATES; ++candidate) {
-    const long long time = times[candidate];
-    if (time < best - T_GAIN) {
-      best = time;
-      chosen = candidate;
+  if (warp == 0) {
+    uint32_t key = ~0u;
+    if (lane < CANDIDATES) {
+      const Rating rating = ratings[lane];
+      const int split = (rating.pieces >> 16) + (rating.pieces & 0xffff);
+      const int partials = split * piece_memory >> 8;
+      uint32_t time = (uint32_t)rating.longest + max(0, common.longer + partials);
+      if (split > 0) time += T_COMB + partials;
+      key = min(time, (uint32_t)T_MOST) << 3 | lane;
     }
+    const uint32_t least = __reduce_min_sync(ALL, key);
+    if (lane == 0) best = least & 7;
   }
+  __syncthreads();
 
   // ---- 4. record ---------------------------------------------------------------------------
 
-  const Cut* mine = cuts + chosen * (parts + 1);
-  Cut a = {0, 0, 0}, b = {0, 0, 0};
-  if (tid < parts) {
-    a = mine[tid];
-    b = mine[tid + 1];
-  }
-  const bool busy = is_busy(a, b);
-  // Pieces of split requests that begin inside a request, and at its first tile: two sums in one
-  // scan, each up to 1024. Their total is the slot.
-  const bool from_inside = begins_inside(a, b), is_split = starts_split(a, b);
-  const int count = is_split << 16 | from_inside;
-  int sum = count;
-  #pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int below = __shfl_up_sync(ALL, sum, d);
-    if (lane >= d) sum += below;
-  }
-  if (lane == 31) warp_counts[warp] = sum;
-  __syncthreads();
-  sum += __reduce_add_sync(ALL, lane < warp ? warp_counts[lane] : 0);
-  const int total = __reduce_add_sync(ALL, lane < warps ? warp_counts[lane] : 0);
-
-  inside[tid] = sum & 0xffff;
+  const int chosen = best;
+  const bool records = candidate == chosen;
+  // num_splits: before request r lie r requests, and the parts that begin inside one of them.
+  auto last_part_before = [&](int r) {
+    return count_to(requests[chosen], PARTS_STEP, r - 1) - 1;
+  };
+  const int first_r = (warp < chosen * group ? warp : warp - group) * 32 + lane;
+  int last_part = 0;
   int4 range = {0, 0, -1, 0}, rest = {0, 0, 0, 0};
-  if (tid < parts) {
-    const int before = sum - count, slot = (before >> 16) + (before & 0xffff);
-    if (busy) {
-      const int last = b.tile > 0 ? b.request : b.request - 1;
-      const int first_tiles = tiles_of(cache_seqlens[a.request]);
-      const int last_tiles = tiles_of(cache_seqlens[last]);
-      range = {a.request, a.tile, last, b.tile > 0 ? b.tile : last_tiles};
-      const int flags = (is_pair(mine, tid, parts) ? BEGINS_IN_PAIR : 0) |
-                        (is_pair(mine, tid + 1, parts) ? ENDS_IN_PAIR : 0);
-      rest = {slot | flags, first_tiles, last_tiles, 0};
+  uint32_t check = 0;
+  if (records) {
+    const int pieces = ratings[chosen].pieces;
+    const int before = __reduce_add_sync(
+        ALL, lane < warp_in_group ? warp_pieces[chosen][lane] : 0);
+    const uint32_t below = (1u << lane) - 1;
+    const int inside_before =
+        (before & 0xffff) + __popc(inside_bits & below);
+    const int split_before = (before >> 16) + __popc(split_bits & below);
+    const int slot = inside_before + split_before;
+    const int next_request = __shfl_down_sync(ALL, request, 1);
+    const int next_tile = __shfl_down_sync(ALL, tile, 1);
+    if (owns) {
+      if (request < next_request || tile < next_tile) {
+        const int last = next_is_inside ? next_request : next_request - 1;
+        const int first_tiles = tiles_of(cache_seqlens[request]);
+        const int last_tiles = tiles_of(cache_seqlens[last]);
+        range = {request, tile, last, next_is_inside ? next_tile : last_tiles};
+        rest = {my_pairs * BEGINS_IN_PAIR | slot, first_tiles, last_tiles, 0};
+        static_assert(ENDS_IN_PAIR == 2 * BEGINS_IN_PAIR, "");
+      }
+      inside[cut] = inside_before + begins_inside;
+      // The list of split requests: part by part, or what follows its end.
+      if (starts_split) list[split_before] = slot + begins_inside << REQUEST_BITS | next_request;
+      if (cut >= pieces >> 16) {
+        list[cut] = (pieces >> 16) + (pieces & 0xffff) << REQUEST_BITS | NO_REQUEST;
+      }
+      check = check_term(0, range.x) + check_term(1, range.y) + check_term(2, range.z) +
+              check_term(3, range.w) + check_term(4, rest.x) + check_term(5, rest.y) +
+              check_term(6, rest.z) + check_term(8, cut) + check_term(9, batch);
     }
-    // The list of split requests: part by part, or what follows its end.
-    if (is_split) {
-      const int first_slot = slot + from_inside;
-      list[before >> 16] = first_slot << REQUEST_BITS | b.request;
-    }
-    if (tid >= total >> 16) {
-      const int slots = (total >> 16) + (total & 0xffff);
-      list[tid] = slots << REQUEST_BITS | NO_REQUEST;
-    }
+  } else if (first_r <= batch) {
+    last_part = last_part_before(first_r);
   }
   __syncthreads();
 
-  if (tid < parts) {
-    rest.w = list[tid];
-    const uint32_t sum_of_row =
-      check_term(0, range.x) + check_term(1, range.y) + check_term(2, range.z) +
-      check_term(3, range.w) + check_term(4, rest.x) + check_term(5, rest.y) +
-      check_term(6, rest.z) + check_term(7, rest.w) + check_term(8, tid) + check_term(9, batch);
-    rest.x |= sum_of_row >> CHECK_SHIFT << CHECK_SHIFT;
-    int4* row = reinterpret_cast<int4*>(tile_scheduler_metadata + 8 * tid);
-    row[0] = range;
-    row[1] = rest;
-  }
-
-  // Before request r lie r requests, and the parts that begin inside one of them.
-  for (int request = tid; request <= batch; request += threads) {
-    int pieces = 0;
-    if (request > 0) {
-      int low = 0, high = parts;  // the last part that begins in an earlier request
-      while (low + 1 < high) {
-        const int middle = (low + high) >> 1;
-        if (mine[middle].request < request) low = middle;
-        else high = middle;
-      }
-      pieces = request + inside[low];
+  if (records) {
+    if (owns) {
+      rest.w = list[cut];
+      check += check_term(7, rest.w);
+      rest.x |= check >> CHECK_SHIFT << CHECK_SHIFT;
+      int4* row = reinterpret_cast<int4*>(tile_scheduler_metadata + 8 * cut);
+      row[0] = range;
+      row[1] = rest;
     }
-    num_splits[request] = pieces;
+  } else {
+#pragma unroll 1
+    for (int r = first_r; r <= batch;) {
+      num_splits[r] = r > 0 ? r + inside[last_part] : 0;
+      r += 32 * (CANDIDATES - 1) * group;
+      if (r <= batch) last_part = last_part_before(r);
+    }
   }
 }

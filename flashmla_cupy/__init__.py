@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .merge import merge_partials
     from .metadata import SchedMeta
     from .paged_cache import PagedKVCache
-    from .schedule import Schedule
+    from .schedule_view import Schedule
 
 __version__ = "0.1.0"
 
@@ -97,7 +97,7 @@ _LAZY = {
     "SchedMeta": "metadata",
     "PagedKVCache": "paged_cache",
     "merge_partials": "merge",
-    "Schedule": "schedule",
+    "Schedule": "schedule_view",
 }
 
 

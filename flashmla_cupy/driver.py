@@ -109,8 +109,8 @@ class Launch:
         self._start = library().cuLaunchKernelEx
         self._start.argtypes = (ctypes.c_void_p,) * 4
 
-    def set_size(self, threads: int, shared_bytes: int) -> None:
-        self.config.block[0] = threads
+    def set_size(self, block: Sequence[int], shared_bytes: int) -> None:
+        self.config.block[:] = block
         self.config.shared_bytes = shared_bytes
 
     def __call__(self, stream: int, arguments: int) -> None:

@@ -33,7 +33,7 @@ from .launches import DECODE_SHARED_BYTES, DECODE_THREADS, Arguments
 from .nvrtc import binding
 from .prepared import COMBINE_THREADS, Prepared
 
-SCHEDULE_PARAMS = struct.Struct("Q4i2Q")
+SCHEDULE_PARAMS = struct.Struct("Q5ifi2Q")
 
 REASONS = ("length", "stale metadata", "page id", "foreign metadata")  # Reason in work.cuh
 NOTHING_REFUSED = (1 << 64) - 1
@@ -145,20 +145,11 @@ class Engine:
     ) -> None:
         """Launches schedule.cu on addresses; batch >= 1."""
         launch, arguments = self._schedule_launch()
+        sizes = schedule_module.launch_sizes(batch, parts, rows, h_kv)
         SCHEDULE_PARAMS.pack_into(
-            arguments.buffer,
-            0,
-            cache_seqlens,
-            batch,
-            parts,
-            rows,
-            h_kv,
-            tile_scheduler_metadata,
-            num_splits,
+            arguments.buffer, 0, cache_seqlens, *sizes.params, tile_scheduler_metadata, num_splits
         )
-        launch.set_size(
-            schedule_module.threads(batch, parts), schedule_module.shared_bytes(batch, parts)
-        )
+        launch.set_size(sizes.block, sizes.shared_bytes)
         launch(stream, arguments.address)
 
     def decode(
@@ -230,12 +221,9 @@ def _function(compiled: Compiled) -> Function:
     block, shared = {
         "dense_decode": (DECODE_THREADS, DECODE_SHARED_BYTES),
         "combine": (COMBINE_THREADS, 0),
-        "schedule": (schedule_module.MOST_THREADS, SCHEDULE_MAX_SHARED),
+        "schedule": (32, schedule_module.MOST_SHARED_BYTES),  # a launch says how many threads
     }[variant.kernel]
     return Function(compiled.cubin, variant.entry, block=block, max_shared=shared)
-
-
-SCHEDULE_MAX_SHARED = schedule_module.shared_bytes(schedule_module.PREFIX_ENTRIES)
 
 
 class _Forked(Engine):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .schedule import Piece, Schedule
+    from .schedule_view import Piece, Schedule
 
 WIDTH = 760
 HEIGHT_LIMIT = 560  # rows get thinner rather than the chart taller

@@ -1,12 +1,13 @@
-"""The split of a ragged batch over `parts` columns of thread blocks: on the host, and for people.
+"""The split of a ragged batch over `parts` columns of thread blocks.
 
 `plan` is the definition. cuda_src/schedule.cu computes the same integers on the device, where every
-decoding step makes its schedule, and is tested against it bit for bit.
+decoding step makes its schedule, and is tested against it bit for bit. `schedule_view` shows the
+result to people.
 
 The tiles of all requests, one after the other, form a line that is cut into `parts` ranges of
 equal cost, so that a long request is shared by many parts and many short ones share a part. A
 request that is cut has its pieces merged afterwards, which costs partial results and a second
-kernel. So cuts near the end of a request move to it, leaving no piece shorter than a limit; one of
+kernel. So cuts near an end of a request move to it, leaving no piece shorter than a limit; one of
 a few limits is chosen by estimating how long each would take.
 
 tile_scheduler_metadata [parts, 8] int32, one row a part:
@@ -31,43 +32,44 @@ at least one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .geometry import NUM_SMS_CPU, TOKENS_PER_TILE, num_sm_parts
+from .geometry import TOKENS_PER_TILE, ceil_div
 
-# Launch facts of the schedule kernel.
-MOST_THREADS = 1024
-FEW_THREADS = 256  # for as many parts and a batch eight times as large
-MAX_PARTS = 1024  # a thread each
+# Launch facts of the schedule kernel: for each candidate as many warps as hold the parts, 29 each.
+CANDIDATES = 5  # limits: pieces of at least 1, 2, 4, 8 tiles; the last: nothing is split
+EVEN = 3  # the candidate that gives all requests the same number of parts, if there are so many
+WARP_PARTS = 29
+MAX_PARTS = 174  # of six warps
 MAX_BATCH = (1 << 20) - 1  # column 7 has 20 bits for a request
-PREFIX_ENTRIES = 8192  # of the cost prefix in shared memory; larger batches keep every 2^k-th
+PREFIX_ENTRIES = 16384  # of the cost prefix in shared memory; larger batches keep every 2^k-th
+MOST_SHARED_BYTES = 4 * (PREFIX_ENTRIES + 1)
 
-# Tuning constants. schedule.cu repeats them, and a test compares the two.
-UNIT = 8  # cost units of a tile
-C_REQ = 4  # cost units of a request that has tiles: loading q, the epilogue
-CANDIDATES = 7  # limits: pieces of at least 1, 2, 4, ... 32 tiles; the last: nothing is split
+# Tuning constants. schedule.cu repeats those that it needs, and a test compares them.
+UNIT = 16  # cost of a tile of 64 rows on one multiprocessor, memory permitting: 1450 ns
+C_REQ = 8  # cost of a request that has tiles: loading q, the epilogue
+MOST_TILES = 1 << 26  # of all requests; what is longer than its even share of them counts as that
 BEGINS_IN_PAIR, ENDS_IN_PAIR = 1 << 16, 1 << 17  # column 4
 CHECK_SHIFT, CHECK_FACTOR = 18, 0x9E3779B1  # column 4; metadata.cuh has them, too
-T_TILE = 14500  # 0.1 ns: one tile of 64 rows on one multiprocessor, memory permitting
-T_TILE_MEM = 178  # 0.1 ns: the bytes of one tile at the memory bandwidth of the whole GPU
-T_SPLIT = 15000  # 0.1 ns: a piece of a split request: its partial result, what comes with it
-T_PAIR = 25000  # 0.1 ns: what a piece of a pair takes more: floats, and the merge of the two
-T_COMB = 20000  # 0.1 ns: a combine kernel with work to do
-T_GAIN = 1000  # 0.1 ns: a later candidate must be better by more than this
+T_SPLIT = 17  # a piece of a split request: its partial result, what comes with it
+T_PAIR = 28  # what a piece of a pair takes more: floats, and the merge of the two
+T_COMB = 22  # a combine kernel with work to do
+T_MOST = (1 << 28) - 1  # longer times are alike
+T_TILE_MEM = 50  # 1/256: the bytes of a tile at the memory bandwidth of the whole GPU
 PARTIAL_ROWS = 36  # rows of partial out, 2048 bytes each, in the bytes of one tile
-# Tried, on an H100; microseconds of a decode call of 128 heads, as it is first:
-#   T_SPLIT 30000, no T_PAIR, T_COMB 40000
+# Tried, on an H100; microseconds of a decode call of 128 heads, as it is first (1.5 us are 17):
+#   T_SPLIT 33, no T_PAIR, T_COMB 44
 #                             one request of 256 tokens 8.2 | 10.9, with 16 heads 7.0 | 10.4
 #   as many parts as give requests alike the same number of them, and no T_COMB for pairs
 #                             32 requests of 1024 tokens 31.4 | 34.4, on an H200
-#   T_PAIR 20000              32 requests of 1024 tokens, then split into pairs, 29.6 | 31.4
+#   T_PAIR 22                 32 requests of 1024 tokens, then split into pairs, 29.6 | 31.4
 #   PARTIAL_ROWS 72           that 29.6 | 31.4, one of 8192 15.0 | 16.1, 64 of 512 with 64 rows each
 #                             32.8 | 37.6
-#   T_SPLIT 18000 | 30000, no T_PAIR
+#   T_SPLIT 20 | 33, no T_PAIR
 #                             128 of about 1024 94.4 | 90.5, of about 4096 284 | 282
 
 _WHOLE = 1 << 30  # more tiles than any piece has
@@ -115,18 +117,33 @@ class _Cuts(NamedTuple):
         return self.begins_inside.astype(np.int64) + self.starts_split
 
 
-def shared_bytes(batch: int, parts: int = MAX_PARTS) -> int:
-    """Dynamic shared memory of the schedule kernel: the cost prefix, and the cuts."""
-    entries = batch
-    while entries > PREFIX_ENTRIES:
-        entries = (entries + 1) // 2
-    return 8 * (entries + 1) + 16 * CANDIDATES * (parts + 1)
+def memory_costs(parts: int, rows: int, h_kv: int) -> tuple[float, int]:
+    """What the bytes of a tile cost more than its share of a part, both in a part of the time of a
+    tile; and, in 1/256, what those of the partial result of a piece cost."""
+    tile = h_kv * T_TILE_MEM
+    return min(tile / 256, 15.0) - UNIT / parts, min(rows * tile // PARTIAL_ROWS, (1 << 22) - 1)
 
 
-def threads(batch: int, parts: int) -> int:
-    """Of the schedule kernel."""
-    few = parts <= FEW_THREADS and batch <= 8 * FEW_THREADS
-    return FEW_THREADS if few else MOST_THREADS
+class LaunchSizes(NamedTuple):
+    """What a launch of schedule.cu depends on, but for addresses."""
+
+    block: tuple[int, int, int]  # lanes, warps of a candidate, candidates
+    shared_bytes: int  # dynamic: the cost prefix
+    params: tuple[int, int, int, int, int, float, int]  # from `batch` on
+
+
+@functools.lru_cache(maxsize=1024)
+def launch_sizes(batch: int, parts: int, rows: int, h_kv: int) -> LaunchSizes:
+    """batch >= 1."""
+    warps = ceil_div(parts, WARP_PARTS)
+    shift = max(0, (ceil_div(batch, PREFIX_ENTRIES) - 1).bit_length())  # of an entry: 2^shift
+    step = 1  # a power of four, and 4 step at least the entries
+    while 4 * step < ceil_div(batch, 1 << shift):
+        step *= 4
+    sizes = batch, parts, MOST_TILES // batch, shift, step
+    return LaunchSizes(
+        (32, warps, CANDIDATES), 4 * (4 * step + 1), (*sizes, *memory_costs(parts, rows, h_kv))
+    )
 
 
 def plan(
@@ -134,24 +151,22 @@ def plan(
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """(tile_scheduler_metadata, num_splits) for lengths [batch], `rows` query rows of a kv head.
 
-    Negative lengths count as 0. Nothing overflows for lengths up to 2^31 - 1 and 65536 requests."""
+    Negative lengths count as 0."""
     batch = len(cache_seqlens)
     tiles = -(-np.maximum(cache_seqlens.astype(np.int64), 0) // TOKENS_PER_TILE)
+    counted = np.minimum(tiles, MOST_TILES // max(batch, 1))
     starts = np.zeros(batch + 1, np.int64)  # cost of all requests before each
-    np.cumsum(UNIT * tiles + C_REQ * (tiles > 0), out=starts[1:])
+    np.cumsum(UNIT * counted + C_REQ * (tiles > 0), out=starts[1:])
     metadata = np.zeros((parts, 8), np.int32)
     metadata[:, 2] = -1
     metadata[:, 7] = MAX_BATCH
     if not batch:
         return metadata, np.zeros(1, np.int32)
 
-    best, cuts = 0, None
-    for candidate in range(CANDIDATES):
-        trial = _cut(tiles, starts, parts, candidate)
-        time = _estimate(tiles, starts, trial, rows, h_kv)
-        if cuts is None or time < best - T_GAIN:
-            best, cuts = time, trial
-    assert cuts is not None
+    costs = memory_costs(parts, rows, h_kv)
+    trials = [_cut(counted, starts, parts, candidate) for candidate in range(CANDIDATES)]
+    times = [_estimate(counted, starts, trial, costs) for trial in trials]
+    cuts = trials[times.index(min(times))]
 
     first, begin = cuts.request[:-1], cuts.tile[:-1]
     last = np.where(cuts.tile[1:] > 0, cuts.request[1:], cuts.request[1:] - 1)
@@ -193,20 +208,25 @@ def sealed(metadata: npt.NDArray[np.int32], batch: int) -> npt.NDArray[np.int32]
 
 
 def _cut(tiles: Ints, starts: Ints, parts: int, candidate: int) -> _Cuts:
-    """Ranges of equal cost, their ends rounded to tiles and moved out of the reach of the limit."""
+    """Ranges of equal cost, their ends rounded to tiles and moved out of the reach of the limit.
+
+    The device has the same float32 arithmetic."""
     batch, total, cost = len(tiles), int(tiles.sum()), int(starts[-1])
     splits = candidate < CANDIDATES - 1
     limit = 1 << candidate if splits else _WHOLE
     used = min(max(total >> (candidate if splits else 0), 1), parts)  # parts that get work
-    p = np.arange(1, used)
-    x = cost * p // used  # where the line is cut
-    # The request that x lies in has a cost, since cost[p] < cost: it is the last to start by x.
+    requests = int(np.count_nonzero(tiles))
+    if candidate == EVEN and 0 < requests <= parts:
+        used = min(used, parts // requests * requests)
+    share = np.float32(cost) * (np.float32(1) / np.float32(used))
+    x = (np.arange(1, used, dtype=np.float32) * share).astype(np.int64)  # where the line is cut
+    # The request that x lies in has a cost, since x < cost: it is the last to start by x.
     request = np.searchsorted(starts, x, side="right") - 1
-    tile = (x - starts[request] - C_REQ // 2 + UNIT // 2) // UNIT
-    near_start = tile < limit
-    near_end = ~near_start & (tiles[request] - tile < limit)
-    request += near_end
-    tile[near_start | near_end] = 0
+    before = (x - starts[request] - C_REQ // 2 + UNIT // 2) // UNIT
+    behind = tiles[request] - before
+    inside = np.minimum(before, behind) >= limit
+    request += ~inside & (behind < before)  # to the nearer end
+    tile = np.where(inside, before, 0)
     ends = [batch] * (parts + 1 - used)
     return _Cuts(
         np.concatenate([[0], request, ends]).astype(np.int64),
@@ -214,121 +234,21 @@ def _cut(tiles: Ints, starts: Ints, parts: int, candidate: int) -> _Cuts:
     )
 
 
-def _estimate(tiles: Ints, starts: Ints, cuts: _Cuts, rows: int, h_kv: int) -> int:
-    """How long decoding takes with these cuts, in 0.1 ns.
+def _estimate(tiles: Ints, starts: Ints, cuts: _Cuts, memory_costs: tuple[float, int]) -> int:
+    """How long decoding takes with these cuts.
 
     The multiprocessors work for the longest part. If memory is slower, it sets the pace until a
     mean part ends, and the longest goes on from there. Partial results are written meanwhile and
     read by the combine kernel."""
-    total, pieces, parts = int(tiles.sum()), cuts.split_pieces, len(cuts.request) - 1
+    pieces = cuts.split_pieces
     at = starts[cuts.request] + UNIT * cuts.tile
     load = at[1:] + C_REQ * (cuts.tile[1:] > 0) - at[:-1]  # a piece that ends inside pays, too
     load = np.where(cuts.busy, load, 0)
     paired = cuts.pairs[:-1].astype(np.int64) + cuts.pairs[1:]
-    longest = int((load * T_TILE // UNIT + pieces * T_SPLIT + paired * T_PAIR).max())
-    split = int(pieces.sum())
-    partials = split * rows * h_kv * T_TILE_MEM // PARTIAL_ROWS
-    memory = total * h_kv * T_TILE_MEM + partials
-    decode = max(longest, memory + longest - total * T_TILE // parts)
-    return decode + (T_COMB + partials if split else 0)
-
-
-class Piece(NamedTuple):
-    """Tiles [begin, end) of a request, computed by one part."""
-
-    part: int
-    request: int
-    begin: int
-    end: int
-    split: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """Who computes what: a schedule to look at. Notebooks draw it, a row a part.
-
-    `tile_scheduler_metadata` and `num_splits` are NumPy arrays; `rows` is 0 where it is not known.
-    """
-
-    tile_scheduler_metadata: npt.NDArray[np.int32]
-    num_splits: npt.NDArray[np.int32]
-    cache_seqlens: npt.NDArray[np.int32]
-    rows: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        cache_seqlens: Any,
-        num_q_tokens_per_head_k: int,
-        num_heads_k: int = 1,
-        num_sms: int = NUM_SMS_CPU,
-    ) -> Schedule:
-        """The schedule that get_mla_metadata() makes for these lengths on a GPU of `num_sms`."""
-        lengths, rows = _on_host(cache_seqlens), max(1, num_q_tokens_per_head_k)
-        parts = num_sm_parts(num_sms, rows, num_heads_k)
-        return cls(*plan(lengths, parts, rows, num_heads_k), lengths, rows)
-
-    @classmethod
-    def from_metadata(cls, metadata: Any, num_splits: Any, cache_seqlens: Any) -> Schedule:
-        """The schedule in the results of get_mla_metadata(); waits for arrays on a GPU."""
-        return cls(_on_host(metadata), _on_host(num_splits), _on_host(cache_seqlens))
-
-    @property
-    def parts(self) -> int:
-        return len(self.tile_scheduler_metadata)
-
-    @property
-    def pieces(self) -> list[Piece]:
-        """All pieces that hold a tile, by part and request."""
-        tiles = -(-np.maximum(self.cache_seqlens.astype(np.int64), 0) // TOKENS_PER_TILE)
-        found = []
-        for part, row in enumerate(self.tile_scheduler_metadata.tolist()):
-            first, begin, last, end = row[:4]
-            for request in range(max(first, 0), min(last + 1, len(tiles))):
-                count = int(tiles[request])
-                start = begin if request == first else 0
-                stop = end if request == last else count
-                if start < stop:
-                    piece = Piece(part, request, start, stop, stop - start < count)
-                    found.append(piece)
-        return found
-
-    @property
-    def loads(self) -> list[int]:
-        """Tiles of each part."""
-        loads = [0] * self.parts
-        for piece in self.pieces:
-            loads[piece.part] += piece.end - piece.begin
-        return loads
-
-    @property
-    def makespan(self) -> int:
-        """Tiles of the part that has most."""
-        return max(self.loads, default=0)
-
-    @property
-    def balance(self) -> float:
-        """Mean load of the parts over the largest: 1 is perfect."""
-        return sum(self.loads) / (self.parts * self.makespan) if self.makespan else 1.0
-
-    def __repr__(self) -> str:
-        rows = f"rows={self.rows}, " if self.rows else ""
-        return (
-            f"Schedule(batch={len(self.cache_seqlens)}, {rows}{self.parts} parts, "
-            f"{len(self.pieces)} pieces, makespan {self.makespan} tiles, "
-            f"balance {self.balance:.0%})"
-        )
-
-    def _repr_svg_(self) -> str:
-        from .gantt import svg
-
-        return svg(self)
-
-
-def _on_host(x: Any) -> npt.NDArray[np.int32]:
-    """An int32 copy in host memory of anything with .get() or .cpu(), or that NumPy reads."""
-    for method in ("cpu", "get"):
-        if not isinstance(x, np.ndarray) and hasattr(x, method):
-            x = getattr(x, method)()
-            break
-    return np.array(x, np.int32)
+    longest = int((load + pieces * T_SPLIT + paired * T_PAIR).max())
+    split, total = int(pieces.sum()), np.float32(tiles.sum())
+    tile_longer, piece_memory = memory_costs
+    partials = split * piece_memory >> 8
+    longer = int(total * np.float32(tile_longer)) + partials
+    time: int = longest + max(0, longer) + (T_COMB + partials if split else 0)
+    return min(time, T_MOST)

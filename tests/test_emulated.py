@@ -69,15 +69,23 @@ def test_random_problems_in_two_orders(gpu, seed):
     assert len(seen) == 1, "the bits depend on the order of threads"
 
 
-@pytest.mark.parametrize("batch", [1, 5, 33, 1000, 9000])
-def test_schedules_are_those_of_the_host(gpu, batch):
+@pytest.mark.parametrize("batch", [1, 2, 5, 33, 132, 1000, 9000, 40000])
+@pytest.mark.parametrize(("rows", "h_kv"), [(16, 1), (128, 1), (256, 2), (8192, 2)])
+def test_schedules_are_those_of_the_host(gpu, batch, rows, h_kv):
+    """132, 66, 16 and 1 parts; above 32768 requests the prefix is kept at every second one."""
     emulator = gpu(num_sms=132)
-    rng = np.random.default_rng(batch)
-    lengths = np.exp(rng.uniform(0, 14, batch)).astype(np.int32) - 1
-    for seed in range(2):
+    rng = np.random.default_rng(batch + rows)
+    for seed, lengths in enumerate(
+        [
+            np.exp(rng.uniform(0, 14, batch)).astype(np.int32) - 1,
+            np.full(batch, rng.integers(1, 9000), np.int32),
+            np.where(rng.random(batch) < 0.1, 70000, 300).astype(np.int32),
+            rng.integers(-(2**31), 2**31, batch).astype(np.int32),  # whatever a buffer holds
+        ][: 4 if batch < 9000 else 1]
+    ):
         emulator.seed = seed
-        metadata, num_splits = get_mla_metadata(lengths, 16, 1)
-        expected, expected_splits = schedule.plan(lengths, len(metadata), 16, 1)
+        metadata, num_splits = get_mla_metadata(lengths, rows, h_kv)
+        expected, expected_splits = schedule.plan(lengths, len(metadata), rows, h_kv)
         np.testing.assert_array_equal(metadata, expected)
         np.testing.assert_array_equal(num_splits, expected_splits)
 

@@ -276,16 +276,19 @@ def test_decode_launches_both_kernels(fake):
 
 def test_schedule_launches_with_the_room_that_a_batch_needs(fake):
     engine = object.__new__(engine_module.Engine)
-    engine._kernels = {compiler.Variant("schedule"): function("schedule", schedule.MOST_THREADS)}
+    engine._kernels = {compiler.Variant("schedule"): function("schedule", 32)}
     engine._own = threading.local()
-    for batch in (3, 9000, 1):
-        engine.schedule(9, 1, batch, 66, 128, 1, 2, 3)
+    for batch, parts in ((3, 66), (9000, 132), (1, 66)):
+        engine.schedule(9, 1, batch, parts, 128, 1, 2, 3)
         grid, block, shared_bytes, stream, arguments = fake.launches[-1]
-        threads = 1024 if batch == 9000 else 256
-        assert (grid, block, stream) == ((1, 1, 1), (threads, 1, 1), 9)
-        assert shared_bytes == schedule.shared_bytes(batch, 66)
+        sizes = schedule.launch_sizes(batch, parts, 128, 1)
+        assert (grid, block, stream) == ((1, 1, 1), sizes.block, 9)
+        assert shared_bytes == sizes.shared_bytes
         packed = ctypes.string_at(arguments[0], engine_module.SCHEDULE_PARAMS.size)
-        assert engine_module.SCHEDULE_PARAMS.unpack(packed) == (1, batch, 66, 128, 1, 2, 3)
+        cache_seqlens, *params, metadata, num_splits = engine_module.SCHEDULE_PARAMS.unpack(packed)
+        assert (cache_seqlens, metadata, num_splits) == (1, 2, 3)
+        assert params == pytest.approx(sizes.params)
+        assert params[:5] == list(sizes.params[:5])
 
 
 def test_no_combine_where_nothing_can_be_split(fake):

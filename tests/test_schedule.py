@@ -18,7 +18,7 @@ import flashmla_cupy
 from flashmla_cupy import schedule
 from flashmla_cupy.geometry import num_sm_parts
 from flashmla_cupy.metadata import stale_requests
-from flashmla_cupy.schedule import Schedule
+from flashmla_cupy.schedule_view import Schedule
 
 SOURCE = Path(__file__).parent.parent / "cuda_src" / "schedule.cu"
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
@@ -150,11 +150,25 @@ def test_large_batches(batch):
 
 
 def test_65536_requests_of_the_largest_length():
-    """The largest costs there are: a 64-bit overflow would show as parts out of order."""
+    """The largest costs there are: an overflow would show as parts out of order."""
     lengths = np.full(65536, INT_MAX, np.int32)
-    metadata, _ = schedule.plan(lengths, schedule.MAX_PARTS, 64, 8)
+    metadata, _ = schedule.plan(lengths, 128, 64, 8)
     assert not stale_requests(metadata, lengths).any()
-    assert set(np.diff(metadata[:, 0])) == {64}  # 65536 requests alike, in 1024 parts
+    assert set(np.diff(metadata[:, 0])) == {512}  # 65536 requests alike, in 128 parts
+
+
+def test_longer_than_the_schedule_counts():
+    """Beyond its even share of 2^26 tiles a request counts as that: the cuts are the same."""
+    lengths = np.full(100, 6400, np.int32)
+    lengths[50] = INT_MAX
+    most = schedule.MOST_TILES // 100 * 64
+    assert most < INT_MAX
+    metadata, num_splits = schedule.plan(lengths, 132, 16, 1)
+    assert problems_of(metadata, num_splits, lengths) == []
+    lengths[50] = most
+    same, same_splits = schedule.plan(lengths, 132, 16, 1)
+    assert np.array_equal(num_splits, same_splits)
+    assert np.array_equal(metadata[:, :3], same[:, :3])
 
 
 def test_no_request():
@@ -215,6 +229,8 @@ def test_no_part_is_much_longer_than_the_mean():
     longest limit on pieces, twice, or by a request that was better left whole."""
     for seed in range(300):
         lengths, parts, rows, h_kv = random_case(seed)
+        counted = schedule.MOST_TILES // len(lengths) * 64  # tokens of a request, at most
+        lengths = np.minimum(lengths.astype(np.int64), counted).astype(np.int32)
         made = Schedule(*schedule.plan(lengths, parts, rows, h_kv), lengths)
         mean = sum(made.loads) / parts
         assert made.makespan <= mean + max(64, tiles_of(int(lengths.max()))), f"seed {seed}"
@@ -295,16 +311,23 @@ def test_constants_of_the_device():
         "CHECK_FACTOR",
         "CHECK_SHIFT",
         "ENDS_IN_PAIR",
-        "FEW_THREADS",
         "MAX_BATCH",
-        "MAX_PARTS",
+        "MOST_SHARED_BYTES",
+        "MOST_TILES",
         "NUM_SMS_CPU",
+        "PARTIAL_ROWS",
+        "PREFIX_ENTRIES",
         "TOKENS_PER_TILE",
+        "T_MOST",
+        "T_TILE_MEM",
     }
     assert {name: int(value) for name, value in found.items()} == {
         name: value for name, value in ours.items() if name not in elsewhere
     }
-    assert "constexpr int WHOLE = 1 << 30;" in SOURCE.read_text()
+    text = SOURCE.read_text()
+    assert "constexpr int WHOLE = 1 << 30;" in text
+    assert "constexpr int T_MOST = (1 << 28) - 1;" in text
+    assert (schedule._WHOLE, schedule.T_MOST) == (1 << 30, (1 << 28) - 1)
     marks = "constexpr int BEGINS_IN_PAIR = 1 << 16, ENDS_IN_PAIR = 1 << 17;"
     metadata = SOURCE.with_name("metadata.cuh").read_text()
     assert marks in metadata
@@ -318,14 +341,26 @@ def test_constants_of_the_device():
         assert "REQUEST_BITS =" not in text
         assert "BEGINS_IN_PAIR =" not in text
     assert schedule.MAX_BATCH == (1 << 20) - 1
-    assert schedule._WHOLE == 1 << 30
 
 
-@pytest.mark.parametrize("batch", [1, 128, 8192, 8193, 20000, 65536, 10**6])
-def test_shared_memory_fits_an_sm90(batch):
-    """227 KB a block, less the static arrays of the kernel."""
-    assert 8 * min(batch, 8192) // 2 < schedule.shared_bytes(batch) <= 227 * 1024 - 12288
-    assert schedule.shared_bytes(batch, 132) <= schedule.shared_bytes(batch)
+@pytest.mark.parametrize("batch", [1, 4, 5, 128, 16384, 16385, 20000, 65536, 10**6])
+def test_launch_sizes(batch):
+    """The block has a warp for 29 parts of each candidate; the cost prefix fits what is reserved,
+    and the steps of its search reach all of it."""
+    for parts in (1, 29, 30, 132, schedule.MAX_PARTS):
+        made = schedule.launch_sizes(batch, parts, 16, 1)
+        lanes, warps, candidates = made.block
+        assert (lanes, candidates) == (32, schedule.CANDIDATES)
+        assert 29 * (warps - 1) < parts <= 29 * warps
+        assert lanes * warps * candidates <= 1024
+        assert made.params[:3] == (batch, parts, schedule.MOST_TILES // batch)
+        shift, step = made.params[3:5]
+        entries = ((batch - 1) >> shift) + 1
+        assert entries <= schedule.PREFIX_ENTRIES
+        assert shift == 0 or ((batch - 1) >> (shift - 1)) + 1 > schedule.PREFIX_ENTRIES
+        assert 4 * step >= entries and (step == 1 or step < entries)
+        assert step.bit_length() % 2 == 1 and step & (step - 1) == 0  # a power of four
+        assert 4 * (4 * step + 1) == made.shared_bytes <= schedule.MOST_SHARED_BYTES
 
 
 # ---- for people ------------------------------------------------------------------------------

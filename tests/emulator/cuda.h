@@ -19,6 +19,9 @@ struct float2 {
 struct float4 {
   float x, y, z, w;
 };
+struct int2 {
+  int x, y;
+};
 struct uint2 {
   unsigned x, y;
 };
@@ -50,6 +53,7 @@ inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
 inline float __fadd_rn(float x, float y) { return x + y; }
+inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(x); }
@@ -59,6 +63,8 @@ T __ldg(const T* p) {
   return *p;
 }
 inline void atomicMin(uint64_t* p, uint64_t x) { *p = min(*p, x); }
+inline void atomicMax(int* p, int x) { *p = max(*p, x); }
+inline void atomicAdd(int* p, int x) { *p += x; }
 inline void __threadfence() {}
 inline void __threadfence_system() {}
 
@@ -93,6 +99,10 @@ template <class T>
 T __shfl_up_sync(unsigned mask, T x, int lanes) {
   return lane_value(mask, x, this_lane() < lanes ? this_lane() : this_lane() - lanes);
 }
+template <class T>
+T __shfl_down_sync(unsigned mask, T x, int lanes) {
+  return lane_value(mask, x, this_lane() + lanes < 32 ? this_lane() + lanes : this_lane());
+}
 inline unsigned __ballot_sync(unsigned mask, bool x) {
   const uint64_t* values = all_lanes(mask, x, "ballot");
   unsigned bits = 0;
@@ -106,6 +116,22 @@ inline int __reduce_add_sync(unsigned mask, int x) {
   int sum = 0;
   for (int lane = 0; lane < 32; ++lane) sum += (int)values[lane];
   return sum;
+}
+template <class T>
+T reduced(unsigned mask, T x, T (*of)(T, T)) {
+  const uint64_t* values = all_lanes(mask, packed(x), "reduce");
+  for (int lane = 0; lane < 32; ++lane) x = of(x, (T)values[lane]);
+  return x;
+}
+inline int __reduce_max_sync(unsigned mask, int x) { return reduced<int>(mask, x, max<int, int>); }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned x) {
+  return reduced<unsigned>(mask, x, min<unsigned, unsigned>);
+}
+inline unsigned __match_any_sync(unsigned mask, int x) {
+  const uint64_t* values = all_lanes(mask, packed(x), "match");
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) bits |= (unsigned)((int)values[lane] == x) << lane;
+  return bits;
 }
 inline void __syncwarp() { all_lanes(~0u, 0, "__syncwarp"); }
 

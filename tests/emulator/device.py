@@ -110,7 +110,7 @@ class Emulator:
         # Functions, no methods: argtypes are given to them.
         def launch_kernel(config, function, arguments, extra):
             seen = ctypes.cast(config, ctypes.POINTER(driver._Config)).contents
-            self._run(function, seen.grid, seen.block[0], arguments)
+            self._run(function, seen.grid, seen.block, arguments)
             return 0
 
         self.cuLaunchKernelEx = launch_kernel
@@ -162,11 +162,11 @@ class Emulator:
         text._obj.value = b"invalid argument"
         return 0
 
-    def _run(self, function, grid, threads, arguments):
+    def _run(self, function, grid, block, arguments):
         variant, library = self._modules[function]
         message = library.emulate(
             (ctypes.c_uint32 * 3)(*grid),
-            threads,
+            (ctypes.c_uint32 * 3)(*block),
             ctypes.c_void_p(arguments),
             self.resident,
             ctypes.c_uint64(self.seed),
@@ -217,7 +217,7 @@ class _Graphs:
     def launch(self, executable):
         self.launched += 1
         for node in self._nodes[executable].values():
-            self._run(node.function, node.grid, node.block[0], node.arguments)
+            self._run(node.function, node.grid, node.block, node.arguments)
         return 0
 
     def cuGraphExecDestroy(self, executable):

@@ -13,9 +13,9 @@ static void call(void (*kernel)(Parameters...), void* const* arguments) {
 }
 
 // `arguments` as cuLaunchKernelEx takes them. Returns what went wrong, or "".
-extern "C" const char* emulate(const uint32_t* grid, uint32_t threads, void* const* arguments,
+extern "C" const char* emulate(const uint32_t* grid, const uint32_t* block, void* const* arguments,
                                uint32_t resident, uint64_t seed) {
   machine::body = [arguments] { call(KERNEL, arguments); };
-  machine::run({grid[0], grid[1], grid[2]}, threads, resident, seed);
+  machine::run({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, resident, seed);
   return machine::error.c_str();
 }

@@ -32,6 +32,10 @@ struct dim3 {
   uint32_t x = 1, y = 1, z = 1;
 };
 inline dim3 threadIdx, blockIdx, gridDim, blockDim;
+// Where number i lies in a grid or a block.
+inline dim3 place(uint64_t i, dim3 of) {
+  return {(uint32_t)(i % of.x), (uint32_t)(i / of.x % of.y), (uint32_t)(i / of.x / of.y)};
+}
 
 // Every __shared__ variable lies in one section of the library, which is exchanged when another
 // thread block goes on.
@@ -161,7 +165,7 @@ inline void run_thread() {
 
 inline void resume(Thread& t) {
   thread = &t;
-  threadIdx = {t.index, 0, 0};
+  threadIdx = place(t.index, blockDim);
   if (!_setjmp(scheduler)) {
     if (t.started) _longjmp(t.context, 1);
     t.started = true;
@@ -445,11 +449,12 @@ inline void report_deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
 }
 
 // Runs a grid, `resident` thread blocks at a time. False: see `error`.
-inline bool run(dim3 grid, uint32_t threads, uint32_t resident, uint64_t seed) {
+inline bool run(dim3 grid, dim3 block_dim, uint32_t resident, uint64_t seed) {
   random_numbers.seed(seed);
   error.clear();
   block = nullptr;
-  gridDim = grid, blockDim = {threads, 1, 1};
+  gridDim = grid, blockDim = block_dim;
+  const uint32_t threads = block_dim.x * block_dim.y * block_dim.z;
   std::vector<std::unique_ptr<Block>> blocks;
   const uint64_t total = (uint64_t)grid.x * grid.y * grid.z;
   uint64_t next = 0;
@@ -457,9 +462,7 @@ inline bool run(dim3 grid, uint32_t threads, uint32_t resident, uint64_t seed) {
   uint64_t turns_left = MAX_TURNS;
   while (error.empty()) {
     while (blocks.size() < resident && next < total) {
-      const uint32_t x = next % grid.x, y = next / grid.x % grid.y, z = next / grid.x / grid.y;
-      blocks.push_back(make_block({x, y, z}, threads));
-      ++next;
+      blocks.push_back(make_block(place(next++, grid), threads));
     }
     if (blocks.empty()) return true;
     const size_t chosen = draw(blocks.size());

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.gpu
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
 EDGES = (0, 1, 63, 64, 65, -1, INT_MIN, INT_MAX, INT_MAX - 63, 4096)
 
-# 1024: one pass of the block. 8192 | 8193 and 16385: the prefix is kept at every 1st, 2nd, 4th.
-BATCHES = (1, 2, 31, 32, 33, 128, 132, 1000, 1024, 1025, 4096, 8191, 8192, 8193, 16385, 20000)
+# 128: one pass of the warp. 16384 | 16385 and 32769: the prefix is kept at every 1st, 2nd, 4th.
+BATCHES = (1, 2, 31, 33, 127, 128, 129, 132, 1000, 1025, 4096, 16384, 16385, 20000, 32769, 70000)
 # (s_q * h_q // h_kv, h_kv): 132, 66, 33, 8, 16 and 1 parts of an H100 or H200
 SHAPES = ((16, 1), (128, 1), (256, 1), (1024, 1), (64, 8), (8192, 2))
 
