@@ -2,15 +2,16 @@
 //
 // The algorithm, the columns and the constants are those of flashmla_cupy/schedule.py, which is the
 // oracle: every integer is equal. It runs once for each decoding step, and its latency is all that
-// counts: a straight line of few instructions and four barriers, with all candidates side by side.
+// counts: a straight line of few instructions and six barriers, with all candidates side by side.
 //
 //   1. prefix  One warp sums up the costs of the requests, four a lane, and finds what the parts of each
 //              candidate have in common. Of a large batch (schedule.PREFIX_ENTRIES) only every 2^k-th
 //              sum is kept, and step 2 walks from there.
-//   2. cut     A candidate has a group of warps, a lane a cut. Neighbouring warps share three cuts,
+//   2. cut     A candidate has a group of warps, and a thread finds where a cut lies. Candidates with as
+//              many parts cut at the same places: the first of them finds these for all.
+//   3. rate    Each moves its cuts out of the reach of its limit. Neighbouring warps share three cuts,
 //              since it takes four to rate a part: lane i of warp w has cut 29 w - 1 + i, and the warp
-//              rates parts 29 w to 29 w + 28.
-//   3. rate    Every warp picks the same best candidate.
+//              rates parts 29 w to 29 w + 28. One warp picks the best candidate.
 //   4. record  The warps of that candidate write their rows, the others num_splits.
 //
 // Dynamic shared memory (schedule.launch_sizes): int starts[4 step + 1], the cost of the requests before
@@ -25,10 +26,10 @@
 //   one warp scans, four requests a lane: as it is                                 3.15 | 2.85
 //   columns 4 to 7 by another group of warps                                       the same
 //   odd steps in count_to, against bank conflicts                                  the same
-// What bounds it is the chain: launch 0.9, length and scan 0.6, then 15 or 25 warps that take turns
+// What bounds it is the chain: launch 0.9, lengths and scan 0.6, then 15 or 25 warps that take turns
 // at four schedulers, two cycles an integer instruction, and 35 cycles for each look at shared memory,
-// 45 for each reduction. Behind it, dense_decode has started by then: in front of a
-// decode call it takes 1.9 to 2.5 (6.0 without launch_dependents at its beginning).
+// 45 for each reduction. dense_decode starts meanwhile, so in front of it this takes 1.9 to 2.5, not 6
+// as the first one without launch_dependents.
 
 #include "metadata.cuh"
 #include "ptx.cuh"
@@ -282,8 +283,7 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
     const int before = __reduce_add_sync(
         ALL, lane < warp_in_group ? warp_pieces[chosen][lane] : 0);
     const uint32_t below = (1u << lane) - 1;
-    const int inside_before =
-        (before & 0xffff) + __popc(inside_bits & below);
+    const int inside_before = (before & 0xffff) + __popc(inside_bits & below);
     const int split_before = (before >> 16) + __popc(split_bits & below);
     const int slot = inside_before + split_before;
     const int next_request = __shfl_down_sync(ALL, request, 1);

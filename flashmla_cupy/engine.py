@@ -13,13 +13,12 @@ import importlib
 import itertools
 import os
 import random
-import struct
 import threading
 from typing import Any
 
 from . import schedule as schedule_module
 from .compiler import Compiled, Variant, compile_variant, compile_variants
-from .driver import Function, Launch, RelaxedCapture
+from .driver import Function, RelaxedCapture
 from .errors import (
     DeviceCheckError,
     ForkedProcessError,
@@ -29,12 +28,11 @@ from .errors import (
 )
 from .geometry import TOKENS_PER_TILE, Addresses, Geometry
 from .hopper import is_hopper
-from .launches import DECODE_SHARED_BYTES, DECODE_THREADS, Arguments
+from .launches import DECODE_SHARED_BYTES, DECODE_THREADS, ScheduleLaunch
 from .nvrtc import binding
 from .prepared import COMBINE_THREADS, Prepared
 
-SCHEDULE_PARAMS = struct.Struct("Q5ifi2Q")
-
+SCHEDULE = Variant("schedule")
 REASONS = ("length", "stale metadata", "page id", "foreign metadata")  # Reason in work.cuh
 NOTHING_REFUSED = (1 << 64) - 1
 MAX_GEOMETRIES = 1024  # a bound, not a policy
@@ -70,7 +68,7 @@ class Engine:
             attributes = self._cuda.Device(device).attributes
             self.num_sms: int = attributes["MultiProcessorCount"]
             self._kernels: dict[Variant, Function] = {}
-            self._load([Variant("schedule")])
+            self._load([SCHEDULE])
             self._key = self._cuda.runtime.malloc(8)
             self._stream = self._cuda.Stream(non_blocking=True)
             self._host = self._cuda.alloc_pinned_memory(16)
@@ -126,7 +124,11 @@ class Engine:
             if len(self._prepared) >= MAX_GEOMETRIES:
                 self._prepared.clear()
             self._prepared[id(geometry)] = Prepared(
-                geometry, self._kernels[decode], self._kernels[combine], self.num_sms
+                geometry,
+                self._kernels[SCHEDULE],
+                self._kernels[decode],
+                self._kernels[combine],
+                self.num_sms,
             )
         return geometry.scratch_floats
 
@@ -144,13 +146,10 @@ class Engine:
         num_splits: int,
     ) -> None:
         """Launches schedule.cu on addresses; batch >= 1."""
-        launch, arguments = self._schedule_launch()
+        made = self._schedule_launch()
         sizes = schedule_module.launch_sizes(batch, parts, rows, h_kv)
-        SCHEDULE_PARAMS.pack_into(
-            arguments.buffer, 0, cache_seqlens, *sizes.params, tile_scheduler_metadata, num_splits
-        )
-        launch.set_size(sizes.block, sizes.shared_bytes)
-        launch(stream, arguments.address)
+        made.pack(sizes, cache_seqlens, tile_scheduler_metadata, num_splits)
+        made.launch(stream, made.arguments.address)
 
     def decode(
         self,
@@ -159,22 +158,23 @@ class Engine:
         geometry: Geometry,
         softmax_scale: float,
         causal: bool,
+        num_splits: int = 0,
     ) -> None:
-        """Launches dense_decode.cu and, where requests may be split, combine.cu."""
+        """Launches dense_decode.cu and, where requests may be split, combine.cu; before them, with
+        an address of num_splits, schedule.cu."""
         prepared = self._prepared.get(id(geometry))
         if prepared is None:
             self.scratch_floats(geometry)
             prepared = self._prepared[id(geometry)]
         prepared.launches().start(
-            stream, addresses, softmax_scale, causal, self._status, self._epochs
+            stream, addresses, softmax_scale, causal, num_splits, self._status, self._epochs
         )
 
-    def _schedule_launch(self) -> tuple[Launch, Arguments]:
+    def _schedule_launch(self) -> ScheduleLaunch:
         """Of this thread."""
-        found: tuple[Launch, Arguments] | None = getattr(self._own, "schedule", None)
+        found: ScheduleLaunch | None = getattr(self._own, "schedule", None)
         if found is None:
-            launch = Launch(self._kernels[Variant("schedule")], (1, 1, 1))
-            found = self._own.schedule = launch, Arguments(SCHEDULE_PARAMS)
+            found = self._own.schedule = ScheduleLaunch(self._kernels[SCHEDULE])
         return found
 
     # ---- what the device refused -------------------------------------------------------------

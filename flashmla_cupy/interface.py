@@ -20,6 +20,7 @@ from .metadata import SchedMeta, stale_requests
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .metadata_plans import MetadataPlan
 
 METADATA = "get_mla_metadata"
 _modules = sys.modules
@@ -174,15 +175,16 @@ def flash_mla_with_kvcache(
                 plan.new_out() if out is None else out,
                 plan.new_lse() if lse is None else lse,
             )
-    if lazy is not None:
-        _bind(lazy, plan, cache_seqlens, pointers[3])
     if engine is None:
         return _on_host(plan, plans.Arrays(*arrays), lazy)
     guard = framework.device_guard(plan.configuration.device)
+    if lazy is not None:
+        with guard:
+            return _launch_lazy(engine, plan, pointers, out, lse, lazy)
     if guard is HERE:  # the usual case; entering a context that does nothing takes time
-        return _launch(engine, plan, pointers, out, lse, lazy)
+        return _launch(engine, plan, pointers, out, lse)
     with guard:
-        return _launch(engine, plan, pointers, out, lse, lazy)
+        return _launch(engine, plan, pointers, out, lse)
 
 
 def check() -> None:
@@ -200,18 +202,20 @@ def _launch(
     pointers: tuple[int, ...],
     out: Any,
     lse: Any,
-    lazy: SchedMeta | None,
+    new_splits: int = 0,
 ) -> tuple[Any, Any]:
-    """Allocates what is missing and launches; nothing here waits for the device."""
+    """Allocates what is missing and launches; nothing here waits for the device. new_splits: the
+    address of num_splits, if it and the metadata are yet to be made."""
     framework = plan.framework
     pointer = framework.pointer
-    q, k_cache, table, cache_seqlens, metadata, _, out_pointer, lse_pointer = pointers
-    if lazy is not None:
-        metadata, _ = lazy.pointers
-    if out is None:
+    q, k_cache, table, cache_seqlens, metadata, _splits, out_pointer, lse_pointer = pointers
+    if out is None and lse is None:
+        out, lse = plan.new_results()
+        out_pointer, lse_pointer = pointer(out), pointer(lse)
+    elif out is None:
         out = plan.new_out()
         out_pointer = pointer(out)
-    if lse is None:
+    elif lse is None:
         lse = plan.new_lse()
         lse_pointer = pointer(lse)
     scratch = 0
@@ -223,13 +227,46 @@ def _launch(
         cast("Geometry", plan.geometry),
         plan.softmax_scale,
         plan.causal,
+        new_splits,
     )
     return out, lse
 
 
+def _launch_lazy(
+    engine: Engine,
+    plan: plans.Plan,
+    pointers: tuple[int, ...],
+    out: Any,
+    lse: Any,
+    lazy: SchedMeta,
+) -> tuple[Any, Any]:
+    """With the metadata of a SchedMeta: its first call makes it, and binds it."""
+    if lazy.bound is None:
+        with _bind_lock:  # to the end: the stream has to see this call before any other one
+            if lazy.bound is None:
+                made = cast("MetadataPlan", plan.schedule).new()
+                metadata, num_splits = map(plan.framework.pointer, made)
+                pointers = _with_metadata(pointers, metadata)
+                results = _launch(engine, plan, pointers, out, lse, num_splits)
+                lazy.bind(plan.configuration, *made, (metadata, num_splits))
+                return results
+    lazy.require(plan.configuration)
+    return _launch(engine, plan, _with_metadata(pointers, lazy.pointers[0]), out, lse)
+
+
+def _with_metadata(pointers: tuple[int, ...], metadata: int) -> tuple[int, ...]:
+    return (*pointers[:4], metadata, *pointers[5:])
+
+
 def _on_host(plan: plans.Plan, arrays: plans.Arrays, lazy: SchedMeta | None) -> tuple[Any, Any]:
     """The reference, on views of the arrays."""
-    view = plan.framework.to_numpy
+    view, pointer = plan.framework.to_numpy, plan.framework.pointer
+    if lazy is not None:
+        with _bind_lock:
+            if lazy.bound is None:
+                made = cast("MetadataPlan", plan.schedule)(arrays.cache_seqlens, 0)
+                lazy.bind(plan.configuration, *made, (pointer(made[0]), pointer(made[1])))
+        lazy.require(plan.configuration)
     out = plan.new_out() if arrays.out is None else arrays.out
     lse = plan.new_lse() if arrays.lse is None else arrays.lse
     lengths = view(arrays.cache_seqlens)
@@ -265,16 +302,6 @@ def report(violation: DeviceCheckError | None) -> None:
 def _raise_host_violation() -> None:
     if _host_violations:
         raise _host_violations.pop()
-
-
-def _bind(lazy: SchedMeta, plan: plans.Plan, cache_seqlens: Any, address: int) -> None:
-    """Makes the metadata of a SchedMeta at its first call; later, checks that it is for this."""
-    if lazy.bound is None:
-        with _bind_lock:
-            if lazy.bound is None and plan.schedule is not None:
-                made = plan.schedule(cache_seqlens, address)
-                lazy.bind(plan.configuration, *made, plan.framework.pointer)
-    lazy.require(plan.configuration)
 
 
 def _engine(device: int) -> Engine:

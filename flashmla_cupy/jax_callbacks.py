@@ -57,9 +57,7 @@ def _pointer(buffer: Any) -> int:
 
 
 @functools.cache  # one object a configuration: JAX compiles again for another callback
-def decode_callback(config: Config, geometry: Geometry, rows: int) -> Callable[..., None]:
-    g = geometry
-
+def decode_callback(config: Config, geometry: Geometry) -> Callable[..., None]:
     def flashmla_decode(ctx: Any, results: Any, *operands: Any) -> None:
         kind, ordinal = map(int, operands[0].__dlpack_device__())
         if kind == _CPU:
@@ -75,14 +73,12 @@ def decode_callback(config: Config, geometry: Geometry, rows: int) -> Callable[.
         engine, stream = engine_of(ordinal), ctx.stream
         out, lse, scratch, *made = map(_pointer, results)
         q, k_cache, table, lengths, *given = map(_pointer, operands)
-        metadata, num_splits = given or made
+        metadata, num_splits = made or (given[0], 0)
+        addresses = Addresses(q, k_cache, metadata, lengths, table, out, lse, scratch)
         with device_guard(ordinal):
-            if made:
-                engine.schedule(
-                    stream, lengths, g.batch, g.parts, rows, g.h_kv, metadata, num_splits
-                )
-            addresses = Addresses(q, k_cache, metadata, lengths, table, out, lse, scratch)
-            engine.decode(stream, addresses, geometry, config.softmax_scale, config.causal)
+            engine.decode(
+                stream, addresses, geometry, config.softmax_scale, config.causal, num_splits
+            )
 
     return flashmla_decode
 

@@ -209,7 +209,6 @@ def _call_back(
 ) -> tuple[Any, Any]:
     """The custom call: the results, and as further outputs what the kernels need besides."""
     batch, s_q, h_q, _ = q.shape
-    h_kv = k_cache.shape[2]
     q_info, k_info, t_info = map(framework("jax").describe, (q, k_cache, table))
     parts = _parts(q_info, k_info, config.on_gpu)
     geometry = Geometry.of(q_info, k_info, t_info, parts)
@@ -220,7 +219,7 @@ def _call_back(
     ]
     if not metadata:
         results += _metadata_shapes(batch, parts)
-    callback = decode_callback(config, geometry, max(1, s_q * h_q // h_kv))
+    callback = decode_callback(config, geometry)
     call = buffers.buffer_callback(callback, tuple(results), command_buffer_compatible=True)
     out, lse, *_ = call(q, k_cache, table, lengths, *metadata)
     return out, lse

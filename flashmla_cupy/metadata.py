@@ -6,7 +6,6 @@ device; `schedule` documents their eight columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,11 +56,11 @@ class SchedMeta:
         configuration: Configuration,
         tile_scheduler_metadata: Any,
         num_splits: Any,
-        pointer: Callable[[Any], int],
+        pointers: tuple[int, int],
     ) -> None:
-        """Takes the metadata that was just made for this configuration."""
+        """Takes the metadata that was just made for this configuration, and its addresses."""
         self.tile_scheduler_metadata, self.num_splits = tile_scheduler_metadata, num_splits
-        self.pointers = pointer(tile_scheduler_metadata), pointer(num_splits)
+        self.pointers = pointers
         self.bound = configuration  # last: another thread may be looking
 
     def require(self, configuration: Configuration) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import checks, schedule
-from .frameworks import HERE, HOST, ArrayInfo, Framework, allocator, framework_of
+from .frameworks import HERE, HOST, ArrayInfo, Framework, framework_of, pair_allocator
 from .geometry import NUM_SMS_CPU, num_sm_parts
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ class MetadataPlan(NamedTuple):
     parts: int
     rows: int
     h_kv: int
-    new_metadata: Callable[[], Any]
-    new_num_splits: Callable[[], Any]
+    new: Callable[[], tuple[Any, Any]]
 
     def __call__(self, cache_seqlens: Any, address: int) -> tuple[Any, Any]:
         """(tile_scheduler_metadata [parts, 8], num_splits [batch + 1]), int32, for cache_seqlens
@@ -45,7 +44,7 @@ class MetadataPlan(NamedTuple):
 
     def _queue(self, cache_seqlens: Any, address: int) -> tuple[Any, Any]:
         framework, engine, batch = self.framework, self.engine, self.batch
-        metadata, num_splits = self.new_metadata(), self.new_num_splits()
+        metadata, num_splits = self.new()
         if engine is None:
             view = framework.to_numpy
             view(metadata)[:], view(num_splits)[:] = schedule.plan(
@@ -101,8 +100,8 @@ def make(
     parts = num_sm_parts(NUM_SMS_CPU if engine is None else engine.num_sms, rows, h_kv)
 
     shapes = (parts, checks.METADATA_COLUMNS), (batch + 1,)
-    new = [allocator(framework, shape, "int32", device) for shape in shapes]
-    plan = MetadataPlan(framework, engine, device, batch, parts, rows, h_kv, *new)
+    new = pair_allocator(framework, shapes, ("int32", "int32"), device)
+    plan = MetadataPlan(framework, engine, device, batch, parts, rows, h_kv, new)
     if key is not None:
         if len(_plans) >= MAX_PLANS:
             _plans.clear()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import checks, layouts, metadata_plans, scalars
-from .frameworks import HOST, ArrayInfo, Framework, allocator, framework_of
+from .frameworks import HOST, ArrayInfo, Framework, allocator, framework_of, pair_allocator
 from .geometry import HEAD_DIM_V, NUM_SMS_CPU, Geometry, num_sm_parts
 from .metadata import Configuration
 from .metadata_plans import MAX_PLANS, MetadataPlan
@@ -65,6 +65,7 @@ class Plan:
     spans: tuple[tuple[int, int], ...]  # bytes that each array covers, relative to its address
     new_out: Callable[[], Any]
     new_lse: Callable[[], Any]
+    new_results: Callable[[], tuple[Any, Any]]  # both
     new_scratch: Callable[[], tuple[Any, int]] | None  # with its address; None: no need
     schedule: MetadataPlan | None  # makes the metadata of a SchedMeta; None: there is none
     # Addresses that accepts() has found right; most calls come again with the same ones.
@@ -223,6 +224,9 @@ def make(
         spans=tuple(layouts.span(info) for info in found),
         new_out=new(out_shape, q.dtype),
         new_lse=new(lse_shape, "float32"),
+        new_results=pair_allocator(
+            framework, (out_shape, lse_shape), (q.dtype, "float32"), q.device
+        ),
         new_scratch=new_scratch,
         schedule=schedule,
     )

@@ -11,6 +11,7 @@ import threading
 from .driver import Function, tensor_map
 from .geometry import HEAD_DIM, ROWS_PER_BLOCK, TOKENS_PER_TILE, Geometry, ceil_div
 from .launches import Launches
+from .schedule import launch_sizes
 
 # dense_decode.cu
 HALVES = (4, 5)  # column blocks in each half of a ring slot
@@ -97,10 +98,16 @@ class Prepared:
     """What follows from a geometry: grids, sizes in the kernels' order, and tensor maps."""
 
     def __init__(
-        self, geometry: Geometry, decode: Function, combine: Function, num_sms: int
+        self,
+        geometry: Geometry,
+        schedule: Function,
+        decode: Function,
+        combine: Function,
+        num_sms: int,
     ) -> None:
         g = self.geometry = geometry
-        self.decode, self.combine = decode, combine
+        self.schedule, self.decode, self.combine = schedule, decode, combine
+        self.schedule_sizes = launch_sizes(g.batch, g.parts, g.rows, g.h_kv)
         self.grid = (g.slabs * g.slab_blocks, g.h_kv, g.parts)
         self.sizes = (
             g.table_stride,

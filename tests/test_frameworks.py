@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -135,10 +136,18 @@ def test_torch_facts(dtype):
 def cupy(monkeypatch):
     """CuPy, as far as the adapter knows it: NumPy arrays whose memory lies on device 1."""
 
+    class Memory(NamedTuple):
+        ptr: int
+        mem: SimpleNamespace
+        device_id: int = 1
+
+        def __add__(self, offset):
+            return self._replace(ptr=self.ptr + offset)
+
     class ndarray:
-        def __init__(self, shape, dtype=np.float64):
+        def __init__(self, shape, dtype=np.float64, memory=None):
             self.array = np.zeros(shape, dtype)
-            self.data = SimpleNamespace(ptr=self.array.ctypes.data, device_id=1)
+            self.data = memory or SimpleNamespace(ptr=self.array.ctypes.data, device_id=1)
 
         shape = property(lambda self: self.array.shape)
         strides = property(lambda self: self.array.strides)
@@ -151,7 +160,7 @@ def cupy(monkeypatch):
         Device=lambda device: nullcontext(used.append(device)),
         runtime=SimpleNamespace(getDevice=lambda: 0, streamIsCapturing=lambda stream: 0),
         get_current_stream=lambda device: SimpleNamespace(ptr=100 + device),
-        alloc=lambda size: SimpleNamespace(ptr=next(addresses), mem=SimpleNamespace(size=size)),
+        alloc=lambda size: Memory(next(addresses), SimpleNamespace(size=size)),
     )
     fake = SimpleNamespace(ndarray=ndarray, empty=ndarray, cuda=cuda, used=used)
     monkeypatch.setitem(sys.modules, "cupy", fake)
@@ -183,6 +192,28 @@ def test_cupy_calls_run_on_the_device_and_the_stream_that_is_current_there(cupy,
         assert given.get("out", out) is out
     assert [launch[:2] for launch in engine.launches] == [("schedule", 101)] + 3 * [("decode", 101)]
     assert cupy.used == [1] * 4  # for each, since device 0 is current
+
+
+@pytest.mark.parametrize(("rows", "offset"), [(1, 1024), (3, 3072), (0, 0)])
+def test_a_pair_of_cupy_arrays_shares_an_allocation(cupy, rows, offset):
+    shapes = (rows, 1, 512), (rows, 1)
+    pair = frameworks.pair_allocator(framework("cupy"), shapes, ("bfloat16", "float32"), 1)
+    (out, lse), (other, _) = pair(), pair()
+    assert (out.shape, out.dtype, lse.shape, lse.dtype) == (
+        *shapes[:1],
+        BF16,
+        shapes[1],
+        np.float32,
+    )
+    assert lse.data.ptr - out.data.ptr == offset
+    assert out.data.mem is lse.data.mem is not other.data.mem
+    assert out.data.mem.size == offset + 4 * rows
+
+
+def test_the_second_of_a_pair_is_aligned(cupy):
+    pair = frameworks.pair_allocator(framework("cupy"), ((5, 8), (7,)), ("int32", "int32"), 1)
+    metadata, num_splits = pair()
+    assert num_splits.data.ptr - metadata.data.ptr == 512 > 5 * 8 * 4
 
 
 def test_scratch_of_a_cupy_capture_is_kept(cupy, monkeypatch):

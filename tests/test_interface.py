@@ -128,8 +128,8 @@ def test_a_call_is_one_launch_with_these_arguments(gpu):
     assert out is call["out"]
     assert lse is call["lse"]
     assert gpu.engines[0].launches == []
-    ((what, stream, addresses, geometry, scale, causal),) = gpu.launches
-    assert (what, stream) == ("decode", STREAM + 1)
+    ((what, stream, addresses, geometry, scale, causal, new_splits),) = gpu.launches
+    assert (what, stream, new_splits) == ("decode", STREAM + 1, 0)
     (scratch,) = gpu.framework.allocated
     for name, address in addresses._asdict().items():
         assert address == (scratch if name == "scratch" else call[name]).ptr, name
@@ -140,7 +140,7 @@ def test_a_call_is_one_launch_with_these_arguments(gpu):
 
 def test_one_query_token_needs_no_mask(gpu):
     flash_mla_with_kvcache(**gpu.arguments(s_q=1))
-    assert gpu.launches[0][-1] is False
+    assert gpu.launches[0][5] is False
 
 
 def test_missing_outputs_are_allocated_on_the_device(gpu):
@@ -183,14 +183,31 @@ def test_a_seen_signature_of_metadata_is_not_checked_again(gpu, monkeypatch):
 
 
 def test_lazy_metadata_is_made_once(gpu):
-    call = gpu.arguments() | {"tile_scheduler_metadata": get_mla_metadata()[0], "num_splits": None}
+    """By the launch of the first call."""
+    lazy = get_mla_metadata()[0]
+    call = gpu.arguments() | {"tile_scheduler_metadata": lazy, "num_splits": None}
     for _ in range(3):
         flash_mla_with_kvcache(**call)
-    assert [launch[0] for launch in gpu.launches] == ["schedule", "decode", "decode", "decode"]
-    other = gpu.arguments(h_q=32)
-    lazy = {"tile_scheduler_metadata": call["tile_scheduler_metadata"], "num_splits": None}
+    metadata, num_splits = lazy.tile_scheduler_metadata.ptr, lazy.num_splits.ptr
+    assert [launch[0] for launch in gpu.launches] == ["decode"] * 3
+    assert [launch[-1] for launch in gpu.launches] == [num_splits, 0, 0]
+    assert {launch[2].tile_scheduler_metadata for launch in gpu.launches} == {metadata}
+    assert lazy.num_splits.shape == (4,)
+    other = gpu.arguments(h_q=32) | {"tile_scheduler_metadata": lazy, "num_splits": None}
     with pytest.raises(StaleMetadataError, match="h_q 16 -> 32"):
-        flash_mla_with_kvcache(**(other | lazy))
+        flash_mla_with_kvcache(**other)
+
+
+def test_a_first_call_that_fails_leaves_lazy_metadata_unmade(gpu, monkeypatch):
+    lazy = get_mla_metadata()[0]
+    call = gpu.arguments() | {"tile_scheduler_metadata": lazy, "num_splits": None}
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.engines[0], "decode", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            flash_mla_with_kvcache(**call)
+    assert not lazy.have_initialized
+    flash_mla_with_kvcache(**call)
+    assert gpu.launches[0][-1] == lazy.num_splits.ptr
 
 
 def test_a_pending_refusal_is_raised_before_the_launch(gpu):

@@ -80,7 +80,7 @@ COMBINE_PARAMS = struct.Struct(f"{len(launches.COMBINE_ARRAYS)}Q{launches.COMBIN
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("combine", COMBINE_PARAMS), ("schedule", engine_module.SCHEDULE_PARAMS)],
+    [("combine", COMBINE_PARAMS), ("schedule", launches.SCHEDULE_PARAMS)],
 )
 def test_parameters_are_those_of_the_kernel(name, layout):
     assert parameters_of(source(f"{name}.cu"), name) == letters_of(layout)
@@ -164,7 +164,7 @@ def function(entry: str, block: int) -> driver.Function:
 
 def prepare(q, k_cache, table, parts=66):
     geometry = Geometry.of(q, k_cache, table, parts)
-    kernels = function("dense_decode", 384), function("combine", 256)
+    kernels = function("schedule", 32), function("dense_decode", 384), function("combine", 256)
     return prepared.Prepared(geometry, *kernels, 132)
 
 
@@ -284,8 +284,8 @@ def test_schedule_launches_with_the_room_that_a_batch_needs(fake):
         sizes = schedule.launch_sizes(batch, parts, 128, 1)
         assert (grid, block, stream) == ((1, 1, 1), sizes.block, 9)
         assert shared_bytes == sizes.shared_bytes
-        packed = ctypes.string_at(arguments[0], engine_module.SCHEDULE_PARAMS.size)
-        cache_seqlens, *params, metadata, num_splits = engine_module.SCHEDULE_PARAMS.unpack(packed)
+        packed = ctypes.string_at(arguments[0], launches.SCHEDULE_PARAMS.size)
+        cache_seqlens, *params, metadata, num_splits = launches.SCHEDULE_PARAMS.unpack(packed)
         assert (cache_seqlens, metadata, num_splits) == (1, 2, 3)
         assert params == pytest.approx(sizes.params)
         assert params[:5] == list(sizes.params[:5])
@@ -346,6 +346,32 @@ def test_calls_after_the_first_are_a_graph(fake, monkeypatch):
     assert decode(other, 0.25, True) == (["set", 9], 0)  # the capture had another number
 
 
+def test_a_call_may_make_its_metadata(fake, monkeypatch):
+    """Its graph is another one: neither knows what the other was set to."""
+    graph = FakeGraph(monkeypatch)
+    made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE)
+    engine = engine_with(made)
+
+    def decode(*options):
+        graph.log.clear()
+        before = len(fake.launches)
+        engine.decode(9, CALL, made.geometry, 0.5, False, *options)
+        return graph.log, len(fake.launches) - before
+
+    assert decode(1 << 30) == (["made of 3"], 3)
+    (_, block, shared_bytes, _, arguments), *_ = fake.launches
+    sizes = schedule.launch_sizes(3, 66, 128, 1)
+    assert (block, shared_bytes) == (sizes.block, sizes.shared_bytes)
+    packed = ctypes.string_at(arguments[0], launches.SCHEDULE_PARAMS.size)
+    lengths, *params, metadata, num_splits = launches.SCHEDULE_PARAMS.unpack(packed)
+    assert (lengths, metadata) == (CALL.cache_seqlens, CALL.tile_scheduler_metadata)
+    assert num_splits == 1 << 30 and params == pytest.approx(sizes.params)
+    assert decode() == (["made of 2"], 2)
+    assert decode(1 << 30) == decode() == (["set", 9], 0)
+    assert decode(1 << 30) == decode() == ([9], 0)
+    assert decode(1 << 31) == (["set", 9], 0)
+
+
 def test_without_graphs_there_are_launches(fake, monkeypatch):
     graph = FakeGraph(monkeypatch, made=False)
     made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE)
@@ -393,7 +419,8 @@ def test_kernels_are_loaded_on_the_device_of_their_arrays(monkeypatch):
     engine = object.__new__(engine_module.Engine)
     engine.device, engine.num_sms = 1, 132
     engine._cuda = types.SimpleNamespace(Device=Device)
-    engine._kernels, engine._prepared, engine._load_lock = {}, {}, threading.Lock()
+    engine._kernels = {compiler.Variant("schedule"): function("schedule", 32)}
+    engine._prepared, engine._load_lock = {}, threading.Lock()
 
     def compile_variants(wanted):
         return [compiler.Compiled(v, b"", "", None, 0.0, True) for v in wanted]

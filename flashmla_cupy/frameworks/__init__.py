@@ -31,6 +31,7 @@ __all__ = [
     "framework_of",
     "is_foreign",
     "numpy_dtype",
+    "pair_allocator",
 ]
 
 _ADAPTERS = {  # name: (class of its arrays, module and class of the adapter)
@@ -67,6 +68,24 @@ def allocator(
     if own is None:
         return functools.partial(framework.empty, shape, dtype, device)
     made: Callable[[], Any] = own(shape, dtype, device)
+    return made
+
+
+def pair_allocator(
+    framework: Framework,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    dtypes: tuple[str, str],
+    device: int,
+) -> Callable[[], tuple[Any, Any]]:
+    """The same for two arrays that come together."""
+    own = getattr(framework, "pair_allocator", None)
+    if own is None:
+        first, second = (
+            allocator(framework, shape, dtype, device)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        )
+        return lambda: (first(), second())
+    made: Callable[[], tuple[Any, Any]] = own(shapes, dtypes, device)
     return made
 
 

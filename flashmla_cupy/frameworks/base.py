@@ -33,10 +33,11 @@ class Framework(Protocol):
     a function without arguments that makes float32 scratch for one call, and returns what keeps it
     alive and its address.
 
-    For calls that were seen before an adapter may have two methods more, faster ways to the same:
+    For calls that were seen before an adapter may have methods more, faster ways to the same:
     signature(*arrays) -> (facts, pointers), of all arrays of a call, None for one it lacks, where
-    arrays that differ in anything but their pointers have different facts; and
-    allocator(shape, dtype, device) -> a function without arguments that does what empty() does.
+    arrays that differ in anything but their pointers have different facts;
+    allocator(shape, dtype, device) -> a function without arguments that does what empty() does; and
+    pair_allocator(shapes, dtypes, device) -> one that makes two arrays.
     """
 
     name: str

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 
 from ..driver import NEVER_CAPTURED, capture_id
 from .base import HERE, ArrayInfo, dtype_names, element_strides, no_whole_strides, numpy_dtype
+
+ALIGNMENT = 512  # of an array, as of allocations in CuPy's pool
 
 _facts = operator.attrgetter("shape", "strides", "dtype", "data.device_id")
 _pointer = operator.attrgetter("data.ptr")
@@ -57,6 +60,21 @@ class CuPy:
 
     def allocator(self, shape: tuple[int, ...], dtype: str, device: int) -> Callable[[], Any]:
         return functools.partial(self._ndarray, shape, numpy_dtype(dtype))
+
+    def pair_allocator(
+        self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], device: int
+    ) -> Callable[[], tuple[Any, Any]]:
+        """The two share an allocation, which lives as long as either."""
+        first, second = ((s, numpy_dtype(d)) for s, d in zip(shapes, dtypes, strict=True))
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in (first, second)]
+        offset = -(-sizes[0] // ALIGNMENT) * ALIGNMENT
+        new, array, size = self._alloc, self._ndarray, offset + sizes[1]
+
+        def pair() -> tuple[Any, Any]:
+            memory = new(size)
+            return array(*first, memory), array(*second, memory + offset)
+
+        return pair
 
     def scratch_allocator(self, floats: int, device: int) -> Callable[[], tuple[Any, int]]:
         """Scratch returns to the pool after a call, in the order of the stream. A graph, though,
