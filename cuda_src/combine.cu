@@ -33,6 +33,7 @@
 //   a load for each row of a pair that may be merged already, one behind another
 //                                               3 to 6 where all are merged, now 1
 //   triggered ahead of dense_decode's epilogue  the same
+//   the largest lse by an integer reduction, fewer steps for few splits, quotients by a reciprocal: the same
 #include "merge.cuh"
 #include "metadata.cuh"
 
