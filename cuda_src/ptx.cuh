@@ -108,10 +108,6 @@ template <int Barrier, int Threads>
 DEVICE void bar_arrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(Barrier), "n"(Threads) : "memory");
 }
-template <int Barrier>
-DEVICE void bar_arrive(int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"n"(Barrier), "r"(threads) : "memory");
-}
 // The same for global memory, too: TMA may read what other threads wrote.
 DEVICE void fence_proxy_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
 DEVICE uint64_t ld_acquire(const uint64_t* p) {

@@ -26,6 +26,7 @@
 //   one warp scans, four requests a lane: as it is                                 3.15 | 2.85
 //   columns 4 to 7 by another group of warps                                       the same
 //   odd steps in count_to, against bank conflicts                                  the same
+//   num_splits by the parts, each for the requests that begin in it                the same
 // What bounds it is the chain: launch 0.9, lengths and scan 0.6, then 15 or 25 warps that take turns
 // at four schedulers, two cycles an integer instruction, and 35 cycles for each look at shared memory,
 // 45 for each reduction. dense_decode starts meanwhile, so in front of it this takes 1.9 to 2.5, not 6
@@ -122,6 +123,7 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
 
   // ---- 1. prefix ---------------------------------------------------------------------------
 
+  int total = 0, with_tiles = 0;  // cost of the requests; those that have tiles
   if (warp > 0) {
     const int thread = warp * 32 + lane - 32, threads = 32 * CANDIDATES * group - 32;
 #pragma unroll 1
@@ -138,10 +140,9 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
     }
     if (thread == 0) starts[0] = 0;
     if (thread < CANDIDATES) ratings[thread] = {0, 0};
-    bar_arrive<1>(32 * CANDIDATES * group);
   } else {
     const int spacing = (1 << shift) - 1;
-    int total = 0, with_tiles = 0, lengths[4];
+    int lengths[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const int request = 4 * lane + k;
@@ -174,8 +175,10 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
       }
     }
     with_tiles = __reduce_add_sync(ALL, with_tiles);
+  }
+  __syncthreads();
+  if (warp == 0) {
     const int total_tiles = (uint32_t)(total - C_REQ * with_tiles) / UNIT;
-    bar_sync(1, 32 * CANDIDATES * group);  // evens, inverses
     if (lane < CANDIDATES) {
       int most = parts;
       if (lane == EVEN && with_tiles > 0 && with_tiles <= parts) most = evens[with_tiles];

@@ -44,9 +44,12 @@ class CuPy:
         return ArrayInfo(data.ptr, x.shape, strides, dtype_names[dtype], data.device_id)
 
     def signature(self, *arrays: Any) -> tuple[Any, tuple[int, ...]]:
-        *inputs, out, lse = arrays
-        if out is None and lse is None and inputs[-1] is not None:  # most calls
-            return (self, *map(_facts, inputs)), (*map(_pointer, inputs), 0, 0)
+        inputs, out, lse = arrays[:6], arrays[6], arrays[7]
+        if inputs[5] is not None:  # most calls
+            if out is None and lse is None:
+                return (self, *map(_facts, inputs)), (*map(_pointer, inputs), 0, 0)
+            if out is not None and lse is not None:
+                return (self, *map(_facts, arrays)), (*map(_pointer, arrays),)
         given = [x for x in arrays if x is not None]
         absent = tuple([x is None for x in arrays])
         pointers = map(_pointer, given)

@@ -65,10 +65,6 @@ template <int Barrier, int Threads>
 DEVICE void bar_arrive() {
   machine::barrier_arrive(Barrier, Threads, false);
 }
-template <int Barrier>
-DEVICE void bar_arrive(int threads) {
-  machine::barrier_arrive(Barrier, threads, false);
-}
 DEVICE uint64_t ld_acquire(const uint64_t* p) {
   machine::maybe_yield();
   return *p;

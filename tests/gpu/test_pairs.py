@@ -66,7 +66,7 @@ def problem_of(case: int):
     lengths = [
         lambda: rng.integers(1, 4000, 90),
         lambda: np.maximum(rng.normal(2000, 1000, 128), 4).astype(int),
-        lambda: rng.integers(300, 1500, 150),
+        lambda: rng.integers(300, 2500, 150),
         lambda: np.where(rng.random(70) < 0.2, 0, rng.integers(300, 6000, 70)),
     ][case % 4]()
     return gpu_problems.make(
