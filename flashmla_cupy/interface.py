@@ -153,6 +153,8 @@ def flash_mla_with_kvcache(
     lazy: SchedMeta | None = None
     if type(tile_scheduler_metadata) is SchedMeta:
         lazy, tile_scheduler_metadata = tile_scheduler_metadata, None
+        if num_splits is not None:  # which a signature may not tell
+            checks.metadata_kind(None, num_splits, is_lazy=True)
     arrays = (
         q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, out, lse
     )  # fmt: skip

@@ -15,6 +15,7 @@ from flashmla_cupy.errors import (
     AlignmentError,
     ArgumentError,
     DeviceCheckError,
+    OptionError,
     StaleMetadataError,
 )
 
@@ -196,6 +197,18 @@ def test_lazy_metadata_is_made_once(gpu):
     other = gpu.arguments(h_q=32) | {"tile_scheduler_metadata": lazy, "num_splits": None}
     with pytest.raises(StaleMetadataError, match="h_q 16 -> 32"):
         flash_mla_with_kvcache(**other)
+
+
+def test_lazy_metadata_comes_without_num_splits(gpu):
+    """Refused whether or not the same call without them was seen before."""
+    call = gpu.arguments()
+    for seen in (False, True):
+        lazy = {"tile_scheduler_metadata": get_mla_metadata()[0]}
+        with pytest.raises(OptionError, match="num_splits: expected None"):
+            flash_mla_with_kvcache(**(call | lazy))
+        if not seen:
+            flash_mla_with_kvcache(**(call | lazy | {"num_splits": None}))
+    assert len(gpu.launches) == 1
 
 
 def test_a_first_call_that_fails_leaves_lazy_metadata_unmade(gpu, monkeypatch):
