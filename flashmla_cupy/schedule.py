@@ -118,8 +118,8 @@ class _Cuts(NamedTuple):
 
 
 def memory_costs(parts: int, rows: int, h_kv: int) -> tuple[float, int]:
-    """Of _estimate: what the bytes of a tile cost beyond its share of a mean part; and 256 times what
-    the bytes of the partial result of a piece cost."""
+    """Of _estimate: what the bytes of a tile cost beyond its share of a mean part; and 256 times
+    what the bytes of the partial result of a piece cost."""
     tile = h_kv * T_TILE_MEM
     return min(tile / 256, 15.0) - UNIT / parts, min(rows * tile // PARTIAL_ROWS, (1 << 22) - 1)
 
