@@ -250,10 +250,10 @@ def _launch_lazy(
                 metadata, num_splits = map(plan.framework.pointer, made)
                 pointers = _with_metadata(pointers, metadata)
                 results = _launch(engine, plan, pointers, out, lse, num_splits)
-                lazy.bind(plan.configuration, *made, (metadata, num_splits))
+                lazy.bind(plan.configuration, *made, metadata)
                 return results
     lazy.require(plan.configuration)
-    return _launch(engine, plan, _with_metadata(pointers, lazy.pointers[0]), out, lse)
+    return _launch(engine, plan, _with_metadata(pointers, lazy.address), out, lse)
 
 
 def _with_metadata(pointers: tuple[int, ...], metadata: int) -> tuple[int, ...]:
@@ -262,12 +262,12 @@ def _with_metadata(pointers: tuple[int, ...], metadata: int) -> tuple[int, ...]:
 
 def _on_host(plan: plans.Plan, arrays: plans.Arrays, lazy: SchedMeta | None) -> tuple[Any, Any]:
     """The reference, on views of the arrays."""
-    view, pointer = plan.framework.to_numpy, plan.framework.pointer
+    view = plan.framework.to_numpy
     if lazy is not None:
         with _bind_lock:
             if lazy.bound is None:
                 made = cast("MetadataPlan", plan.schedule)(arrays.cache_seqlens, 0)
-                lazy.bind(plan.configuration, *made, (pointer(made[0]), pointer(made[1])))
+                lazy.bind(plan.configuration, *made, plan.framework.pointer(made[0]))
         lazy.require(plan.configuration)
     out = plan.new_out() if arrays.out is None else arrays.out
     lse = plan.new_lse() if arrays.lse is None else arrays.lse

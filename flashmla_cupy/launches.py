@@ -101,6 +101,7 @@ class Launches:
             arrays = [self._arguments.start + 8 * place for place in COMBINE_ARRAYS]
             self._combine_arguments = Arguments(COMBINE_SIZES, elsewhere=arrays)
             COMBINE_SIZES.pack_into(self._combine_arguments.buffer, 0, *prepared.combine_sizes)
+            # (An attribute, since a launch knows of its arguments only the address.)
             combine = Launch(prepared.combine, prepared.combine_grid)
             launches.append((combine, self._combine_arguments.address))
         schedule = self._schedule = ScheduleLaunch(prepared.schedule)

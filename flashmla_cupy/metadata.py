@@ -35,13 +35,13 @@ class SchedMeta:
     the layers of one decoding step. Make a new one, with get_mla_metadata(), for the next step.
     """
 
-    __slots__ = ("bound", "num_splits", "pointers", "tile_scheduler_metadata")
+    __slots__ = ("address", "bound", "num_splits", "tile_scheduler_metadata")
 
     def __init__(self) -> None:
         self.bound: Configuration | None = None
         self.tile_scheduler_metadata: Any = None  # int32 [num_sm_parts, 8]
         self.num_splits: Any = None  # int32 [batch + 1]
-        self.pointers: tuple[int, int] = (0, 0)
+        self.address = 0  # of tile_scheduler_metadata
 
     @property
     def have_initialized(self) -> bool:
@@ -56,11 +56,11 @@ class SchedMeta:
         configuration: Configuration,
         tile_scheduler_metadata: Any,
         num_splits: Any,
-        pointers: tuple[int, int],
+        address: int,
     ) -> None:
-        """Takes the metadata that was just made for this configuration, and its addresses."""
+        """Takes the metadata that was just made for this configuration, and its address."""
         self.tile_scheduler_metadata, self.num_splits = tile_scheduler_metadata, num_splits
-        self.pointers = pointers
+        self.address = address
         self.bound = configuration  # last: another thread may be looking
 
     def require(self, configuration: Configuration) -> None:

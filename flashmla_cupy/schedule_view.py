@@ -1,4 +1,8 @@
-"""A schedule to look at: its pieces, its balance and a chart, for notebooks and tests."""
+"""A schedule to look at: its pieces, its balance and a chart, for notebooks and tests.
+
+`flashmla_cupy.Schedule` wraps the two arrays that `schedule` documents; loads are in tiles of 64
+tokens. `gantt` draws it. No call of the kernels comes here.
+"""
 
 from __future__ import annotations
 

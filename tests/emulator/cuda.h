@@ -19,9 +19,6 @@ struct float2 {
 struct float4 {
   float x, y, z, w;
 };
-struct int2 {
-  int x, y;
-};
 struct uint2 {
   unsigned x, y;
 };
@@ -111,27 +108,19 @@ inline unsigned __ballot_sync(unsigned mask, bool x) {
 }
 inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x); }
 inline bool __all_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) == ~0u; }
-inline int __reduce_add_sync(unsigned mask, int x) {
-  const uint64_t* values = all_lanes(mask, packed(x), "reduce");
-  int sum = 0;
-  for (int lane = 0; lane < 32; ++lane) sum += (int)values[lane];
-  return sum;
-}
 template <class T>
 T reduced(unsigned mask, T x, T (*of)(T, T)) {
   const uint64_t* values = all_lanes(mask, packed(x), "reduce");
-  for (int lane = 0; lane < 32; ++lane) x = of(x, (T)values[lane]);
+  x = (T)values[0];
+  for (int lane = 1; lane < 32; ++lane) x = of(x, (T)values[lane]);
   return x;
+}
+inline int __reduce_add_sync(unsigned mask, int x) {
+  return reduced<int>(mask, x, [](int a, int b) { return a + b; });
 }
 inline int __reduce_max_sync(unsigned mask, int x) { return reduced<int>(mask, x, max<int, int>); }
 inline unsigned __reduce_min_sync(unsigned mask, unsigned x) {
   return reduced<unsigned>(mask, x, min<unsigned, unsigned>);
-}
-inline unsigned __match_any_sync(unsigned mask, int x) {
-  const uint64_t* values = all_lanes(mask, packed(x), "match");
-  unsigned bits = 0;
-  for (int lane = 0; lane < 32; ++lane) bits |= (unsigned)((int)values[lane] == x) << lane;
-  return bits;
 }
 inline void __syncwarp() { all_lanes(~0u, 0, "__syncwarp"); }
 
