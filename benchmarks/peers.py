@@ -39,10 +39,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 from fetch_peers import LIBRARIES, WHEEL, add_folder
 
-from flashmla_cupy import __version__, bench, nvrtc
-from flashmla_cupy.bench import Case
+from flashmla_cupy import __version__
+from flashmla_cupy.bench import cases as bench
+from flashmla_cupy.bench.cases import Case
+from flashmla_cupy.build import nvrtc
 from flashmla_cupy.errors import FlashMLAError
-from flashmla_cupy.geometry import HEAD_DIM, HEAD_DIM_V
+from flashmla_cupy.gpu.geometry import HEAD_DIM, HEAD_DIM_V
 
 if TYPE_CHECKING:
     from peers_gpu import Timer

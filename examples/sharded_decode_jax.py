@@ -39,7 +39,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
-from flashmla_cupy.merge import merge_partials
+from flashmla_cupy.partials import merge_partials
 
 HEADS, D_QK, D_V, PAGE = 128, 576, 512, 64
 

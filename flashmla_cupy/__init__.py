@@ -44,11 +44,11 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .cache.paged_cache import PagedKVCache
     from .interface import check, flash_mla_with_kvcache, get_mla_metadata
-    from .merge import merge_partials
-    from .metadata import SchedMeta
-    from .paged_cache import PagedKVCache
-    from .schedule_view import Schedule
+    from .partials import merge_partials
+    from .schedule.sched_meta import SchedMeta
+    from .schedule.view import Schedule
 
 __version__ = "0.1.0"
 
@@ -94,10 +94,10 @@ _LAZY = {
     "check": "interface",
     "flash_mla_with_kvcache": "interface",
     "get_mla_metadata": "interface",
-    "SchedMeta": "metadata",
-    "PagedKVCache": "paged_cache",
-    "merge_partials": "merge",
-    "Schedule": "schedule_view",
+    "SchedMeta": "schedule.sched_meta",
+    "PagedKVCache": "cache.paged_cache",
+    "merge_partials": "partials",
+    "Schedule": "schedule.view",
 }
 
 

@@ -126,7 +126,7 @@ def _add_warmup(commands: _Commands) -> None:
 
 
 def _warmup(arguments: argparse.Namespace) -> None:
-    from . import compiler, cubin_cache
+    from .build import compiler, cubin_cache
     from .info import table
 
     dtypes = set(arguments.dtype)
@@ -207,7 +207,8 @@ def _add_bench(commands: _Commands) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from . import bench, scaling
+    from .bench import cases as bench
+    from .bench import plot as scaling
 
     if arguments.plot:
         if arguments.cases or arguments.page_size or arguments.list or arguments.peers:
@@ -225,7 +226,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         return
     peers = None
     if arguments.peers:
-        from .bench_peers import Peers
+        from .bench.peers import Peers
 
         peers = Peers()
     bench.run(cases, arguments.json, peers)
@@ -245,7 +246,7 @@ def _add_clear_cache(commands: _Commands) -> None:
 
 
 def _clear_cache(arguments: argparse.Namespace) -> None:
-    from . import cubin_cache
+    from .build import cubin_cache
 
     folder = cubin_cache.directory()
     files, size = cubin_cache.clear()

@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__, compiler, cubin_cache, hopper, nvrtc
+from . import __version__
+from .build import compiler, cubin_cache, nvrtc
 from .errors import FlashMLAError
+from .gpu import arch as hopper
 
 _LABEL_WIDTH = 14
 

@@ -11,16 +11,20 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, cast
 
-from . import checks, metadata_plans, plans, reference, routes, scalars
+from . import reference
+from .calls import checks, scalars
+from .calls import decode as plans
+from .calls import metadata as metadata_plans
+from .calls.layouts import DECODE
 from .errors import ArgTypeError, DeviceCheckError
 from .frameworks import HERE, is_foreign
-from .geometry import Addresses, Geometry
-from .layouts import DECODE
-from .metadata import SchedMeta, stale_requests
+from .gpu.geometry import Addresses, Geometry
+from .schedule.sched_meta import SchedMeta, stale_requests
+from .traced import foreign as routes
 
 if TYPE_CHECKING:
-    from .engine import Engine
-    from .metadata_plans import MetadataPlan
+    from .calls.metadata import MetadataPlan
+    from .gpu.engine import Engine
 
 METADATA = "get_mla_metadata"
 _modules = sys.modules
@@ -66,7 +70,7 @@ def get_mla_metadata(
         )
     compiler = _modules.get("torch.compiler")
     if (compiler is not None and compiler.is_compiling()) or routes.is_fake(cache_seqlens):
-        from . import torch_op
+        from .traced import torch_op
 
         return torch_op.traced_metadata(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
     if is_foreign(cache_seqlens):
@@ -83,7 +87,7 @@ def get_mla_metadata(
     if num_heads_q is not None:
         scalars.integer("num_heads_q", num_heads_q, function)
     if framework.name == "jax":
-        from . import jax_op
+        from .traced import jax_op
 
         return jax_op.metadata(cache_seqlens, rows, h_kv)
     plan = metadata_plans.make(framework, lengths, rows, h_kv, _engine, key)
@@ -135,7 +139,7 @@ def flash_mla_with_kvcache(
         scalars.dense_only(DECODE, is_fp8_kvcache, indices=indices)
     compiler = _modules.get("torch.compiler")
     if compiler is not None and compiler.is_compiling():
-        from . import torch_op
+        from .traced import torch_op
 
         return torch_op.traced_decode(
             q,
@@ -308,7 +312,7 @@ def _raise_host_violation() -> None:
 
 def _engine(device: int) -> Engine:
     """The engine of a CUDA device, remembered for check()."""
-    from .engine import engine_of  # not needed, and so not imported, without a GPU
+    from .gpu.engine import engine_of  # not needed, and so not imported, without a GPU
 
     engine = _engines[device] = engine_of(device)
     return engine

@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import hopper_gpu
 import pytest
+from support import hopper_gpu
 
-from flashmla_cupy import compiler, cubin_cache, nvrtc
+from flashmla_cupy.build import compiler, cubin_cache, nvrtc
 from flashmla_cupy.errors import NVRTCNotFoundError
 
 

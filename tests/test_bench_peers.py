@@ -12,13 +12,16 @@ import json
 import sys
 import types
 
-import fake_timer
 import ml_dtypes
 import numpy as np
 import pytest
+from support import fake_timer
 
-from flashmla_cupy import bench, bench_gpu, bench_peers, flash_mla_with_kvcache, get_mla_metadata
+from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
 from flashmla_cupy.__main__ import main
+from flashmla_cupy.bench import cases as bench
+from flashmla_cupy.bench import peers as bench_peers
+from flashmla_cupy.bench import timer as bench_gpu
 from flashmla_cupy.errors import OptionError
 
 CASE = bench.Case("two", 2, 2, 3, (300, 70), "given", causal=True)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from flashmla_cupy import bench
+from flashmla_cupy.bench import cases as bench
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 if not FOLDER.is_dir():

@@ -12,11 +12,12 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from bad_arrays import BAD_ARRAYS, BF16, arguments, offset_bytes, read_only, with_gap
-from fake_device import FakeArray, install
+from support.bad_arrays import BAD_ARRAYS, BF16, arguments, offset_bytes, read_only, with_gap
+from support.fake_device import FakeArray, install
 
 import flashmla_cupy
-from flashmla_cupy import interface, plans, reference, schedule
+from flashmla_cupy import interface, reference
+from flashmla_cupy.calls import decode as plans
 from flashmla_cupy.errors import (
     AliasingError,
     AlignmentError,
@@ -32,6 +33,7 @@ from flashmla_cupy.errors import (
     StaleMetadataError,
     StrideError,
 )
+from flashmla_cupy.schedule import split as schedule
 
 
 def on(name, **changes):

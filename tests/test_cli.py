@@ -11,12 +11,15 @@ import sys
 import warnings
 from pathlib import Path
 
-import fake_timer
 import numpy as np
 import pytest
+from support import fake_timer
 
-from flashmla_cupy import __version__, bench, bench_gpu, compiler, cubin_cache, info, nvrtc
+from flashmla_cupy import __version__, info
 from flashmla_cupy.__main__ import main
+from flashmla_cupy.bench import cases as bench
+from flashmla_cupy.bench import timer as bench_gpu
+from flashmla_cupy.build import compiler, cubin_cache, nvrtc
 from flashmla_cupy.errors import (
     CacheTrustWarning,
     KernelCompileError,

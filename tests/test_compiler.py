@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from flashmla_cupy import compiler, cubin_cache, nvrtc
-from flashmla_cupy.compiler import Variant, compile_variant
+from flashmla_cupy.build import compiler, cubin_cache, nvrtc
+from flashmla_cupy.build.compiler import Variant, compile_variant
 from flashmla_cupy.errors import (
     CacheConfigError,
     CacheTrustWarning,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from flashmla_cupy import cubin_cache
+from flashmla_cupy.build import cubin_cache
 from flashmla_cupy.errors import CacheConfigError, CacheTrustWarning
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the cache needs a POSIX system")

@@ -10,11 +10,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from emulator import device
-from oracle import assert_within_bound, oracle
-from problems import PAGE_SIZES, make_problem, random_problem
+from support.oracle import assert_within_bound, oracle
+from support.problems import PAGE_SIZES, make_problem, random_problem
 
-from flashmla_cupy import check, flash_mla_with_kvcache, get_mla_metadata, schedule
+from flashmla_cupy import check, flash_mla_with_kvcache, get_mla_metadata
 from flashmla_cupy.errors import DeviceCheckError
+from flashmla_cupy.schedule import split as schedule
 
 pytestmark = pytest.mark.skipif(
     device.host_compiler() is None, reason="needs a host C++ compiler: c++, g++ or clang++"

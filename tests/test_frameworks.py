@@ -13,11 +13,12 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 import pytest
-from fake_device import FakeEngine
-from interop import decode, get, put, same_bits
-from problems import make_problem
+from support.every_framework import decode, get, put, same_bits
+from support.fake_device import FakeEngine
+from support.problems import make_problem
 
-from flashmla_cupy import flash_mla_with_kvcache, frameworks, get_mla_metadata, interface, plans
+from flashmla_cupy import flash_mla_with_kvcache, frameworks, get_mla_metadata, interface
+from flashmla_cupy.calls import decode as plans
 from flashmla_cupy.errors import (
     ArgTypeError,
     DeviceMismatchError,

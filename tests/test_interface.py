@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fake_device import STREAM, install
-from interop import CASES, decode, in_threads
-from oracle import assert_within_bound, oracle
-from problems import make_problem
+from support.every_framework import CASES, decode, in_threads
+from support.fake_device import STREAM, install
+from support.oracle import assert_within_bound, oracle
+from support.problems import make_problem
 
 import flashmla_cupy
-from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata, interface, plans
+from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata, interface
+from flashmla_cupy.calls import decode as plans
 from flashmla_cupy.errors import (
     AlignmentError,
     ArgumentError,

@@ -15,9 +15,9 @@ os.environ["XLA_FLAGS"] = (
 
 import numpy as np
 import pytest
-from fake_device import install
-from interop import CASES, decode, put, same_bits
-from problems import make_problem
+from support.every_framework import CASES, decode, put, same_bits
+from support.fake_device import install
+from support.problems import make_problem
 
 import flashmla_cupy
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata, reference
@@ -33,8 +33,8 @@ from flashmla_cupy.frameworks import HOST
 
 jax = pytest.importorskip("jax")
 jnp = pytest.importorskip("jax.numpy")
-jax_op = pytest.importorskip("flashmla_cupy.jax_op")
-jax_callbacks = pytest.importorskip("flashmla_cupy.jax_callbacks")
+jax_op = pytest.importorskip("flashmla_cupy.traced.jax_op")
+jax_callbacks = pytest.importorskip("flashmla_cupy.traced.jax_callbacks")
 if jax.default_backend() != "cpu":
     pytest.skip("needs JAX on the CPU: run with JAX_PLATFORMS=cpu", allow_module_level=True)
 P = jax.sharding.PartitionSpec

@@ -16,19 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from flashmla_cupy import (
-    compiler,
-    driver,
-    geometry,
-    launch_graph,
-    launches,
-    prepared,
-    schedule,
-)
-from flashmla_cupy import engine as engine_module
+from flashmla_cupy.build import compiler
 from flashmla_cupy.errors import ForkedProcessError
 from flashmla_cupy.frameworks import ArrayInfo
-from flashmla_cupy.geometry import Addresses, Geometry
+from flashmla_cupy.gpu import driver, geometry, launch_graph, launches, prepared
+from flashmla_cupy.gpu import engine as engine_module
+from flashmla_cupy.gpu.geometry import Addresses, Geometry
+from flashmla_cupy.schedule import split as schedule
 
 SOURCES = Path(__file__).parent.parent / "cuda_src"
 SIZES = {"int": "i", "float": "f", "int64_t": "q", "uint64_t": "Q"}

@@ -7,13 +7,13 @@ import importlib
 import ml_dtypes
 import numpy as np
 import pytest
-from interop import get, put
-from oracle import assert_within_bound, oracle
-from problems import make_problem
+from support.every_framework import get, put
+from support.oracle import assert_within_bound, oracle
+from support.problems import make_problem
 
 from flashmla_cupy import reference
 from flashmla_cupy.errors import ArgTypeError, DTypeError, FrameworkMismatchError, ShapeError
-from flashmla_cupy.merge import merge_partials
+from flashmla_cupy.partials import merge_partials
 
 
 def parts_of(problem, n, tokens=64):
@@ -137,4 +137,4 @@ def test_parts_of_two_frameworks():
     torch = pytest.importorskip("torch")
     with pytest.raises(FrameworkMismatchError, match="a numpy array, as outs is, got a torch"):
         merge_partials(OUTS, torch.from_numpy(LSES))
-    assert importlib.import_module("flashmla_cupy.merge").merge_partials is merge_partials
+    assert importlib.import_module("flashmla_cupy.partials").merge_partials is merge_partials

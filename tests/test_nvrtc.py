@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flashmla_cupy import nvrtc
+from flashmla_cupy.build import nvrtc
 from flashmla_cupy.errors import (
     MissingDependencyError,
     NVRTCNotFoundError,

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import flashmla_cupy
-from flashmla_cupy import compiler, errors
+from flashmla_cupy import errors
+from flashmla_cupy.build import compiler
 
 PACKAGE = Path(flashmla_cupy.__file__).resolve().parent
 ROOT = PACKAGE.parent

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-from cache_model import (
+from support.cache_model import (
     NAN,
     Model,
     beside,
@@ -21,16 +21,11 @@ from cache_model import (
     read,
     snapshot,
 )
-from oracle import assert_within_bound, oracle
-from problems import DTYPES, PAGE_SIZES
+from support.oracle import assert_within_bound, oracle
+from support.problems import DTYPES, PAGE_SIZES
 
-from flashmla_cupy import (
-    PagedKVCache,
-    errors,
-    flash_mla_with_kvcache,
-    get_mla_metadata,
-    paged_cache,
-)
+from flashmla_cupy import PagedKVCache, errors, flash_mla_with_kvcache, get_mla_metadata
+from flashmla_cupy.cache import paged_cache
 
 
 @pytest.fixture(params=["cpu", pytest.param(0, marks=pytest.mark.gpu, id="gpu")])
@@ -343,7 +338,7 @@ def test_a_gpu_takes_part_only_if_it_can(monkeypatch):
             )
         )
 
-    from flashmla_cupy.pool import _place
+    from flashmla_cupy.cache.pool import _place
 
     for module, place in [(None, -1), (cupy(0), -1), (cupy(2, 8), -1), (cupy(2), 1)]:
         monkeypatch.setitem(sys.modules, "cupy", module)

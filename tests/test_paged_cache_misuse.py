@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cache_model import latents, nearly_full, snapshot
+from support.cache_model import latents, nearly_full, snapshot
 
 from flashmla_cupy import PagedKVCache, errors
 

@@ -12,12 +12,12 @@ import importlib.util
 import re
 from pathlib import Path
 
-import hopper_gpu
 import pytest
+from support import hopper_gpu
 
 import flashmla_cupy
-from flashmla_cupy import compiler
 from flashmla_cupy.__main__ import main
+from flashmla_cupy.build import compiler
 
 PACKAGE = Path(flashmla_cupy.__file__).resolve().parent
 ROOT = PACKAGE.parent

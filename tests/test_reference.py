@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from oracle import assert_within_bound, oracle
-from problems import UNUSED_ENTRY, make_problem, random_problem
+from support.oracle import assert_within_bound, oracle
+from support.problems import UNUSED_ENTRY, make_problem, random_problem
 
 from flashmla_cupy import reference
 

@@ -21,7 +21,7 @@ import pytest
 
 pytest.importorskip("cupy", reason="CuPy is not installed")
 
-from flashmla_cupy import compiler, nvrtc
+from flashmla_cupy.build import compiler, nvrtc
 from flashmla_cupy.errors import NVRTCNotFoundError
 
 try:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 
-import fake_timer
 import pytest
+from support import fake_timer
 
-from flashmla_cupy import bench, scaling
 from flashmla_cupy.__main__ import main
+from flashmla_cupy.bench import cases as bench
+from flashmla_cupy.bench import plot as scaling
 
 REPORT = {"read_gbps": 4000.0, "matmul_tflops": 500.0, "version": "1", "device": "H200"}
 

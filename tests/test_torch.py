@@ -9,8 +9,8 @@ import shutil
 
 import numpy as np
 import pytest
-from interop import CASES, decode, put, same_bits
-from problems import make_problem
+from support.every_framework import CASES, decode, put, same_bits
+from support.problems import make_problem
 
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
 from flashmla_cupy.errors import OptionError
@@ -147,7 +147,7 @@ def test_export():
 
 def test_opcheck():
     """Schema, autograd registration, fake tensors, and tracing with dynamic shapes."""
-    from flashmla_cupy import torch_op  # noqa: F401 (registers the ops)
+    from flashmla_cupy.traced import torch_op  # noqa: F401 (registers the ops)
 
     arrays = tensors(make_problem([70, 5], s_q=2, h_q=4))
     metadata, num_splits = get_mla_metadata(arrays[3], 8, 1)

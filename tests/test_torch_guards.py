@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from problems import make_problem
+from support.problems import make_problem
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from interop import put
+from support.every_framework import put
 
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
 from flashmla_cupy.errors import OptionError, ShapeError, StaleMetadataError

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..driver import NEVER_CAPTURED, capture_id
+from ..gpu.driver import NEVER_CAPTURED, capture_id
 from .base import HERE, ArrayInfo, dtype_names, element_strides, no_whole_strides, numpy_dtype
 
 ALIGNMENT = 512  # of an array, as of allocations in CuPy's pool

@@ -23,17 +23,13 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmla_cupy import (
-    compiler,
-    driver,
-    frameworks,
-    interface,
-    launch_graph,
-    metadata_plans,
-    plans,
-)
-from flashmla_cupy import engine as engine_module
+from flashmla_cupy import frameworks, interface
+from flashmla_cupy.build import compiler
+from flashmla_cupy.calls import decode as plans
+from flashmla_cupy.calls import metadata as metadata_plans
 from flashmla_cupy.frameworks import HOST, numpy_arrays
+from flashmla_cupy.gpu import driver, launch_graph
+from flashmla_cupy.gpu import engine as engine_module
 
 HERE = Path(__file__).parent
 CUDA_SRC = HERE.parent.parent / "cuda_src"

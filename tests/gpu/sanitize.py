@@ -27,12 +27,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-import gpu_oracle
-import gpu_problems
-from gpu_arrays import DRY, DTYPES, synchronize, xp
+from gpu.support import oracle as gpu_oracle
+from gpu.support import problems as gpu_problems
+from gpu.support.arrays import DRY, DTYPES, synchronize, xp
 
 import flashmla_cupy
-from flashmla_cupy import compiler
+from flashmla_cupy.build import compiler
 
 # (s_q, h_q, h_kv): one row; a full block; two; positions in blocks of their own; many positions.
 SHAPES = ((1, 16, 1), (1, 128, 1), (2, 40, 1), (3, 6, 3), (70, 1, 1))

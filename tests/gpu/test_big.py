@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import gpu_oracle
-import gpu_problems
 import numpy as np
 import pytest
-from gpu_arrays import DRY, DTYPES, bits, fill_poison, mark, release_memory, same, xp
+from gpu.support import oracle as gpu_oracle
+from gpu.support import problems as gpu_problems
+from gpu.support.arrays import DRY, DTYPES, bits, fill_poison, mark, release_memory, same, xp
 
 import flashmla_cupy
 

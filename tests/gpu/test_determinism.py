@@ -7,10 +7,10 @@ All runs of a configuration are compared on the device and read once.
 
 from __future__ import annotations
 
-import gpu_problems
 import numpy as np
 import pytest
-from gpu_arrays import DRY, differing, fill_nan, host, mark, release_memory, xp
+from gpu.support import problems as gpu_problems
+from gpu.support.arrays import DRY, differing, fill_nan, host, mark, release_memory, xp
 
 import flashmla_cupy
 

@@ -8,11 +8,11 @@ about the first bad request, once.
 
 from __future__ import annotations
 
-import gpu_oracle
-import gpu_problems
 import numpy as np
 import pytest
-from gpu_arrays import (
+from gpu.support import oracle as gpu_oracle
+from gpu.support import problems as gpu_problems
+from gpu.support.arrays import (
     DRY,
     INT_MAX,
     INT_MIN,
@@ -25,11 +25,11 @@ from gpu_arrays import (
     same,
     xp,
 )
-from gpu_guards import Guards
+from gpu.support.guards import Guards
 
 import flashmla_cupy
 from flashmla_cupy import DeviceCheckError, flash_mla_with_kvcache, get_mla_metadata, reference
-from flashmla_cupy.metadata import stale_requests
+from flashmla_cupy.schedule.sched_meta import stale_requests
 
 pytestmark = mark
 

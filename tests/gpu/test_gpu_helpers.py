@@ -15,17 +15,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_guards
-import gpu_oracle
-import gpu_problems
-import gpu_products
 import numpy as np
 import pytest
 import sanitize
 import test_determinism
 import test_grid
-from gpu_arrays import DRY, DTYPES, bits, from_float, host, same, to_float, xp
-from oracle import oracle
+from gpu.support import guards as gpu_guards
+from gpu.support import oracle as gpu_oracle
+from gpu.support import problems as gpu_problems
+from gpu.support import products as gpu_products
+from gpu.support.arrays import DRY, DTYPES, bits, from_float, host, same, to_float, xp
+from support.oracle import oracle
 
 from flashmla_cupy import Schedule
 

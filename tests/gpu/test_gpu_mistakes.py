@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 
-import gpu_oracle
-import gpu_problems
 import numpy as np
 import test_fail_closed
 import test_grid
 import test_needles
-from gpu_arrays import bits, mark, xp
+from gpu.support import oracle as gpu_oracle
+from gpu.support import problems as gpu_problems
+from gpu.support.arrays import bits, mark, xp
 
 import flashmla_cupy
 

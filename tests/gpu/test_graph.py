@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import contextlib
 
-import gpu_oracle
-import gpu_problems
 import numpy as np
 import pytest
-from gpu_arrays import DRY, differing, fill_nan, fill_normal, host, mark, release_memory, xp
+from gpu.support import oracle as gpu_oracle
+from gpu.support import problems as gpu_problems
+from gpu.support.arrays import DRY, differing, fill_nan, fill_normal, host, mark, release_memory, xp
 
 import flashmla_cupy
-from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata, launch_graph
+from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
+from flashmla_cupy.gpu import launch_graph
 
 pytestmark = mark
 

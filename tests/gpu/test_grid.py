@@ -13,11 +13,11 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
-import gpu_oracle
 import numpy as np
 import pytest
-from gpu_arrays import DRY, bits, from_float, host, mark, release_memory, to_float, xp
-from gpu_problems import UNUSED_ENTRY, Problem, make
+from gpu.support import oracle as gpu_oracle
+from gpu.support.arrays import DRY, bits, from_float, host, mark, release_memory, to_float, xp
+from gpu.support.problems import UNUSED_ENTRY, Problem, make
 
 import flashmla_cupy
 

@@ -9,11 +9,21 @@ the end, may lie a decoy: the same needle twice as strong, which only later quer
 
 from __future__ import annotations
 
-import gpu_problems
 import numpy as np
 import pytest
-from gpu_arrays import DRY, bits, from_float, host, mark, put_tokens, release_memory, to_float, xp
-from gpu_problems import CACHE_LAYOUTS, EDGES, PAGE_SIZES, Q_LAYOUTS
+from gpu.support import problems as gpu_problems
+from gpu.support.arrays import (
+    DRY,
+    bits,
+    from_float,
+    host,
+    mark,
+    put_tokens,
+    release_memory,
+    to_float,
+    xp,
+)
+from gpu.support.problems import CACHE_LAYOUTS, EDGES, PAGE_SIZES, Q_LAYOUTS
 
 import flashmla_cupy
 

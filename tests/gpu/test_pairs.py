@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 
-import gpu_oracle
-import gpu_problems
 import numpy as np
 import pytest
-from gpu_arrays import DRY, host, mark, same, synchronize, xp
+from gpu.support import oracle as gpu_oracle
+from gpu.support import problems as gpu_problems
+from gpu.support.arrays import DRY, host, mark, same, synchronize, xp
 
 import flashmla_cupy
-from flashmla_cupy.schedule import BEGINS_IN_PAIR, ENDS_IN_PAIR
+from flashmla_cupy.schedule.split import BEGINS_IN_PAIR, ENDS_IN_PAIR
 
 pytestmark = mark
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 
-import gpu_oracle
 import pytest
-from gpu_arrays import DRY, mark, release_memory, same
-from gpu_problems import random_problem
+from gpu.support import oracle as gpu_oracle
+from gpu.support.arrays import DRY, mark, release_memory, same
+from gpu.support.problems import random_problem
 
 import flashmla_cupy
 

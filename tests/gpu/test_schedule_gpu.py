@@ -8,7 +8,7 @@ import pytest
 cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
 
 import flashmla_cupy
-from flashmla_cupy import schedule
+from flashmla_cupy.schedule import split as schedule
 
 pytestmark = pytest.mark.gpu
 

@@ -1,0 +1,1 @@
+"""The benchmark: what `flashmla-cupy bench` times, and how."""

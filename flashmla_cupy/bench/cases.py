@@ -1,0 +1,281 @@
+"""`flashmla-cupy bench`: microseconds, TFLOPS and GB/s of the decode call on this GPU.
+
+A case is FlashMLA's: batch, queries a sequence, query heads, cached tokens; one kv head, bfloat16,
+pages of 64 or another size, in scattered order. Through the public functions alone, with out= and
+lse=.
+
+How a call is timed: calls are captured in a CUDA graph, so that no Python runs between them, and
+the graph is replayed between two CUDA events. The calls rotate over distinct pages, of 400 MB or
+more in all, so that the L2 cache is cold. A kernel of one element comes before each call, so that
+neighbours do not overlap; the time of a graph of these alone is taken off. After 0.1 s of warm-up
+under the same load, the median of 7 samples of 30 ms or more counts. The scheduling metadata is
+made once, before, as a model makes it once for all of its layers.
+
+TFLOPS counts 2 * h_q * (576 + 512) for each query and each key that it sees; GB/s counts every
+cached token once, q and out. Both are also given in percent of what this GPU was measured to do in
+the same way just before: to read 4 GiB, and to multiply two float16 matrices of 8192 x 8192. A GPU
+at its power limit is slower the longer it works, so compare figures of one run.
+
+With peers (bench_peers.py), each is timed in the same way after ours, over 12 caches at most.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..build import nvrtc
+from ..errors import NoDeviceError, OptionError, UnsupportedArchError
+from ..gpu.arch import is_hopper
+from ..gpu.geometry import HEAD_DIM, HEAD_DIM_V, PAGE_SIZES
+
+if TYPE_CHECKING:
+    from .peers import Peers
+
+_ELEMENT = 2  # bytes of a bfloat16
+
+Lengths = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. `spread` says how `length` makes the length of each request: "fixed", "normal"
+    (around it, half of it the standard deviation), "uniform" (between two), "given" (each)."""
+
+    name: str
+    batch: int
+    s_q: int
+    h_q: int
+    length: Lengths
+    spread: str = "fixed"
+    causal: bool = False
+    page_size: int = 64
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        if isinstance(self.length, int):
+            if self.spread == "fixed":
+                return [self.length] * self.batch
+            rng, mean = random.Random(0), self.length
+            draws = [rng.normalvariate(mean, mean / 2) for _ in range(self.batch)]
+            return [int(max(draw, self.s_q, 4)) for draw in draws]
+        if self.spread == "uniform":
+            rng, (low, high) = random.Random(1), self.length
+            return [rng.randint(low, high) for _ in range(self.batch)]
+        return list(self.length)
+
+    @property
+    def flops(self) -> int:
+        """Of the two products, over the keys that each query sees."""
+        hidden = [self.s_q - 1 - i if self.causal else 0 for i in range(self.s_q)]
+        visible = sum(max(0, n - k) for n in self.lengths for k in hidden)
+        return 2 * self.h_q * visible * (HEAD_DIM + HEAD_DIM_V)
+
+    @property
+    def nbytes(self) -> int:
+        """What must be moved: every cached token, q and out, once."""
+        rows = self.batch * self.s_q * self.h_q
+        return _ELEMENT * (sum(self.lengths) * HEAD_DIM + rows * (HEAD_DIM + HEAD_DIM_V))
+
+
+def _cases() -> Iterator[Case]:
+    # FlashMLA's performance cases; where s_q is 1, causal or not is the same.
+    for s in (4096, 8192, 16384, 32768):
+        yield Case(f"flashmla.h128.q1.b128.s{s}v", 128, 1, 128, s, "normal")
+        yield Case(f"flashmla.h128.q2.b128.s{s}v", 128, 2, 128, s, "normal")
+        yield Case(f"flashmla.h128.q2.b128.s{s}v.causal", 128, 2, 128, s, "normal", True)
+    # Few query rows a token: bandwidth-bound.
+    for h in (16, 32, 64):
+        yield Case(f"mem.h{h}.b128.s4096", 128, 1, h, 4096)
+        yield Case(f"mem.h{h}.b64.s16384v", 64, 1, h, 16384, "normal")
+    yield Case("mem.h16.b16.s65536", 16, 1, 16, 65536)
+    yield Case("mem.h16.b128.s1024", 128, 1, 16, 1024)
+    yield Case("mem.h8.b128.s4096", 128, 1, 8, 4096)
+    # Many query rows a token: tensor-core-bound.
+    for s in (1024, 4096, 8192, 16384, 32768):
+        yield Case(f"cmp.h128.q1.b128.s{s}v", 128, 1, 128, s, "normal")
+    for s in (4096, 8192, 16384, 32768):
+        yield Case(f"cmp.h128.q2.b128.s{s}v", 128, 2, 128, s, "normal", True)
+    yield Case("cmp.h128.q4.b64.s8192", 64, 4, 128, 8192, causal=True)
+    yield Case("cmp.h128.q1.b132.s8192", 132, 1, 128, 8192)
+    yield Case("cmp.h128.q1.b32.s8192", 32, 1, 128, 8192)
+    yield Case("cmp.h64.q2.b128.s8192v", 128, 2, 64, 8192, "normal", True)
+    yield Case("cmp.h16.q4.b132.s4096", 132, 4, 16, 4096, causal=True)
+    # Few requests: latency.
+    for h in (128, 16):
+        for s in (512, 2048, 8192, 32768, 131072):
+            yield Case(f"lat.h{h}.b1.s{s}", 1, 1, h, s)
+        yield Case(f"lat.h{h}.b8.s4096v", 8, 1, h, 4096, "normal")
+        yield Case(f"lat.h{h}.b32.s1024", 32, 1, h, 1024)
+    # Very unequal lengths. ThunderMLA published the last four.
+    for h in (128, 16):
+        yield Case(f"imb.one_long.h{h}", 64, 1, h, (131072, *[512] * 63), "given")
+    yield Case("imb.thunder.b4.h16.q4", 4, 4, 16, (4641, 45118, 1730, 1696), "given", True)
+    yield Case("imb.thunder.b1.64k.h16", 1, 1, 16, 65536)
+    yield Case("imb.thunder.b64.h16.q4", 64, 4, 16, (256, 1024), "uniform", True)
+    yield Case("imb.thunder.b64.s512.q2", 64, 2, 16, 512, causal=True)
+
+
+CASES = tuple(_cases())
+GROUPS = tuple(dict.fromkeys(case.name.partition(".")[0] for case in CASES))
+
+
+def select(words: Sequence[str]) -> list[Case]:
+    """The cases of these groups, or whose name contains one of these words; "all" for all.
+
+    Raises OptionError for a word that selects nothing."""
+    chosen: set[Case] = set()
+    for word in words:
+        key = f"{word}." if word in GROUPS else "" if word == "all" else word
+        found = [case for case in CASES if key in case.name]
+        if not found:
+            remedy = "flashmla-cupy bench --list prints the names."
+            expected = f"all, one of {', '.join(GROUPS)}, or a part of a case's name"
+            raise OptionError("--cases", expected, repr(word), remedy, "bench")
+        chosen.update(found)
+    return [case for case in CASES if case in chosen]
+
+
+def with_page_sizes(cases: Sequence[Case], page_sizes: Sequence[int]) -> list[Case]:
+    """Each case with each of these page sizes, which its name then ends with.
+
+    Raises OptionError for a size that the kernels do not have."""
+    for page_size in page_sizes:
+        if page_size not in PAGE_SIZES:
+            expected = f"one of {', '.join(map(str, PAGE_SIZES))}"
+            remedy = "Without the option, pages have 64 tokens."
+            raise OptionError("--page-size", expected, str(page_size), remedy, "bench")
+    return [
+        replace(case, name=f"{case.name}.p{page_size}", page_size=page_size)
+        for case in cases
+        for page_size in page_sizes
+    ]
+
+
+def listing(cases: Sequence[Case]) -> list[str]:
+    """A line for each case: its name, and what must be computed and moved."""
+    width = max(len(case.name) for case in cases)
+    return [
+        f"{case.name:{width}}  {case.flops / 1e9:9.1f} GFLOP {case.nbytes / 1e6:8.1f} MB"
+        for case in cases
+    ]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A result. The percentages are of the measured ceilings; None where one was not measured."""
+
+    case: str
+    us: float
+    tflops: float
+    gbps: float
+    matmul_percent: float | None
+    read_percent: float | None
+    peers_us: dict[str, float | str] = field(default_factory=dict)  # or why there is no time
+
+
+def run(
+    cases: Sequence[Case], json_path: str | None = None, peers: Peers | None = None
+) -> dict[str, Any]:
+    """Times the cases, those of peers as well, and prints a line for each; progress goes to stderr.
+    Returns what --json writes.
+
+    The file at `json_path` is written at the end, but opened before the work. Raises NoDeviceError,
+    UnsupportedArchError or MissingDependencyError where it cannot run, and OSError for the file."""
+    device = current_gpu()
+    if json_path is None:
+        return _run(cases, device, peers)
+    with open(json_path, "w", encoding="utf-8") as file:
+        report = _run(cases, device, peers)
+        json.dump(report, file, indent=1)
+        file.write("\n")
+    return report
+
+
+def _run(cases: Sequence[Case], device: dict[str, Any], peers: Peers | None) -> dict[str, Any]:
+    """Prints the results, and returns them for JSON."""
+    from .timer import GPUTimer  # after the checks, so that what is missing is said first
+
+    timer = GPUTimer(device["multiProcessorCount"])
+    gpu = device["name"].decode()
+    _progress("measuring the read bandwidth and the matrix product")
+    read, matmul = timer.read_gbps(), timer.matmul_tflops()
+    product = "not measured (no cuBLAS: pip install nvidia-cublas-cu12)"
+    if matmul is not None:
+        product = f"{matmul:.0f} TFLOPS"
+    _progress("")
+    print(f"flashmla-cupy {__version__} on {gpu}, {device['multiProcessorCount']} SMs")
+    print(f"ceilings: read {read:.0f} GB/s, matrix product {product}")
+    width = max(len(case.name) for case in cases)
+    head = f"{'case':{width}}  {'us':>9} {'TFLOPS':>7} {'GB/s':>6} {'% matmul':>9} {'% read':>7}"
+    for name in peers.names if peers else ():
+        head += f" {name:>11} {'ratio':>6}"
+    print(head)
+    rows = []
+    for i, case in enumerate(cases, 1):
+        _progress(f"[{i}/{len(cases)}] {case.name}")
+        beside: dict[str, float | str] = {}
+        if peers:
+            us, beside = timer.peers_us(case, peers)
+        else:
+            us = timer.decode_us(case)
+        tflops, gbps = case.flops / us / 1e6, case.nbytes / us / 1e3
+        share = None if matmul is None else 100 * tflops / matmul
+        row = Row(case.name, us, tflops, gbps, share, 100 * gbps / read, beside)
+        rows.append(row)
+        _progress("")
+        shown = "-" if share is None else f"{share:.0f}"
+        print(
+            f"{row.case:{width}}  {us:9.1f} {tflops:7.1f} {gbps:6.0f} {shown:>9} "
+            f"{row.read_percent:7.0f}" + "".join(_beside(us, time) for time in beside.values()),
+            flush=True,
+        )
+        for name, why in beside.items():
+            if isinstance(why, str):
+                print(f"{case.name}: {name}: {why}", file=sys.stderr, flush=True)
+    return {
+        "version": __version__,
+        "device": gpu,
+        "num_sms": device["multiProcessorCount"],
+        "nvrtc": nvrtc.build(),
+        "read_gbps": read,
+        "matmul_tflops": matmul,
+        "cases": [asdict(row) for row in rows],
+    }
+
+
+def _beside(us: float, theirs: float | str) -> str:
+    """A peer's microseconds, and the ratio of ours to them: under 1, ours is faster."""
+    if isinstance(theirs, str):
+        return f" {'-':>11} {'-':>6}"
+    return f" {theirs:11.1f} {us / theirs:6.2f}"
+
+
+def current_gpu() -> dict[str, Any]:
+    """The properties of the current GPU, which must be one that the kernels run on."""
+    nvrtc.binding()
+    cuda: Any = importlib.import_module("cupy.cuda")
+    if not cuda.is_available():
+        raise NoDeviceError("bench needs a Hopper GPU, and CUDA finds no GPU on this machine.")
+    facts: dict[str, Any] = cuda.runtime.getDeviceProperties(cuda.Device().id)
+    if not is_hopper(facts):
+        raise UnsupportedArchError(
+            f"bench needs a Hopper GPU (compute capability 9.0), and {facts['name'].decode()} has "
+            f"{facts['major']}.{facts['minor']}."
+        )
+    return facts
+
+
+def _progress(text: str) -> None:
+    """What is being done, on stderr: one line that changes on a terminal, else a line each."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)

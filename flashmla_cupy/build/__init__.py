@@ -1,0 +1,1 @@
+"""From cuda_src to cubins: NVRTC and the disk cache."""

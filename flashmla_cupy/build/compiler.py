@@ -1,0 +1,335 @@
+"""NVRTC: from our CUDA sources to sm_90a cubins, without a toolkit, a host compiler or a GPU.
+
+A `Variant` names one specialisation of one kernel; its macros are the only difference between
+variants of a source. Compiled kernels live in a memo of the process and in `cubin_cache`, under a
+key that holds everything that can change the code: all sources, the options, the exact NVRTC
+build and the version of this package. Sources include nothing but one another, from memory, so
+no include path and no header of a toolkit can change the result.
+
+CuPy's own `RawModule(code=...)` is not used: it adds `-arch=sm_90`, which lacks wgmma, needs a
+GPU to compile, and does not hash included files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from ..errors import CacheConfigError, CacheTrustWarning, KernelCompileError
+from . import cubin_cache, nvrtc
+
+ARCH = "sm_90a"
+
+_BASE_OPTIONS = (f"-arch={ARCH}", "--std=c++17", "--ptxas-options=-v")
+_KEY_SCHEMA = 1  # raise it when the meaning of an entry changes
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+_TILE_PAGE_SIZES = (64, 32, 16)
+
+_logger = logging.getLogger("flashmla_cupy")
+_memo: dict[Variant, Future[Compiled]] = {}
+_memo_lock = threading.Lock()
+
+Kernel = Literal["dense_decode", "schedule", "combine"]
+
+
+@dataclass(frozen=True, order=True)
+class Variant:
+    """One kernel to compile. `page_size` counts for dense_decode only, where 64 stands for every
+    page size from 64 up; `dtype`, that of q and k_cache, for all but schedule. What does not count
+    keeps its default, so that equal kernels are equal variants; anything else is a ValueError.
+    """
+
+    kernel: Kernel
+    dtype: str = "bfloat16"
+    page_size: int = 64
+
+    def __post_init__(self) -> None:
+        if self.kernel not in get_args(Kernel):
+            raise ValueError(f"Variant: kernel: expected {get_args(Kernel)}, got {self.kernel!r}.")
+        dtypes = ("bfloat16",) if self.kernel == "schedule" else tuple(_DTYPES)
+        if self.dtype not in dtypes:
+            raise ValueError(
+                f"Variant: dtype of {self.kernel}: expected {dtypes}, got {self.dtype!r}."
+            )
+        sizes = _TILE_PAGE_SIZES if self.kernel == "dense_decode" else (64,)
+        if self.page_size not in sizes:
+            raise ValueError(
+                f"Variant: page_size of {self.kernel}: expected {sizes}, got {self.page_size!r}."
+            )
+
+    @property
+    def name(self) -> str:
+        """For people: "dense_decode_bf16_p64", "combine_fp16", "schedule"."""
+        dtype = "" if self.kernel == "schedule" else f"_{_DTYPES[self.dtype]}"
+        page = f"_p{self.page_size}" if self.kernel == "dense_decode" else ""
+        return f"{self.kernel}{dtype}{page}"
+
+    @property
+    def source(self) -> str:
+        """File name in cuda_src."""
+        return f"{self.kernel}.cu"
+
+    @property
+    def entry(self) -> str:
+        """Name of the `extern "C"` kernel function."""
+        return self.kernel
+
+    @property
+    def macros(self) -> tuple[str, ...]:
+        """The NVRTC options that select this variant."""
+        dtype = () if self.kernel == "schedule" else (f"-DDTYPE_{_DTYPES[self.dtype].upper()}",)
+        page = (f"-DPAGE_SIZE={self.page_size}",) if self.kernel == "dense_decode" else ()
+        return dtype + page
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas says of a kernel: registers a thread, the rest in bytes; `shared` is static."""
+
+    registers: int
+    stack_frame: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel. `seconds` is what compiling it took, then or, if `cached`, earlier."""
+
+    variant: Variant
+    cubin: bytes = field(repr=False)
+    log: str = field(repr=False)
+    resources: Resources
+    seconds: float
+    cached: bool
+
+
+def nvrtc_version() -> tuple[int, int]:
+    """(major, minor) of the NVRTC that compiles the kernels; raises what `nvrtc.version` raises."""
+    return nvrtc.version()
+
+
+def all_variants() -> tuple[Variant, ...]:
+    """Every variant that the library can select."""
+    decode = [Variant("dense_decode", d, p) for d in _DTYPES for p in _TILE_PAGE_SIZES]
+    return (*decode, *(Variant("combine", d) for d in _DTYPES), Variant("schedule"))
+
+
+def compile_variant(
+    variant: Variant, *, extra_options: Iterable[str] = (), refresh: bool = False
+) -> Compiled:
+    """Return `variant` compiled, from memory or the disk cache if it is there. Thread-safe.
+
+    extra_options: further NVRTC options; the result is then neither looked up nor kept.
+    refresh: compile again and replace what is kept, for a cubin that the driver will not load.
+
+    Raises MissingDependencyError, NVRTCNotFoundError, NVRTCVersionError, KernelCompileError, and
+    CacheConfigError for an environment variable with a value that is not understood.
+    """
+    if isinstance(extra_options, str):
+        raise TypeError(f"extra_options: expected a sequence of options, got {extra_options!r}.")
+    if options := tuple(extra_options):
+        built = _build(variant, (*_BASE_OPTIONS, *variant.macros, *options), _sources())
+        _announce(built, "not cached")
+        return built
+    future: Future[Compiled] = Future()
+    with _memo_lock:
+        if refresh:
+            _memo.pop(variant, None)
+        first = _memo.setdefault(variant, future)
+    if first is not future:
+        return first.result()
+    try:
+        future.set_result(_load_or_build(variant, refresh))
+    except BaseException as error:
+        with _memo_lock:  # the next call tries again
+            if _memo.get(variant) is future:
+                del _memo[variant]
+        future.set_exception(error)
+        raise
+    return future.result()
+
+
+def compile_variants(variants: Iterable[Variant]) -> list[Compiled]:
+    """`compile_variant` for each, in parallel: NVRTC runs outside the interpreter lock."""
+    wanted = list(variants)
+    with ThreadPoolExecutor(max(1, min(len(wanted), os.cpu_count() or 1))) as pool:
+        return list(pool.map(compile_variant, wanted))
+
+
+def _forget_parent() -> None:
+    """A forked child must not wait for a compilation that a thread of its parent was running."""
+    global _memo_lock
+    _memo_lock = threading.Lock()
+    _memo.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_parent)
+
+
+def cached_variant(variant: Variant) -> Compiled | None:
+    """`variant` as the disk cache holds it for these sources and this NVRTC; never compiles."""
+    entry = cubin_cache.load(cache_key(variant, _sources()))
+    return None if entry is None else _from_entry(variant, entry)
+
+
+def cache_entries() -> list[cubin_cache.Entry]:
+    """All entries of the disk cache, those of other versions included, for `info`.
+
+    Metadata keys: "name", "resources", "seconds", "log", "nvrtc", "version", "created" (epoch).
+    """
+    return [entry for entry in cubin_cache.entries() if entry.cubin]  # nvrtc.build has one without
+
+
+def cache_key(variant: Variant, sources: Mapping[str, bytes]) -> str:
+    """SHA-256, in hex, over everything that decides which code `variant` becomes."""
+    parts = {
+        "schema": _KEY_SCHEMA,
+        "version": _package_version(),
+        "nvrtc": nvrtc.build(),
+        "source": variant.source,
+        "options": [*_BASE_OPTIONS, *variant.macros],
+        "sources": {name: hashlib.sha256(text).hexdigest() for name, text in sources.items()},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+# ---- one variant -----------------------------------------------------------------------------
+
+
+def _load_or_build(variant: Variant, refresh: bool) -> Compiled:
+    verify = _switch("FLASHMLA_CUPY_CACHE_VERIFY")
+    _switch("FLASHMLA_CUPY_VERBOSE")  # a bad value is reported before the work, not after
+    sources = _sources()
+    key = cache_key(variant, sources)
+    entry = None if refresh else cubin_cache.load(key)
+    kept = None if entry is None else _from_entry(variant, entry)
+    if kept and not verify:
+        _logger.debug("loaded %s from the cache", variant.name)
+        return kept
+    options = (*_BASE_OPTIONS, *variant.macros)
+    if verify and nvrtc.version() >= (12, 9):  # NVRTC's own cache would be compared with itself
+        options += ("--no-cache",)
+    built = _build(variant, options, sources)
+    if kept and kept.cubin == built.cubin:
+        return kept
+    if kept:
+        warnings.warn(
+            f"The cached {variant.name} differs from a fresh compilation, and is replaced.",
+            CacheTrustWarning,
+            stacklevel=2,
+        )
+    metadata = {
+        "name": variant.name,
+        "resources": asdict(built.resources),
+        "seconds": built.seconds,
+        "log": built.log,
+        "nvrtc": nvrtc.build(),
+        "version": _package_version(),
+        "created": time.time(),
+    }
+    path = cubin_cache.store(key, metadata, built.cubin)
+    _announce(built, f"cached in {os.path.dirname(path)}" if path else "kept in memory")
+    return built
+
+
+def _build(variant: Variant, options: tuple[str, ...], sources: Mapping[str, bytes]) -> Compiled:
+    if variant.source not in sources:
+        raise KernelCompileError(
+            f"cuda_src holds no {variant.source}. Reinstall flashmla-cupy.", ""
+        )
+    nvrtc.version()
+    headers = {name: text for name, text in sources.items() if not name.endswith(".cu")}
+    start = time.perf_counter()
+    cubin, log = nvrtc.compile_program(
+        sources[variant.source], variant.source, headers, options, "CUBIN"
+    )
+    seconds = time.perf_counter() - start
+    resources = parse_resources(log).get(variant.entry)
+    if resources is None:
+        if "--no-cache" not in options and nvrtc.version() >= (12, 9):
+            # NVRTC's own cache may return a cubin without the log of the compilation.
+            return _build(variant, (*options, "--no-cache"), sources)
+        raise KernelCompileError(f"{variant.source} holds no kernel {variant.entry}.", log)
+    # CuPy takes the last byte of a cubin for a terminator and drops it; disassemblers miss it.
+    return Compiled(variant, cubin + b"\0", log, resources, seconds, cached=False)
+
+
+def _from_entry(variant: Variant, entry: cubin_cache.Entry) -> Compiled:
+    data = entry.metadata
+    resources = Resources(**data["resources"])
+    return Compiled(variant, entry.cubin, data["log"], resources, data["seconds"], cached=True)
+
+
+def parse_resources(log: str) -> dict[str, Resources]:
+    """Resources of each kernel in the log of `--ptxas-options=-v`, by its name."""
+    found = {}
+    for block in log.split("Compiling entry function '")[1:]:
+        frame = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
+        )
+        registers = re.search(r"Used (\d+) registers", block)
+        shared = re.search(r"(\d+) bytes smem", block)
+        if frame and registers:
+            found[block.split("'")[0]] = Resources(
+                registers=int(registers[1]),
+                stack_frame=int(frame[1]),
+                spill_stores=int(frame[2]),
+                spill_loads=int(frame[3]),
+                shared=int(shared[1]) if shared else 0,
+            )
+    return found
+
+
+def _sources() -> dict[str, bytes]:
+    """Every file of cuda_src: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "cuda_src", package.parent / "cuda_src"):
+        if folder.is_dir():
+            files = sorted(path for path in folder.iterdir() if path.suffix in (".cu", ".cuh"))
+            return {path.name: path.read_bytes() for path in files}
+    raise KernelCompileError("The CUDA sources are missing. Reinstall flashmla-cupy.", "")
+
+
+def _package_version() -> str:
+    from .. import __version__
+
+    return __version__
+
+
+def _switch(variable: str) -> bool | None:
+    """An environment variable that is 0 or 1; None when it is not set."""
+    value = os.environ.get(variable)
+    if value not in (None, "0", "1"):
+        raise CacheConfigError(f"{variable}: expected 0 or 1, got {value!r}. Set one, or unset it.")
+    return None if value is None else value == "1"
+
+
+def _announce(built: Compiled, where: str) -> None:
+    """One INFO line a compile, shown on stderr where a person waits and nobody set up logging."""
+    used = built.resources
+    line = (
+        f"compiled {built.variant.name} for {ARCH} in {built.seconds:.2g} s: "
+        f"{used.registers} registers, {used.spill_stores} spill bytes, {where}"
+    )
+    _logger.info(line)
+    show = _switch("FLASHMLA_CUPY_VERBOSE")
+    if show is None:
+        watched = "IPython" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+        show = watched and not _logger.hasHandlers()
+    if show:
+        print(f"flashmla_cupy: {line}", file=sys.stderr)

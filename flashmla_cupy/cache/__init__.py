@@ -1,0 +1,1 @@
+"""The paged cache of growing sequences."""

@@ -1,0 +1,121 @@
+"""Memory layouts: what the kernels can read and write, and the words errors use for them.
+
+q and k_cache are read by the tensor memory accelerator (cuTensorMapEncodeTiled, CUDA driver API):
+the base address and every stride must be multiples of 16 bytes, strides below 2**40 bytes. A
+stride of an axis of size 1 means nothing and may be anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import AlignmentError, ShapeError, StrideError
+from ..frameworks import ArrayInfo, numpy_dtype
+
+TMA_BYTES = 16
+TMA_STRIDE_LIMIT = 2**40
+DECODE = "flash_mla_with_kvcache"
+
+
+def rank(name: str, info: ArrayInfo, axes: str, remedy: str) -> None:
+    """Four axes."""
+    if len(info.shape) != 4:
+        raise ShapeError(name, f"four axes, {axes}", show(info), remedy)
+
+
+def rows(name: str, info: ArrayInfo) -> None:
+    """[a, b, c, 576] that a tensor map can read, no element twice."""
+    if 0 in info.shape:
+        return
+    copy = f"Pass a contiguous copy of {name}."
+    if info.strides[3] != 1:
+        raise StrideError(name, "a contiguous last axis (stride 1)", strides(info), copy)
+    size = itemsize(info)
+    outer = [(s, n) for s, n in zip(info.strides[:3], info.shape[:3], strict=True) if n > 1]
+    if any(stride == 0 for stride, _ in outer):
+        raise StrideError(name, "no broadcast axis (stride 0)", strides(info), copy)
+    if any(stride < 0 for stride, _ in outer):
+        raise StrideError(name, "no reversed axis (negative stride)", strides(info), copy)
+    if any(stride * size % TMA_BYTES for stride, _ in outer):
+        raise AlignmentError(
+            name, f"strides that are multiples of {TMA_BYTES} bytes", strides(info), copy
+        )
+    if any(stride * size >= TMA_STRIDE_LIMIT for stride, _ in outer):
+        raise StrideError(name, "strides below 2**40 bytes", strides(info), copy)
+    reach = info.shape[3]
+    for stride, length in sorted(outer):
+        if stride < reach:
+            raise StrideError(name, "rows that do not overlap", strides(info), copy)
+        reach += (length - 1) * stride
+    aligned(name, info, TMA_BYTES)
+
+
+def contiguous(name: str, info: ArrayInfo, function: str = DECODE) -> None:
+    """C order without gaps."""
+    if 0 in info.shape:
+        return
+    expected = 1
+    for length, stride in zip(reversed(info.shape), reversed(info.strides), strict=True):
+        if length > 1 and stride != expected:
+            remedy = f"Pass a contiguous copy of {name}."
+            if name in ("out", "lse"):
+                remedy = f"Allocate {name} as one contiguous array, or leave it out."
+            raise StrideError(name, "a C-contiguous array", strides(info), remedy, function)
+        expected *= length
+
+
+def aligned(name: str, info: ArrayInfo, alignment: int, function: str = DECODE) -> None:
+    """An address that is a multiple of `alignment` bytes."""
+    if info.ptr % alignment and 0 not in info.shape:
+        raise AlignmentError(
+            name,
+            f"an address that is a multiple of {alignment} bytes",
+            f"{info.ptr:#x}",
+            f"Pass a fresh copy of {name}, not a view that starts inside a row.",
+            function,
+        )
+
+
+def plain(info: ArrayInfo) -> ArrayInfo:
+    """The same array with the strides of its axes of size 1 made plain, for the tensor map."""
+    plain_strides = list(info.strides)
+    inner = 1
+    for axis in reversed(range(len(plain_strides))):
+        if info.shape[axis] == 1:
+            plain_strides[axis] = inner
+        inner = max(inner, plain_strides[axis] * info.shape[axis])
+    return info._replace(strides=tuple(plain_strides))
+
+
+def span(info: ArrayInfo) -> tuple[int, int]:
+    """(low, high): the bytes the array covers, gaps included, relative to its address."""
+    if 0 in info.shape or not info.dtype:
+        return 0, 0
+    reach = [(n - 1) * s for n, s in zip(info.shape, info.strides, strict=True)]
+    low, high = sum(r for r in reach if r < 0), sum(r for r in reach if r > 0)
+    size = itemsize(info)
+    return low * size, (high + 1) * size
+
+
+def itemsize(info: ArrayInfo) -> int:
+    """Bytes an element."""
+    return numpy_dtype(info.dtype).itemsize
+
+
+def show(info: ArrayInfo) -> str:
+    """ "int64 (8, 16)" """
+    return f"{info.dtype} {tuple(info.shape)}"
+
+
+def strides(info: ArrayInfo) -> str:
+    """ "strides (16, 1) for int64 (8, 16)" """
+    return f"strides {tuple(info.strides)} for {show(info)}"
+
+
+def kind(value: Any) -> str:
+    """ "list", "float 0.5": the type of an object that is no array, and a number's value."""
+    of = type(value)
+    name = f"{of.__module__}.{of.__qualname__}".removeprefix("builtins.")
+    if value is None:
+        return "None"
+    return f"{name} {value!r}" if isinstance(value, (bool, int, float, complex, str)) else name

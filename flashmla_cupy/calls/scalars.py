@@ -1,0 +1,103 @@
+"""Checks of the arguments that are no arrays: numbers, flags and FlashMLA's other options."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import Any
+
+import numpy as np
+
+from ..errors import ArgTypeError, OptionError, ScalarError, ShapeError
+from ..gpu.geometry import HEAD_DIM, HEAD_DIM_V
+from .layouts import DECODE, kind
+
+INT_LIMIT = 2**31 - 1
+_FLOAT32 = np.finfo(np.float32)
+
+
+def head_dim_v(value: Any) -> None:
+    """512, the width of V."""
+    if integer("head_dim_v", value, DECODE) != HEAD_DIM_V:
+        raise ShapeError(
+            "head_dim_v",
+            f"{HEAD_DIM_V}",
+            f"{value}",
+            f"V is the first {HEAD_DIM_V} columns of k_cache; pass {HEAD_DIM_V}.",
+        )
+
+
+def softmax_scale(value: Any) -> float:
+    """A positive number that float32 holds as a normal number; None stands for 576 ** -0.5."""
+    if value is None:
+        return float(HEAD_DIM**-0.5)
+    name, remedy = "softmax_scale", "Pass a Python float, or None for 576 ** -0.5."
+    if isinstance(value, bool):
+        remedy = "It comes before causal; pass causal by keyword: causal=True."
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ArgTypeError(name, "a real number or None", kind(value), remedy)
+    try:
+        scale = float(value)
+    except OverflowError:
+        scale = math.inf
+    if not math.isfinite(scale):
+        raise ScalarError(name, "a finite number", f"{scale}", remedy)
+    if scale <= 0:
+        raise ScalarError(name, "a positive number", f"{scale}", remedy)
+    if not float(_FLOAT32.tiny) <= scale <= float(_FLOAT32.max):
+        raise ScalarError(
+            name,
+            f"a number from {_FLOAT32.tiny:.3g} to {_FLOAT32.max:.3g}, what float32 holds",
+            f"{scale}",
+            remedy,
+        )
+    return scale
+
+
+def causal(value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise ArgTypeError("causal", "True or False", kind(value), "Pass bool(causal).")
+    return value
+
+
+def dense_only(function: str, is_fp8_kvcache: Any, **sparse: Any) -> None:
+    """FlashMLA's options for fp8 caches and for sparse attention are not supported."""
+    if is_fp8_kvcache is not False:
+        raise OptionError(
+            "is_fp8_kvcache",
+            "False",
+            kind(is_fp8_kvcache),
+            "fp8 caches are not supported; pass a bfloat16 or float16 cache.",
+            function,
+        )
+    for name, value in sparse.items():
+        if value is not None:
+            raise OptionError(
+                name,
+                "None",
+                kind(value),
+                "Sparse attention is not supported; leave it out for dense attention.",
+                function,
+            )
+
+
+def integer(name: str, value: Any, function: str, least: int = 0) -> int:
+    """A Python or NumPy integer from `least` to 2**31 - 1; no bool, no array."""
+    try:
+        if isinstance(value, bool) or (hasattr(value, "shape") and not np.isscalar(value)):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        remedy = f"Pass a Python int as {name}."
+        raise ArgTypeError(name, "an integer", kind(value), remedy, function) from None
+    if not least <= number <= INT_LIMIT:
+        raise ScalarError(
+            name,
+            f"an integer from {least} to {INT_LIMIT}",
+            f"{number}",
+            f"Pass the {name} of the model and the batch.",
+            function,
+        )
+    return number

@@ -1,0 +1,1 @@
+"""One GPU: its kernels, and how they are launched."""

@@ -1,0 +1,254 @@
+"""The split of a ragged batch over `parts` columns of thread blocks.
+
+`plan` is the definition. cuda_src/schedule.cu computes the same integers on the device, where every
+decoding step makes its schedule, and is tested against it bit for bit. `schedule_view` shows the
+result to people.
+
+The tiles of all requests, one after the other, form a line that is cut into `parts` ranges of
+equal cost, so that a long request is shared by many parts and many short ones share a part. A
+request that is cut has its pieces merged afterwards, which costs partial results and a second
+kernel. So cuts near an end of a request move to it, leaving no piece shorter than a limit; one of
+a few limits is chosen by estimating how long each would take.
+
+tile_scheduler_metadata [parts, 8] int32, one row a part:
+
+    0  first_request   1  begin_tile: the first tile of first_request that this part computes
+    2  last_request    3  end_tile: one past the last tile of last_request
+    4  slot: split pieces in all earlier parts, in the low 16 bits. A piece is split if it is not
+       all of its request. The first piece, if split, writes slot `slot`; the last one, if split
+       and another piece, the slot after it. So the pieces of one request have consecutive slots.
+       Bit 16: the first piece is the second of two that neighbouring parts share; bit 17: the last
+       one is the first of two. The decode kernel merges these itself.
+       The upper 14 bits: a check of the row, its part and the batch (see `sealed`)
+    5  tiles of first_request   6  tiles of last_request: a later length differs from them, and the
+       decode kernel sees that the metadata is stale
+    7  of row i, whatever its part: the i-th split request, request | first slot << 20; the rows
+       after the last one hold request 2^20 - 1 and the number of slots
+
+A part without work has last_request -1 and zeros before column 7. A request without tiles lies in
+the range of one part. num_splits [batch + 1] int32 is the prefix sum of the pieces of each request,
+at least one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..gpu.geometry import TOKENS_PER_TILE, ceil_div
+
+# Launch facts of the schedule kernel: for each candidate as many warps as hold the parts, 29 each.
+CANDIDATES = 5  # limits: pieces of at least 1, 2, 4, 8 tiles; the last: nothing is split
+EVEN = 3  # the candidate that gives all requests the same number of parts, if there are so many
+WARP_PARTS = 29
+MAX_PARTS = 174  # of six warps
+MAX_BATCH = (1 << 20) - 1  # column 7 has 20 bits for a request
+PREFIX_ENTRIES = 16384  # of the cost prefix in shared memory; larger batches keep every 2^k-th
+MOST_SHARED_BYTES = 4 * (PREFIX_ENTRIES + 1)
+
+# Tuning constants. schedule.cu repeats those that it needs, and a test compares them.
+UNIT = 16  # cost of a tile of 64 rows on one multiprocessor, memory permitting: 1450 ns
+C_REQ = 8  # cost of a request that has tiles: loading q, the epilogue
+MOST_TILES = 1 << 26  # of all requests; what is longer than its even share of them counts as that
+BEGINS_IN_PAIR, ENDS_IN_PAIR = 1 << 16, 1 << 17  # column 4
+CHECK_SHIFT, CHECK_FACTOR = 18, 0x9E3779B1  # column 4; metadata.cuh has them, too
+T_SPLIT = 17  # a piece of a split request: its partial result, what comes with it
+T_PAIR = 28  # what a piece of a pair takes more: floats, and the merge of the two
+T_COMB = 22  # a combine kernel with work to do
+T_MOST = (1 << 28) - 1  # longer times are alike
+T_TILE_MEM = 50  # 1/256: the bytes of a tile at the memory bandwidth of the whole GPU
+PARTIAL_ROWS = 36  # rows of partial out, 2048 bytes each, in the bytes of one tile
+# Tried, on an H100; microseconds of a decode call of 128 heads, as it is first (1.5 us are 17):
+#   T_SPLIT 33, no T_PAIR, T_COMB 44
+#                             one request of 256 tokens 8.2 | 10.9, with 16 heads 7.0 | 10.4
+#   as many parts as give requests alike the same number of them, and no T_COMB for pairs
+#                             32 requests of 1024 tokens 31.4 | 34.4, on an H200
+#   T_PAIR 22                 32 requests of 1024 tokens, then split into pairs, 29.6 | 31.4
+#   PARTIAL_ROWS 72           that 29.6 | 31.4, one of 8192 15.0 | 16.1, 64 of 512 with 64 rows each
+#                             32.8 | 37.6
+#   T_SPLIT 20 | 33, no T_PAIR
+#                             128 of about 1024 94.4 | 90.5, of about 4096 284 | 282
+
+_WHOLE = 1 << 30  # more tiles than any piece has
+
+Ints = npt.NDArray[np.int64]
+
+
+class _Cuts(NamedTuple):
+    """Part p computes from (request[p], tile[p]) up to, not including, (request, tile)[p + 1]."""
+
+    request: Ints
+    tile: Ints
+
+    @property
+    def busy(self) -> npt.NDArray[np.bool_]:
+        """[parts]: which parts have a range that is not empty."""
+        step = np.diff(self.request)
+        busy: npt.NDArray[np.bool_] = (step > 0) | ((step == 0) & (np.diff(self.tile) > 0))
+        return busy
+
+    @property
+    def pairs(self) -> npt.NDArray[np.bool_]:
+        """[parts + 1]: which cuts are the only one of their request, between neighbours."""
+        pair = np.zeros(len(self.tile), np.bool_)
+        request, inside = self.request[1:-1], self.tile[1:-1] > 0
+        before = (self.request[:-2] < request) | (self.tile[:-2] == 0)
+        pair[1:-1] = inside & before & (self.request[2:] > request)
+        return pair
+
+    @property
+    def begins_inside(self) -> npt.NDArray[np.bool_]:
+        """[parts]: which parts begin with a later piece of a split request."""
+        return self.busy & (self.tile[:-1] > 0)
+
+    @property
+    def starts_split(self) -> npt.NDArray[np.bool_]:
+        """[parts]: which parts end with the first piece of a split request."""
+        middle = (self.request[:-1] == self.request[1:]) & (self.tile[:-1] > 0)
+        starts: npt.NDArray[np.bool_] = self.busy & (self.tile[1:] > 0) & ~middle
+        return starts
+
+    @property
+    def split_pieces(self) -> Ints:
+        """[parts]: split pieces of each part; a piece cut at both ends counts once."""
+        return self.begins_inside.astype(np.int64) + self.starts_split
+
+
+def memory_costs(parts: int, rows: int, h_kv: int) -> tuple[float, int]:
+    """Of _estimate: what the bytes of a tile cost beyond its share of a mean part; and 256 times
+    what the bytes of the partial result of a piece cost."""
+    tile = h_kv * T_TILE_MEM
+    return min(tile / 256, 15.0) - UNIT / parts, min(rows * tile // PARTIAL_ROWS, (1 << 22) - 1)
+
+
+class LaunchSizes(NamedTuple):
+    """What a launch of schedule.cu depends on, but for addresses."""
+
+    block: tuple[int, int, int]  # lanes, warps of a candidate, candidates
+    shared_bytes: int  # dynamic: the cost prefix
+    params: tuple[int, int, int, int, int, float, int]  # from `batch` on
+
+
+@functools.lru_cache(maxsize=1024)
+def launch_sizes(batch: int, parts: int, rows: int, h_kv: int) -> LaunchSizes:
+    """batch >= 1."""
+    warps = ceil_div(parts, WARP_PARTS)
+    shift = max(0, (ceil_div(batch, PREFIX_ENTRIES) - 1).bit_length())  # of an entry: 2^shift
+    step = 1  # a power of four, and 4 step at least the entries
+    while 4 * step < ceil_div(batch, 1 << shift):
+        step *= 4
+    sizes = batch, parts, MOST_TILES // batch, shift, step
+    return LaunchSizes(
+        (32, warps, CANDIDATES), 4 * (4 * step + 1), (*sizes, *memory_costs(parts, rows, h_kv))
+    )
+
+
+def plan(
+    cache_seqlens: npt.NDArray[np.int32], parts: int, rows: int, h_kv: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """(tile_scheduler_metadata, num_splits) for lengths [batch], `rows` query rows of a kv head.
+
+    Negative lengths count as 0."""
+    batch = len(cache_seqlens)
+    tiles = -(-np.maximum(cache_seqlens.astype(np.int64), 0) // TOKENS_PER_TILE)
+    counted = np.minimum(tiles, MOST_TILES // max(batch, 1))
+    starts = np.zeros(batch + 1, np.int64)  # cost of all requests before each
+    np.cumsum(UNIT * counted + C_REQ * (tiles > 0), out=starts[1:])
+    metadata = np.zeros((parts, 8), np.int32)
+    metadata[:, 2] = -1
+    metadata[:, 7] = MAX_BATCH
+    if not batch:
+        return metadata, np.zeros(1, np.int32)
+
+    costs = memory_costs(parts, rows, h_kv)
+    trials = [_cut(counted, starts, parts, candidate) for candidate in range(CANDIDATES)]
+    times = [_estimate(counted, starts, trial, costs) for trial in trials]
+    cuts = trials[times.index(min(times))]
+
+    first, begin = cuts.request[:-1], cuts.tile[:-1]
+    last = np.where(cuts.tile[1:] > 0, cuts.request[1:], cuts.request[1:] - 1)
+    end = np.where(cuts.tile[1:] > 0, cuts.tile[1:], tiles[last])
+    slot = np.cumsum(cuts.split_pieces) - cuts.split_pieces
+    first_tiles = tiles[np.minimum(first, batch - 1)]  # empty parts may begin past the batch
+    pair = cuts.pairs
+    flags = pair[:-1] * BEGINS_IN_PAIR + pair[1:] * ENDS_IN_PAIR
+    columns = np.stack([first, begin, last, end, slot | flags, first_tiles, tiles[last]], axis=1)
+    busy = cuts.busy
+    metadata[busy, :7] = columns[busy]
+
+    splits = cuts.starts_split
+    first_slot = (slot + cuts.begins_inside)[splits]
+    metadata[:, 7] |= int(cuts.split_pieces.sum()) << 20
+    metadata[: len(first_slot), 7] = first_slot << 20 | last[splits]
+
+    # A request is in one piece more than there are parts that begin inside it.
+    pieces = np.ones(batch, np.int64)
+    np.add.at(pieces, first[cuts.begins_inside], 1)
+    return sealed(metadata, batch), np.concatenate([[0], np.cumsum(pieces)]).astype(np.int32)
+
+
+def sealed(metadata: npt.NDArray[np.int32], batch: int) -> npt.NDArray[np.int32]:
+    """The metadata with the check of each row, which the decode kernel looks at.
+
+    The check is the upper 14 bits of the sum of F^(c + 1) row[c] over the columns c, F^9 part and
+    F^10 batch, modulo 2^32, where F is CHECK_FACTOR and row[4] is without the check."""
+    parts = len(metadata)
+    values = np.empty((parts, 10), np.uint32)
+    values[:, :8] = metadata.view(np.uint32)
+    values[:, 4] &= (1 << CHECK_SHIFT) - 1
+    values[:, 8], values[:, 9] = np.arange(parts), batch
+    factors = np.array([pow(CHECK_FACTOR, c + 1, 1 << 32) for c in range(10)], np.uint32)
+    check = (values * factors).sum(axis=1, dtype=np.uint32) >> CHECK_SHIFT << CHECK_SHIFT
+    made = metadata.copy()
+    made[:, 4] = (values[:, 4] | check).view(np.int32)
+    return made
+
+
+def _cut(tiles: Ints, starts: Ints, parts: int, candidate: int) -> _Cuts:
+    """Ranges of equal cost, their ends rounded to tiles and moved out of the reach of the limit.
+
+    The device has the same float32 arithmetic."""
+    batch, total, cost = len(tiles), int(tiles.sum()), int(starts[-1])
+    splits = candidate < CANDIDATES - 1
+    limit = 1 << candidate if splits else _WHOLE
+    used = min(max(total >> (candidate if splits else 0), 1), parts)  # parts that get work
+    requests = int(np.count_nonzero(tiles))
+    if candidate == EVEN and 0 < requests <= parts:
+        used = min(used, parts // requests * requests)
+    share = np.float32(cost) * (np.float32(1) / np.float32(used))
+    x = (np.arange(1, used, dtype=np.float32) * share).astype(np.int64)  # where the line is cut
+    # The request that x lies in has a cost, since x < cost: it is the last to start by x.
+    request = np.searchsorted(starts, x, side="right") - 1
+    before = (x - starts[request] - C_REQ // 2 + UNIT // 2) // UNIT
+    behind = tiles[request] - before
+    inside = np.minimum(before, behind) >= limit
+    request += ~inside & (behind < before)  # to the nearer end
+    tile = np.where(inside, before, 0)
+    ends = [batch] * (parts + 1 - used)
+    return _Cuts(
+        np.concatenate([[0], request, ends]).astype(np.int64),
+        np.concatenate([[0], tile, np.zeros_like(ends)]).astype(np.int64),
+    )
+
+
+def _estimate(tiles: Ints, starts: Ints, cuts: _Cuts, memory_costs: tuple[float, int]) -> int:
+    """How long decoding takes with these cuts.
+
+    The multiprocessors work for the longest part. If memory is slower, it sets the pace until a
+    mean part ends, and the longest goes on from there. Partial results are written meanwhile and
+    read by the combine kernel."""
+    pieces = cuts.split_pieces
+    at = starts[cuts.request] + UNIT * cuts.tile
+    load = at[1:] + C_REQ * (cuts.tile[1:] > 0) - at[:-1]  # a piece that ends inside pays, too
+    load = np.where(cuts.busy, load, 0)
+    paired = cuts.pairs[:-1].astype(np.int64) + cuts.pairs[1:]
+    longest = int((load + pieces * T_SPLIT + paired * T_PAIR).max())
+    split, total = int(pieces.sum()), np.float32(tiles.sum())
+    tile_longer, piece_memory = memory_costs
+    partials = split * piece_memory >> 8
+    longer = int(total * np.float32(tile_longer)) + partials
+    time: int = longest + max(0, longer) + (T_COMB + partials if split else 0)
+    return min(time, T_MOST)
