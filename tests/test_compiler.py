@@ -28,7 +28,7 @@ from flashmla_cupy.errors import (
     KernelCompileError,
 )
 
-ROOT = Path(compiler.__file__).resolve().parent.parent
+ROOT = Path(compiler.__file__).resolve().parents[2]
 SMALL = {
     "schedule.cu": b"""#include "part.cuh"
 extern "C" __global__ void schedule(int* a) { *a = PART; }""",
@@ -380,7 +380,7 @@ def test_forked_child_does_not_wait_for_its_parent(sources):
 def test_processes_with_an_empty_cache(fresh, has_nvrtc):
     """Eight at once: each compiles or finds a whole entry, and all get the same kernel."""
     script = (
-        "import hashlib; from flashmla_cupy import compiler;"
+        "import hashlib; from flashmla_cupy.build import compiler;"
         "built = compiler.compile_variant(compiler.Variant('schedule'));"
         "print(hashlib.sha256(built.cubin).hexdigest())"
     )
@@ -497,7 +497,7 @@ def test_missing_source_and_missing_kernel(sources):
 
 
 def test_no_sources(monkeypatch, tmp_path):
-    monkeypatch.setattr(compiler, "__file__", str(tmp_path / "flashmla_cupy" / "compiler.py"))
+    monkeypatch.setattr(compiler, "__file__", str(tmp_path / "flashmla_cupy" / "build" / "compiler.py"))
     with pytest.raises(KernelCompileError, match="sources are missing"):
         compiler._sources()
 
