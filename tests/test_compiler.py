@@ -400,7 +400,7 @@ def test_processes_with_an_empty_cache(fresh, has_nvrtc):
 
 
 def test_import_writes_nothing_and_leaves_cupy_alone(tmp_path):
-    script = "import sys, flashmla_cupy.compiler; print('cupy' in sys.modules)"
+    script = "import sys, flashmla_cupy.build.compiler; print('cupy' in sys.modules)"
     environment = {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", script]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -497,7 +497,9 @@ def test_missing_source_and_missing_kernel(sources):
 
 
 def test_no_sources(monkeypatch, tmp_path):
-    monkeypatch.setattr(compiler, "__file__", str(tmp_path / "flashmla_cupy" / "build" / "compiler.py"))
+    monkeypatch.setattr(
+        compiler, "__file__", str(tmp_path / "flashmla_cupy" / "build" / "compiler.py")
+    )
     with pytest.raises(KernelCompileError, match="sources are missing"):
         compiler._sources()
 
