@@ -44,7 +44,7 @@ from flashmla_cupy.bench import cases as bench
 from flashmla_cupy.bench.cases import Case
 from flashmla_cupy.build import nvrtc
 from flashmla_cupy.errors import FlashMLAError
-from flashmla_cupy.gpu.geometry import HEAD_DIM, HEAD_DIM_V
+from flashmla_cupy.sizes import HEAD_DIM, HEAD_DIM_V
 
 if TYPE_CHECKING:
     from peers_gpu import Timer

@@ -19,7 +19,7 @@ from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
 from flashmla_cupy.bench.cases import Case
 from flashmla_cupy.bench.peers import ATOL, RTOL
 from flashmla_cupy.bench.timer import COLD_BYTES, PEERS_TABLES
-from flashmla_cupy.gpu.geometry import HEAD_DIM, HEAD_DIM_V, ceil_div
+from flashmla_cupy.sizes import HEAD_DIM, HEAD_DIM_V, ceil_div
 
 PAGE_SIZE = 64  # the only one that every peer has
 ROUNDS, WARM_SECONDS, TIMED_SECONDS = 3, 0.06, 0.12

@@ -23,9 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import DeviceCheckError
-
-HEAD_DIM = 576
-HEAD_DIM_V = 512
+from .sizes import HEAD_DIM, HEAD_DIM_V
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from flashmla_cupy import sizes
 from flashmla_cupy.build import compiler
 from flashmla_cupy.errors import ForkedProcessError
 from flashmla_cupy.frameworks import ArrayInfo
-from flashmla_cupy.gpu import driver, geometry, launch_graph, launches, prepared
+from flashmla_cupy.gpu import driver, launch_graph, launches, prepared
 from flashmla_cupy.gpu import engine as engine_module
 from flashmla_cupy.gpu.geometry import Addresses, Geometry
 from flashmla_cupy.schedule import split as schedule
@@ -85,7 +86,7 @@ def test_constants_are_those_of_the_kernels():
     assert f"__launch_bounds__({launches.DECODE_THREADS}, 1)" in source("dense_decode.cu")
     combine = source("combine.cu")
     assert f"constexpr int THREADS = {prepared.COMBINE_THREADS}," in combine
-    assert f"constexpr int MAX_SPLITS = {geometry.MAX_SPLITS};" in combine
+    assert f"constexpr int MAX_SPLITS = {sizes.MAX_SPLITS};" in combine
     floats, halves = (512 // units for units in prepared.COMBINE_UNITS)
     assert f"COLUMNS = HALVES ? {halves} : {floats}, IN_ROW = 512 / COLUMNS;" in combine
     assert "IN_FLIGHT = HALVES ? 10 : 5;" in combine  # COMBINE_AT_ONCE, a team or two a warp

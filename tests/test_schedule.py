@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import flashmla_cupy
-from flashmla_cupy.gpu.geometry import num_sm_parts
 from flashmla_cupy.schedule import split as schedule
 from flashmla_cupy.schedule.sched_meta import stale_requests
 from flashmla_cupy.schedule.view import Schedule
+from flashmla_cupy.sizes import num_sm_parts
 
 SOURCE = Path(__file__).parent.parent / "cuda_src" / "schedule.cu"
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)

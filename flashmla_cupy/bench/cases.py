@@ -34,7 +34,7 @@ from .. import __version__
 from ..build import nvrtc
 from ..errors import NoDeviceError, OptionError, UnsupportedArchError
 from ..gpu.arch import is_hopper
-from ..gpu.geometry import HEAD_DIM, HEAD_DIM_V, PAGE_SIZES
+from ..sizes import HEAD_DIM, HEAD_DIM_V, PAGE_SIZES
 
 if TYPE_CHECKING:
     from .peers import Peers

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import OptionError
-from ..gpu.geometry import HEAD_DIM, HEAD_DIM_V, ceil_div
+from ..sizes import HEAD_DIM, HEAD_DIM_V, ceil_div
 
 if TYPE_CHECKING:
     from .timer import Problem

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import MissingDependencyError, OptionError
-from ..gpu.geometry import PAGE_SIZES
+from ..sizes import PAGE_SIZES
 from . import cases as bench
 from .cases import Case
 

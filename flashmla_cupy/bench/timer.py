@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from .. import interface
-from ..gpu.geometry import HEAD_DIM, HEAD_DIM_V, ceil_div
+from ..sizes import HEAD_DIM, HEAD_DIM_V, ceil_div
 
 if TYPE_CHECKING:
     from .cases import Case

@@ -27,9 +27,9 @@ import numpy as np
 from ..calls import checks, layouts, scalars
 from ..errors import ArgTypeError, DTypeError, SequenceError, ShapeError
 from ..frameworks import HOST, framework_of
-from ..gpu.geometry import HEAD_DIM, HEAD_DIM_V
 from ..interface import flash_mla_with_kvcache
 from ..schedule.sched_meta import SchedMeta
+from ..sizes import HEAD_DIM, HEAD_DIM_V
 from . import pool
 from .page_table import Index, PageTable, Sequence
 

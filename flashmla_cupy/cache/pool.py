@@ -24,7 +24,7 @@ from ..errors import (
 )
 from ..frameworks import HOST, framework, framework_of, numpy_dtype
 from ..gpu.arch import is_hopper
-from ..gpu.geometry import HEAD_DIM, PAGE_SIZES
+from ..sizes import HEAD_DIM, PAGE_SIZES
 
 _SIZES = ", ".join(map(str, PAGE_SIZES))
 

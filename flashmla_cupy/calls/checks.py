@@ -24,13 +24,12 @@ from ..errors import (
     StrideError,
 )
 from ..frameworks import HOST, ArrayInfo, Framework, framework_of
-from ..gpu.geometry import HEAD_DIM, PAGE_SIZES
 from ..schedule.split import MAX_BATCH
+from ..sizes import HEAD_DIM, METADATA_COLUMNS, PAGE_SIZES
 from .layouts import DECODE, TMA_BYTES, aligned, contiguous, kind, rank, rows, show, span, strides
 from .scalars import INT_LIMIT
 
 DTYPES = ("bfloat16", "float16")
-METADATA_COLUMNS = 8
 # Addresses are multiples of: 16 where the kernels move 16 bytes at a time, else the itemsize.
 ALIGNMENTS = {
     "q": TMA_BYTES,

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..frameworks import HOST, ArrayInfo, Framework, allocator, framework_of, pair_allocator
-from ..gpu.geometry import HEAD_DIM_V, NUM_SMS_CPU, Geometry, num_sm_parts
+from ..gpu.geometry import Geometry
 from ..schedule.sched_meta import Configuration
+from ..sizes import HEAD_DIM_V, NUM_SMS_CPU, num_sm_parts
 from . import checks, layouts, scalars
 from . import metadata as metadata_plans
 from .metadata import MAX_PLANS, MetadataPlan

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..frameworks import HERE, HOST, ArrayInfo, Framework, framework_of, pair_allocator
-from ..gpu.geometry import NUM_SMS_CPU, num_sm_parts
 from ..schedule import split as schedule
-from . import checks
+from ..sizes import METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
 
 if TYPE_CHECKING:
     from ..gpu.engine import Engine
@@ -100,7 +99,7 @@ def make(
     engine = None if device == HOST else engine_of(device)
     parts = num_sm_parts(NUM_SMS_CPU if engine is None else engine.num_sms, rows, h_kv)
 
-    shapes = (parts, checks.METADATA_COLUMNS), (batch + 1,)
+    shapes = (parts, METADATA_COLUMNS), (batch + 1,)
     new = pair_allocator(framework, shapes, ("int32", "int32"), device)
     plan = MetadataPlan(framework, engine, device, batch, parts, rows, h_kv, new)
     if key is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgTypeError, OptionError, ScalarError, ShapeError
-from ..gpu.geometry import HEAD_DIM, HEAD_DIM_V
+from ..sizes import HEAD_DIM, HEAD_DIM_V
 from .layouts import DECODE, kind
 
 INT_LIMIT = 2**31 - 1

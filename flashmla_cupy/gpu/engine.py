@@ -26,9 +26,10 @@ from ..errors import (
     UnsupportedArchError,
 )
 from ..schedule import split as schedule_module
+from ..sizes import TOKENS_PER_TILE
 from .arch import is_hopper
 from .driver import Function, RelaxedCapture
-from .geometry import TOKENS_PER_TILE, Addresses, Geometry
+from .geometry import Addresses, Geometry
 from .launches import DECODE_SHARED_BYTES, DECODE_THREADS, ScheduleLaunch
 from .prepared import COMBINE_THREADS, Prepared
 

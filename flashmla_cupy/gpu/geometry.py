@@ -1,8 +1,7 @@
-"""Sizes: the constants of MLA and of the kernels, and the shape of one launch.
+"""The shape of one decode launch.
 
-The kernels compute tiles of 64 query rows by 64 tokens. A row is one (query position, query head)
-pair of one kv head; V is shared by all of them, so their order within a tile is free. `Geometry`
-says how the rows of q are cut into row blocks, one thread block each, times `parts` (the rows of
+All query rows of a kv head share its V, so their order within a tile is free. `Geometry` says how
+the rows of q are cut into row blocks, one thread block each, times `parts` (the rows of
 tile_scheduler_metadata), which cut the tokens of the batch.
 """
 
@@ -12,25 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..frameworks import ArrayInfo
-
-HEAD_DIM = 576  # of q and of a latent row: 512 latent and 64 rotary columns
-HEAD_DIM_V = 512  # of V, the first columns of a latent row, and of out
-PAGE_SIZES = (16, 32, 64, 128, 256)
-ROWS_PER_BLOCK = 64
-TOKENS_PER_TILE = 64
-MAX_SPLITS = 160  # pieces of a request that combine.cu merges; parts at most
-NUM_SMS_CPU = 132  # what schedules of host arrays are made for: an H100 or H200
-
-
-def ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def num_sm_parts(num_sms: int, rows: int, h_kv: int) -> int:
-    """Rows of tile_scheduler_metadata: parts such that parts x row blocks fill the GPU once.
-
-    `rows` is s_q * h_q // h_kv, the query rows of one kv head."""
-    return max(1, min(num_sms // (h_kv * ceil_div(rows, ROWS_PER_BLOCK)), MAX_SPLITS))
+from ..sizes import HEAD_DIM_V, ROWS_PER_BLOCK, ceil_div
 
 
 @dataclass(frozen=True)

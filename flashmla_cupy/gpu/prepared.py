@@ -9,8 +9,9 @@ import ctypes
 import threading
 
 from ..schedule.split import launch_sizes
+from ..sizes import HEAD_DIM, ROWS_PER_BLOCK, TOKENS_PER_TILE, ceil_div
 from .driver import Function, tensor_map
-from .geometry import HEAD_DIM, ROWS_PER_BLOCK, TOKENS_PER_TILE, Geometry, ceil_div
+from .geometry import Geometry
 from .launches import Launches
 
 # dense_decode.cu

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import StaleMetadataError
-from ..gpu.geometry import TOKENS_PER_TILE
+from ..sizes import TOKENS_PER_TILE
 
 
 class Configuration(NamedTuple):

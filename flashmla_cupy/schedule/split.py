@@ -38,7 +38,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..gpu.geometry import TOKENS_PER_TILE, ceil_div
+from ..sizes import TOKENS_PER_TILE, ceil_div
 
 # Launch facts of the schedule kernel: for each candidate as many warps as hold the parts, 29 each.
 CANDIDATES = 5  # limits: pieces of at least 1, 2, 4, 8 tiles; the last: nothing is split

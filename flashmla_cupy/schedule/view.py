@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..gpu.geometry import NUM_SMS_CPU, TOKENS_PER_TILE, num_sm_parts
+from ..sizes import NUM_SMS_CPU, TOKENS_PER_TILE, num_sm_parts
 from .split import plan
 
 

@@ -22,8 +22,9 @@ from ..calls import checks, layouts
 from ..calls import decode as plans
 from ..errors import DeviceMismatchError, OptionError
 from ..frameworks import ArrayInfo, framework
-from ..gpu.geometry import HEAD_DIM_V, NUM_SMS_CPU, Geometry, num_sm_parts
+from ..gpu.geometry import Geometry
 from ..schedule.sched_meta import SchedMeta
+from ..sizes import HEAD_DIM_V, METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
 from .jax_callbacks import Config, decode_callback, engine_of, metadata_callback
 
 jax: Any = importlib.import_module("jax")
@@ -75,7 +76,7 @@ def metadata(cache_seqlens: Any, rows: int, h_kv: int) -> tuple[Any, Any]:
     rows = max(1, rows)
     parts = num_sm_parts(_num_sms(on_gpu), rows, h_kv)
     if cache_seqlens.shape[0] == 0:
-        return jnp.zeros((parts, checks.METADATA_COLUMNS), jnp.int32), jnp.zeros(1, jnp.int32)
+        return jnp.zeros((parts, METADATA_COLUMNS), jnp.int32), jnp.zeros(1, jnp.int32)
     return _metadata_op(parts, rows, h_kv)(cache_seqlens)
 
 
@@ -236,7 +237,7 @@ def _prepared(geometry: Geometry) -> int:
 
 def _metadata_shapes(batch: int, parts: int) -> list[Any]:
     return [
-        jax.ShapeDtypeStruct((parts, checks.METADATA_COLUMNS), jnp.int32),
+        jax.ShapeDtypeStruct((parts, METADATA_COLUMNS), jnp.int32),
         jax.ShapeDtypeStruct((batch + 1,), jnp.int32),
     ]
 

@@ -17,11 +17,10 @@ import importlib
 from typing import Any
 
 from .. import interface
-from ..calls import checks
 from ..errors import ShapeError
 from ..frameworks.torch_tensors import needs_gradient
-from ..gpu.geometry import HEAD_DIM, HEAD_DIM_V, NUM_SMS_CPU, num_sm_parts
 from ..schedule.sched_meta import SchedMeta
+from ..sizes import HEAD_DIM, HEAD_DIM_V, METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
 
 torch: Any = importlib.import_module("torch")
 
@@ -139,7 +138,7 @@ def _fake_metadata(cache_seqlens: Any, rows: int, h_kv: int) -> tuple[Any, Any]:
         num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     parts = num_sm_parts(num_sms, max(1, rows), h_kv)
     return (
-        cache_seqlens.new_empty((parts, checks.METADATA_COLUMNS), dtype=torch.int32),
+        cache_seqlens.new_empty((parts, METADATA_COLUMNS), dtype=torch.int32),
         cache_seqlens.new_empty((cache_seqlens.shape[0] + 1,), dtype=torch.int32),
     )
 
