@@ -117,25 +117,25 @@ struct Row {
   }
 };
 
-// A row of a pair (pair.cuh), by a warp.
+// A row of a pair (sm90_pair.cuh), by a warp.
 DEVICE void merge_pair(const Arrays& a, const Request& request, int row) {
   const int64_t rows = a.s_q * a.h_q, first_row = request.first_slot * rows + row;
   const float* lse = a.row_partial + first_row * 4;
   const float* from = a.out_partial + first_row * 512 + lane_index() * 4;
-  const float head_lse = ld_global_f32(lse), tail_lse = ld_global_f32(lse + rows * 4);
-  float4 head[4], tail[4];
+  const float front_lse = ld_global_f32(lse), back_lse = ld_global_f32(lse + rows * 4);
+  float4 front[4], back[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    head[i] = ld_global_v4_f32(from + i * 128);
-    tail[i] = ld_global_v4_f32(from + rows * 512 + i * 128);
+    front[i] = ld_global_v4_f32(from + i * 128);
+    back[i] = ld_global_v4_f32(from + rows * 512 + i * 128);
   }
   const Row to(a, request, row);
-  const Merged both = merge_rows(head_lse, tail_lse);
-  auto merge = [&](float x, float y) { return merge_two(both.head, x, both.tail, y); };
+  const Merged both = merge_rows(front_lse, back_lse);
+  auto merge = [&](float x, float y) { return merge_two(both.front, x, both.back, y); };
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     uint16_t* out = a.out + to.out * 512 + column_of_float(i * 128 + lane_index() * 4);
-    const float4 x = head[i], y = tail[i];
+    const float4 x = front[i], y = back[i];
     *(uint32_t*)out = cvt_x2(merge(x.x, y.x), merge(x.y, y.y));
     *(uint32_t*)(out + 8) = cvt_x2(merge(x.z, y.z), merge(x.w, y.w));
   }
@@ -194,8 +194,7 @@ struct Splits {
 #pragma unroll
     for (int i = 0; i < MAX_SPLITS / 32; ++i) {
       if (i == 1 && splits <= 32) break;
-      weights[i * 32 + lane_index()] =
-          rows[i].x * inverse * (second_half ? rows[i].z : rows[i].y);
+      weights[i * 32 + lane_index()] = rows[i].x * inverse * (second_half ? rows[i].z : rows[i].y);
     }
     __syncwarp();
     return merged_lse(sum, top);
@@ -329,8 +328,9 @@ DEVICE void merge_units(const Arrays& a, const Request& request, int block, int 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     combine(const int* __restrict__ tile_scheduler_metadata,  // [parts, 8]
             const float* out_partial, const float* row_partial, uint16_t* out, float* lse,
-            uint64_t* pairs,  // [words], see pair.cuh
-            int words, int batch, int s_q, int h_q, int group, int slots, int parts, int slab_rows) {
+            uint64_t* pairs,  // [words], see sm90_pair.cuh
+            int words, int batch, int s_q, int h_q, int group, int slots, int parts,
+            int slab_rows) {
   __shared__ Shared shared[WARPS];
   const Arrays a = {out_partial, row_partial, out, lse, s_q, h_q, group};
   // Metadata that does not fit is refused by dense_decode; here it must only do no harm.

@@ -3,8 +3,8 @@
 //
 //     lse = log2 sum_i 2^lse_i        out = sum_i 2^(lse_i - lse) out_i
 //
-// combine.cu merges any number of pieces, pair.cuh two inside of dense_decode. For two, both use the
-// same, so who merges changes no bit.
+// combine.cu merges any number of pieces, sm90_pair.cuh two inside of the decode kernel. For two, both
+// use the same functions, so who merges changes no bit.
 #pragma once
 #include "ptx.cuh"
 
@@ -26,7 +26,8 @@ struct Scale {
   float up, down;  // up * down = 1
 };
 DEVICE Scale scale_of(float largest) {
-  const int exponent = max(15, (int)(__float_as_uint(largest) >> 23));  // smaller ones have no `down`
+  const int exponent =
+      max(15, (int)(__float_as_uint(largest) >> 23));  // smaller ones have no `down`
   return {__int_as_float((268 - exponent) << 23), __int_as_float((exponent - 14) << 23)};
 }
 // The columns of a row are in another order there: one after another what a lane of a quad has of the
@@ -66,17 +67,18 @@ DEVICE float merged_lse(float sum, float max_lse) {
   return sum == 0.f ? POS_INF : (lg2(sum) + max_lse) * LN2;
 }
 // One value of a pair. A piece without a key of this row weighs 0, and may be NaN from V.
-DEVICE float merge_two(float head_weight, float head, float tail_weight, float tail) {
-  const float x = __fmul_rn(head_weight, head), y = __fmul_rn(tail_weight, tail);
-  return __fadd_rn(head_weight == 0.f ? 0.f : x, tail_weight == 0.f ? 0.f : y);
+DEVICE float merge_two(float front_weight, float front, float back_weight, float back) {
+  const float x = __fmul_rn(front_weight, front), y = __fmul_rn(back_weight, back);
+  return __fadd_rn(front_weight == 0.f ? 0.f : x, back_weight == 0.f ? 0.f : y);
 }
 // lse in log2 of the two pieces of a row -> that of both, a natural logarithm, and their weights.
 struct Merged {
-  float lse, head, tail;
+  float lse, front, back;
 };
-DEVICE Merged merge_rows(float head_lse, float tail_lse) {
-  const float top = fmaxf(fmaxf(LEAST_LSE, head_lse), tail_lse);
-  const float head = weight_of(head_lse, top), tail = weight_of(tail_lse, top), sum = head + tail;
+DEVICE Merged merge_rows(float front_lse, float back_lse) {
+  const float top = fmaxf(fmaxf(LEAST_LSE, front_lse), back_lse);
+  const float front = weight_of(front_lse, top), back = weight_of(back_lse, top),
+              sum = front + back;
   const float inverse = inverse_of(sum);
-  return {merged_lse(sum, top), head * inverse, tail * inverse};
+  return {merged_lse(sum, top), front * inverse, back * inverse};
 }

@@ -107,7 +107,7 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
   __shared__ Place places[CANDIDATES][MAX_PARTS];
   __shared__ int best;
   __shared__ Rating ratings[CANDIDATES];
-  __shared__ int warp_pieces[CANDIDATES][GROUP];       // the same as in Rating
+  __shared__ int warp_pieces[CANDIDATES][GROUP];        // the same as in Rating
   __shared__ int requests[CANDIDATES][4 * PARTS_STEP];  // of the cuts
   __shared__ int inside[MAX_PARTS];  // parts up to this one that begin inside a request
   __shared__ int list[MAX_PARTS];    // column 7
@@ -132,7 +132,8 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
       evens[i] = parts / i * i;
     }
 #pragma unroll 1
-    for (int i = ((batch - 1) >> shift) + 2 + thread; i < 4 * step; i += threads) starts[i] = BEYOND;
+    for (int i = ((batch - 1) >> shift) + 2 + thread; i < 4 * step; i += threads)
+      starts[i] = BEYOND;
 #pragma unroll 1
     for (int i = parts + 1 + thread; i < 4 * PARTS_STEP; i += threads) {
 #pragma unroll
@@ -231,7 +232,8 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
   const int start_before = __shfl_up_sync(ALL, start, 1);
   const bool is_inside = start >= 0, next_is_inside = next_start >= 0, moves = next_at != at;
   // Of all lanes, as bits. A pair: the cut is the only one of its request, between neighbouring parts.
-  const uint32_t pairs = __ballot_sync(ALL, is_inside && start_before != start && next_start != start);
+  const uint32_t pairs =
+      __ballot_sync(ALL, is_inside && start_before != start && next_start != start);
   const bool begins_inside = owns && is_inside && moves;
   const bool starts_split = owns && next_is_inside && next_start != start;
   const uint32_t inside_bits = __ballot_sync(ALL, begins_inside);
@@ -274,17 +276,14 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
   const int chosen = best;
   const bool records = candidate == chosen;
   // num_splits: before request r lie r requests, and the parts that begin inside one of them.
-  auto last_part_before = [&](int r) {
-    return count_to(requests[chosen], PARTS_STEP, r - 1) - 1;
-  };
+  auto last_part_before = [&](int r) { return count_to(requests[chosen], PARTS_STEP, r - 1) - 1; };
   const int first_r = (warp < chosen * group ? warp : warp - group) * 32 + lane;
   int last_part = 0;
   int4 range = {0, 0, -1, 0}, rest = {0, 0, 0, 0};
   uint32_t check = 0;
   if (records) {
     const int pieces = ratings[chosen].pieces;
-    const int before = __reduce_add_sync(
-        ALL, lane < warp_in_group ? warp_pieces[chosen][lane] : 0);
+    const int before = __reduce_add_sync(ALL, lane < warp_in_group ? warp_pieces[chosen][lane] : 0);
     const uint32_t below = (1u << lane) - 1;
     const int inside_before = (before & 0xffff) + __popc(inside_bits & below);
     const int split_before = (before >> 16) + __popc(split_bits & below);

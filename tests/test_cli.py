@@ -30,7 +30,7 @@ from flashmla_cupy.errors import (
 
 ROOT = Path(info.__file__).resolve().parent.parent
 SOURCES = {
-    "dense_decode.cu": b'extern "C" __global__ void dense_decode(int* a) { *a = PAGE_SIZE; }',
+    "sm90_dense_decode.cu": b'extern "C" __global__ void dense_decode(int* a) { *a = PAGE_SIZE; }',
     "schedule.cu": b'extern "C" __global__ void schedule(int* a) { *a = 1; }',
     "combine.cu": b'extern "C" __global__ void combine(int* a) { *a = 2; }',
 }

@@ -79,7 +79,7 @@ def test_variants():
 @pytest.mark.parametrize(
     ("variant", "macros", "source"),
     [
-        (Variant("dense_decode"), ("-DDTYPE_BF16", "-DPAGE_SIZE=64"), "dense_decode.cu"),
+        (Variant("dense_decode"), ("-DDTYPE_BF16", "-DPAGE_SIZE=64"), "sm90_dense_decode.cu"),
         (Variant("dense_decode", "float16", 16), ("-DDTYPE_FP16", "-DPAGE_SIZE=16"), None),
         (Variant("combine", "float16"), ("-DDTYPE_FP16",), "combine.cu"),
         (Variant("schedule"), (), "schedule.cu"),

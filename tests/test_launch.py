@@ -65,7 +65,7 @@ def letters_of(layout: struct.Struct) -> list[str]:
 
 
 def test_params_are_those_of_the_kernel():
-    fields = struct_of(source("work.cuh"), "Params")
+    fields = struct_of(source("sm90_pieces.cuh"), "Params")
     assert [letter for _, letter in fields] == letters_of(launches.PARAMS)
     assert launches.PARAMS.size % 8 == 0
 
@@ -82,8 +82,8 @@ def test_parameters_are_those_of_the_kernel(name, layout):
 
 
 def test_constants_are_those_of_the_kernels():
-    assert f"SHARED_BYTES == {launches.DECODE_SHARED_BYTES}" in source("ring.cuh")
-    assert f"__launch_bounds__({launches.DECODE_THREADS}, 1)" in source("dense_decode.cu")
+    assert f"SHARED_BYTES == {launches.DECODE_SHARED_BYTES}" in source("sm90_shared.cuh")
+    assert f"__launch_bounds__({launches.DECODE_THREADS}, 1)" in source("sm90_dense_decode.cu")
     combine = source("combine.cu")
     assert f"constexpr int THREADS = {prepared.COMBINE_THREADS}," in combine
     assert f"constexpr int MAX_SPLITS = {sizes.MAX_SPLITS};" in combine
@@ -92,7 +92,7 @@ def test_constants_are_those_of_the_kernels():
     assert "IN_FLIGHT = HALVES ? 10 : 5;" in combine  # COMBINE_AT_ONCE, a team or two a warp
     assert prepared.COMBINE_AT_ONCE == 10 * prepared.COMBINE_THREADS // 32
     assert f"constexpr int FEW_ROWS = {prepared.FEW_ROWS};" in source("merge.cuh")
-    reasons = re.search(r"enum Reason {(.*?)}", source("work.cuh"))[1].split(",")
+    reasons = re.search(r"enum Reason {(.*?)}", source("sm90_pieces.cuh"))[1].split(",")
     assert [name.strip().lower().replace("_", " ") for name in reasons] == list(
         engine_module.REASONS
     )
@@ -237,7 +237,7 @@ def test_decode_launches_both_kernels(fake):
         *(132, 3, 1, 128, 128, slots, 66, 128),
     )
 
-    names = [name for name, _ in struct_of(source("work.cuh"), "Params")]
+    names = [name for name, _ in struct_of(source("sm90_pieces.cuh"), "Params")]
     packed = ctypes.string_at(decode[4][4], launches.PARAMS.size)
     seen = dict(zip(names, launches.PARAMS.unpack(packed), strict=True))
     assert seen.pop("scale_log2") == pytest.approx(0.5 * 1.4426950408889634)

@@ -335,7 +335,7 @@ def test_constants_of_the_device():
     assert f"constexpr int CHECK_SHIFT = {schedule.CHECK_SHIFT};" in metadata
     assert f"CHECK_FACTOR = 0x{schedule.CHECK_FACTOR:X};" in metadata
     assert "constexpr int REQUEST_BITS = 20, " in metadata
-    for name in ("schedule.cu", "work.cuh", "combine.cu"):
+    for name in ("schedule.cu", "sm90_pieces.cuh", "combine.cu"):
         text = SOURCE.with_name(name).read_text()
         assert '#include "metadata.cuh"' in text
         assert "REQUEST_BITS =" not in text

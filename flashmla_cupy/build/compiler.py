@@ -79,7 +79,8 @@ class Variant:
     @property
     def source(self) -> str:
         """File name in cuda_src."""
-        return f"{self.kernel}.cu"
+        prefix = "sm90_" if self.kernel == "dense_decode" else ""
+        return f"{prefix}{self.kernel}.cu"
 
     @property
     def entry(self) -> str:

@@ -50,20 +50,11 @@ DEVICE void mbarrier_wait(uint32_t barrier, uint32_t phase) {
 
 DEVICE void fence_proxy_async() { machine::fence(); }
 DEVICE void fence_proxy_async_all() { machine::fence(); }
-template <int Threads>
-DEVICE void bar_sync(int barrier) {
-  machine::barrier_arrive(barrier, Threads, true);
-}
 DEVICE void bar_sync(int barrier, int threads) {
   machine::barrier_arrive(barrier, threads, true);
 }
-template <int Barrier, int Threads>
-DEVICE void bar_sync() {
-  machine::barrier_arrive(Barrier, Threads, true);
-}
-template <int Barrier, int Threads>
-DEVICE void bar_arrive() {
-  machine::barrier_arrive(Barrier, Threads, false);
+DEVICE void bar_arrive(int barrier, int threads) {
+  machine::barrier_arrive(barrier, threads, false);
 }
 DEVICE uint64_t ld_acquire(const uint64_t* p) {
   machine::maybe_yield();
@@ -209,29 +200,5 @@ DEVICE float2 from_half_x2(uint32_t x) {
   return {(float)same_bits<_Float16>((uint16_t)x), (float)same_bits<_Float16>((uint16_t)(x >> 16))};
 }
 
-// ---- wgmma ----------------------------------------------------------------------------------
-
-DEVICE void wgmma_fence() {}
-DEVICE void wgmma_commit_group() {}
-DEVICE void wgmma_wait_all() { machine::wait_for_products(); }
 template <class T>
 DEVICE void pin(T*&) {}
-template <int N>
-DEVICE void pin(float (&)[N]) {}
-
-DEVICE void issue(float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, int columns,
-                  bool accumulate, bool b_mn_major) {
-  machine::Product product;
-  product.columns = columns, product.accumulate = accumulate, product.b_mn_major = b_mn_major;
-  product.a_in_registers = a_registers, product.a = a, product.b = b;
-  machine::issue(product, a_registers, d);
-}
-DEVICE void wgmma_m64n64k16_rs(float (&d)[32], const uint32_t* a, uint64_t b, int accumulate) {
-  issue(d, a, 0, b, 64, accumulate, false);
-}
-DEVICE void wgmma_m64n64k16_ss(float (&d)[32], uint64_t a, uint64_t b) {
-  issue(d, nullptr, a, b, 64, true, false);
-}
-DEVICE void wgmma_m64n256k16_ss(float (&d)[128], uint64_t a, uint64_t b) {
-  issue(d, nullptr, a, b, 256, true, true);
-}

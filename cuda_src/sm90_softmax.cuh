@@ -1,22 +1,26 @@
-// The softmax warpgroup: S = Q K^T, P = 2^(scale S - m), the running maximum m and sum l of each row,
-// lse. Q stays in 124 registers, 31 of 36 steps in K; the other five come from shared memory.
+// The softmax role, of warpgroup 0: S = Q K^T, P = 2^(scale S - m), the running maximum m and the
+// running sum l of each row, and lse.
+//
+// Q stays in 124 registers of each thread, 31 of its 36 steps in K; the other five come from shared
+// memory. P of a tile goes to the rotary columns of the same tile.
 #pragma once
-#include "fragments.cuh"
-#include "pair.cuh"
+#include "sm90_fragments.cuh"
+#include "sm90_pair.cuh"
 
-constexpr float LAZY = 8.f;    // log2 units that a row may exceed its running maximum
-constexpr int Q_STEPS = 31;    // of 16 columns, kept in registers
-constexpr int TAIL_STEPS = 8;  // of S still to be issued when P V of the last tile is released
+constexpr float LAZY = 8.f;  // log2 units by which a row may exceed its running maximum
+constexpr int Q_STEPS = 31;  // of 16 columns, kept in registers
+constexpr int LAST_STEPS =
+    8;  // of S that are still to be issued when P V of the tile before is released
 
-// What this thread wrote to shared memory becomes visible to wgmma and TMA, then its warp arrives.
+// Makes what this thread wrote to shared memory visible to wgmma and TMA; then its warp arrives.
 DEVICE void release(uint32_t barrier) {
   fence_proxy_async();
   __syncwarp();
   if (arrives()) mbarrier_arrive(barrier);
 }
 
-// The rows of Q, from their slot: steps 0..30 to registers, 31 and the rotary block to shared
-// memory of their own. Frees the slot.
+// Takes the rows of Q [64, 576] out of their stage, and frees it: steps 0 to 30 go to registers, step
+// 31 and the rotary columns to shared memory of their own.
 DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], Place place) {
   mbarrier_wait(full(0, place.stage), place.phase);
   mbarrier_wait(full(1, place.stage), place.phase);
@@ -26,7 +30,7 @@ DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], Place place) {
     ldmatrix_x4((fragment ^ ((k & 3) << 5)) + (k >> 2) * BLOCK_BYTES, q[4 * k], q[4 * k + 1],
                 q[4 * k + 2], q[4 * k + 3]);
   }
-  const uint32_t thread = thread_index() & 127;
+  const uint32_t thread = thread_in_group();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t offset = i * 2048 + thread * 16;
@@ -34,11 +38,10 @@ DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], Place place) {
                  ld_shared_v4(stage + ROPE * BLOCK_BYTES + offset));
   }
   const uint32_t row = thread >> 1, half = thread & 1;  // 16-byte chunks 6 and 7 of block 7
-  st_shared_v4(
-      shared_base() + Q_STEP_31 + half * 1024 + row * 16,
-      ld_shared_v4(stage + 7 * BLOCK_BYTES + row * 128 + (((6 + half) ^ (row & 7)) << 4)));
-  // Every slot has its phase of p_ready. In Q's the warps of this warpgroup wait for each other; the
-  // matrix warpgroups may be behind by more than a round of the ring, and so must not.
+  st_shared_v4(shared_base() + Q_STEP_31 + half * 1024 + row * 16,
+               ld_shared_v4(stage + 7 * BLOCK_BYTES + row * 128 + (((6 + half) ^ (row & 7)) << 4)));
+  // Every use of a stage has a phase of p_ready. In that of Q the warps of this warpgroup wait for each
+  // other. The matrix warpgroups may be behind by more than a round of the ring, so they must not.
   release(p_ready(place.stage));
   mbarrier_wait(p_ready(place.stage), place.phase);
   if (arrives()) {
@@ -47,13 +50,16 @@ DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], Place place) {
   }
 }
 
-// Issues S = Q K^T for the tile at `place`. `to_release`: P V of the tile before, or 0. Issuing is
-// nearly synchronous, since a warp can queue only a few wgmmas.
+// Issues S [64, 64] = Q [64, 576] K^T for the tile at `place`. `to_release` is p_ready of the tile
+// before, if it is yet to be released, or 0. Issuing is nearly synchronous, since a warp can queue
+// only a few wgmmas.
 DEVICE void issue_scores(float (&s)[32], const uint32_t (&q)[4 * Q_STEPS], Place place,
                          uint32_t to_release) {
   const uint64_t k_tile = descriptor_k_major(stage_address(place.stage));
   const uint64_t q_rope = descriptor_k_major(shared_base() + Q_ROPE);
-  auto columns = [&](int step) { return k_tile + (step >> 2) * (BLOCK_BYTES >> 4) + (step & 3) * 2; };
+  auto columns = [&](int step) {
+    return k_tile + (step >> 2) * (BLOCK_BYTES >> 4) + (step & 3) * 2;
+  };
   mbarrier_wait(full(0, place.stage), place.phase);
   wgmma_fence();
 #pragma unroll
@@ -65,7 +71,7 @@ DEVICE void issue_scores(float (&s)[32], const uint32_t (&q)[4 * Q_STEPS], Place
   wgmma_m64n64k16_ss(s, descriptor_k_major_plain(shared_base() + Q_STEP_31), columns(31));
 #pragma unroll
   for (int k = 16; k < Q_STEPS; ++k) {
-    if (k == Q_STEPS - TAIL_STEPS) {
+    if (k == Q_STEPS - LAST_STEPS) {
       if (to_release) release(to_release);
       wgmma_fence();
     }
@@ -74,17 +80,17 @@ DEVICE void issue_scores(float (&s)[32], const uint32_t (&q)[4 * Q_STEPS], Place
   wgmma_commit_group();
 }
 
-// -inf for keys that a row does not see: those past the end and, if causal, past its position.
-// NaN among the live keys stays, so that a refused page reaches every row.
-DEVICE void mask(float (&s)[32], const Params& p, int request, int first_token) {
-  const int live = __ldg(p.cache_seqlens + request) - first_token - column_pair();
+// Makes S -inf for keys that a row does not see: those past the end of the request and, if causal,
+// past the row's position. NaN among the live keys stays, so that a refused page reaches every row.
+DEVICE void mask(float (&s)[32], const Params& params, int request, int first_token) {
+  const int live = __ldg(params.cache_seqlens + request) - first_token - column_pair();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     int seen = live;
-    if (p.causal) {
+    if (params.causal) {
       const RowBlock block = row_block();
       const int row = block.first_row + row_in_block() + 8 * h;
-      if (row < p.slab_rows) seen -= p.s_q - 1 - block.slab - row / p.group;
+      if (row < params.slab_rows) seen -= params.s_q - 1 - block.slab - row / params.group;
     }
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -97,11 +103,11 @@ DEVICE void mask(float (&s)[32], const Params& p, int request, int first_token) 
   }
 }
 
-// How many of the last tiles of a piece have keys that some row does not see. The others skip mask(),
-// whose instructions take most of a microsecond where they are not in a cache.
-DEVICE int masked_tiles(const Params& p, const Piece& piece) {
-  if (!p.causal && piece.length % TOKENS == 0) return 0;
-  return piece.end - (((piece.length - 1) >> 6) + 1 - p.border_tiles);
+// How many of the last tiles of a piece may have keys that some row does not see. The others skip
+// mask(), whose instructions take most of a microsecond where they are not in a cache.
+DEVICE int masked_tiles(const Params& params, const Piece& piece) {
+  if (!params.causal && piece.length % TOKENS == 0) return 0;
+  return piece.end - (((piece.length - 1) >> 6) + 1 - params.border_tiles);
 }
 
 // A new maximum `top` for a row: m moves, and what is summed so far shrinks by the returned factor.
@@ -119,8 +125,8 @@ DEVICE float raise_maximum(float& m, float& l, float top) {
   return factor;
 }
 
-// Scores -> P in the rotary block of the stage, and the running maximum m and sum l of the
-// thread's two rows (l of this thread's columns only).
+// S [64, 64] -> P, in the rotary columns of the stage, and the running maximum m and sum l of the
+// thread's two rows (l of this thread's columns only). Leaves the factors that O has to shrink by.
 DEVICE void softmax_step(float (&s)[32], float (&m)[2], float (&l)[2], uint32_t stage,
                          float scale_log2) {
   float x0 = fmaxf(s[0], s[1]), x1 = fmaxf(s[2], s[3]);
@@ -141,7 +147,7 @@ DEVICE void softmax_step(float (&s)[32], float (&m)[2], float (&l)[2], uint32_t 
     const float factor1 = raise1 ? raise_maximum(m[1], l[1], top1) : 1.f;
     if ((lane_index() & 3) == 0) {
       st_shared_u16(factors(stage), __float_as_uint(factor0) >> 16);
-      st_shared_u16(factors(stage) + 16, __float_as_uint(factor1) >> 16);
+      st_shared_u16(factors(stage) + SECOND_ROW_FACTOR, __float_as_uint(factor1) >> 16);
     }
   }
   if (lane_index() == 0) st_shared_u32(rescale_flag(stage), any);
@@ -162,81 +168,81 @@ DEVICE void softmax_step(float (&s)[32], float (&m)[2], float (&l)[2], uint32_t 
   l[0] += a0 + b0, l[1] += a1 + b1;
 }
 
-// A piece without tiles: its rows are NaN if the request is refused, else the results of no keys.
-DEVICE void store_no_keys(const Params& p, int request, const Piece& piece) {
-  const uint32_t thread = thread_index() & 127;
-  if (piece.refused && thread == 0) refuse(p, request, piece.reason, 0);
+// The results of a piece without tiles: NaN if the request is refused, else those of no keys, out 0 and
+// lse +inf.
+DEVICE void store_no_keys(const Params& params, int request, const Piece& piece) {
+  const uint32_t thread = thread_in_group();
+  if (piece.refused && thread == 0) refuse(params, request, piece.reason, 0);
   const RowBlock block = row_block();
-  const int rows = min(ROWS, p.slab_rows - block.first_row);
-  if (piece.slot >= 0) {  // combine makes the row NaN; a split piece has tiles unless refused
+  const int rows = min(ROWS, params.slab_rows - block.first_row);
+  if (piece.slot >= 0) {  // a split piece has tiles unless refused; combine makes the row NaN
     if (thread < rows) {
-      const int64_t row = partial_row(p, piece.slot, block, block.first_row + thread);
-      st_global_v4_f32(p.row_partial + row * 4, QUIET_NAN, 1.f, 1.f, 0.f);
+      const int64_t row = partial_row(params, piece.slot, block, block.first_row + thread);
+      st_global_v4_f32(params.row_partial + row * 4, QUIET_NAN, 1.f, 1.f, 0.f);
     }
     return;
   }
   if (thread < rows) {
-    store_lse(p, request, block, block.first_row + thread, piece.refused ? QUIET_NAN : POS_INF);
+    store_lse(params, request, block, block.first_row + thread,
+              piece.refused ? QUIET_NAN : POS_INF);
   }
   const uint32_t pair = piece.refused ? 0x7fff7fffu : 0;
-  uint16_t* to = p.out + out_row(p, request, block, block.first_row) * 512;
+  uint16_t* to = params.out + out_row(params, request, block, block.first_row) * 512;
 #pragma unroll 1
-  for (int i = thread; i < rows * 64; i += 128) st_global_v4(to + i * 8, {pair, pair, pair, pair});
+  for (int i = thread; i < rows * 64; i += GROUP_THREADS)
+    st_global_v4(to + i * 8, {pair, pair, pair, pair});
 }
 
-// What the matrix warpgroups do with a piece, in the RESULT word.
-DEVICE uint32_t result_word(const Piece& piece) {
-  return piece.kind << 16 | (piece.slot & 0xffff);
-}
-
-// The end of a head, which is the last piece of its part: the softmax warpgroup looks for the tail,
-// fetches it and weighs the two; the matrix warpgroups wait for that.
-DEVICE void finish_head(const Params& p, int request, int slot, const float (&m)[2],
-                        const float (&l)[2], Place last) {
+// The end of a front, which is the last piece of its part: this warpgroup looks whether the back is
+// written, and if so fetches it and weighs the two. The matrix warpgroups wait for that.
+DEVICE void finish_front(const Params& params, int request, int slot, const float (&m)[2],
+                         const float (&l)[2], Place last) {
   const RowBlock block = row_block();
-  if (thread_index() == 0 && is_tail_written(p)) {
-    st_shared_u32(shared_base() + RESULT, MERGED << 16 | slot);
+  if (thread_index() == 0 && is_back_written(params)) {
+    st_shared_u32(shared_base() + RESULT, result_word(MERGED, slot));
   }
   __syncwarp();
-  bar_sync<1, 128>();
-  const bool merged = uniform(ld_shared_u32(shared_base() + RESULT)) >> 16 == MERGED;
-  if (merged && thread_index() < 32) fetch_tail(p, block, slot + 1, last);
+  bar_sync(SOFTMAX_BARRIER, GROUP_THREADS);
+  const bool merged = kind_of(uniform(ld_shared_u32(shared_base() + RESULT))) == MERGED;
+  if (merged && thread_index() < 32) fetch_back(params, block, slot + 1, last);
   if ((lane_index() & 3) == 0) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = block.first_row + row_in_block() + 8 * h;
-      if (row >= p.slab_rows) continue;
+      if (row >= params.slab_rows) continue;
       const float lse = l[h] == 0.f ? NEG_INF : lg2(l[h]) + m[h];  // log2
-      float* partial = p.row_partial + partial_row(p, slot, block, row) * 4;
+      float* partial = params.row_partial + partial_row(params, slot, block, row) * 4;
       *partial = merged ? __uint_as_float(MERGED_LSE) : lse;
       if (merged) {
-        const Merged both = merge_rows(lse, partial[p.s_q * p.h_q * 4]);  // the next slot
-        store_lse(p, request, block, row, both.lse);
-        st_shared_f32(row_floats(WEIGHTS) + 32 * h, both.head);
-        st_shared_f32(row_floats(WEIGHTS) + 256 + 32 * h, both.tail);
+        const float back_lse = partial[params.s_q * params.h_q * 4];  // of the next slot
+        const Merged both = merge_rows(lse, back_lse);
+        store_lse(params, request, block, row, both.lse);
+        st_shared_f32(row_floats(FRONT_WEIGHTS) + SECOND_ROW_FLOAT * h, both.front);
+        st_shared_f32(row_floats(BACK_WEIGHTS) + SECOND_ROW_FLOAT * h, both.back);
       }
     }
   }
   __syncwarp();
-  bar_arrive<4, 384>();
+  bar_arrive(PAIR_BARRIER, BLOCK_THREADS);
 }
 
-DEVICE void softmax_role(const Params& p) {
+DEVICE void softmax_role(const Params& params) {
   uint32_t q[4 * Q_STEPS];
   float s[32];
   Place place;
   uint32_t results_phase = 1;
 #pragma unroll 1
-  for (int request = uniform(part_of(p).first_request);
-       request <= uniform(part_of(p).last_request); ++request) {
+  for (int request = uniform(part_of(params).first_request);
+       request <= uniform(part_of(params).last_request); ++request) {
     int tiles_left, first_token, tiles_to_mask;
     uint32_t result;
     {
-      const Piece piece = piece_of(p, request);
+      const Piece piece = piece_of(params, request);
       tiles_left = uniform(piece.end - piece.begin), first_token = piece.begin * TOKENS;
-      tiles_to_mask = uniform(masked_tiles(p, piece)), result = uniform(result_word(piece));
+      tiles_to_mask = uniform(masked_tiles(params, piece)),
+      result = uniform(result_word(piece.kind, piece.slot));
       if (tiles_left == 0) {
-        store_no_keys(p, request, piece);
+        store_no_keys(params, request, piece);
         continue;
       }
     }
@@ -249,15 +255,14 @@ DEVICE void softmax_role(const Params& p) {
       issue_scores(s, q, place, to_release);
       wgmma_wait_all();
       pin(s);
-      if (tiles_left <= tiles_to_mask) mask(s, p, request, first_token);
-      softmax_step(s, m, l, place.stage, p.scale_log2);
+      if (tiles_left <= tiles_to_mask) mask(s, params, request, first_token);
+      softmax_step(s, m, l, place.stage, params.scale_log2);
       if (--tiles_left == 0) break;
       first_token += TOKENS;
       const uint32_t p_written = p_ready(place.stage);
       place.advance();
-      const bool arrived =
-          __all_sync(~0u, mbarrier_test_wait(full(0, place.stage), place.phase));
-      if (!arrived) release(p_written);  // memory-bound: P V runs while K is on its way
+      const bool arrived = __all_sync(~0u, mbarrier_test_wait(full(0, place.stage), place.phase));
+      if (!arrived) release(p_written);  // bound by memory: P V runs while K is on its way
       to_release = arrived ? p_written : 0;
     }
 
@@ -268,15 +273,16 @@ DEVICE void softmax_role(const Params& p) {
     if ((lane_index() & 3) == 0) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        st_shared_f32(row_floats(INVERSE_L) + 32 * h, l[h] == 0.f ? 0.f : rcp(l[h]));
+        st_shared_f32(row_floats(INVERSE_L) + SECOND_ROW_FLOAT * h, l[h] == 0.f ? 0.f : rcp(l[h]));
       }
     }
     if (thread_index() == 0) st_shared_u32(shared_base() + RESULT, result);
     __syncwarp();
     if (arrives()) mbarrier_arrive(results_ready());
-    const uint32_t kind = result >> 16, slot = result & 0xffff;
-    if (kind == HEAD) {
-      finish_head(p, request, slot, m, l, place);
+    const Kind kind = kind_of(result);
+    const int slot = slot_of(result);
+    if (kind == FRONT) {
+      finish_front(params, request, slot, m, l, place);
       return;
     }
     place.advance();
@@ -285,16 +291,17 @@ DEVICE void softmax_role(const Params& p) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = block.first_row + row_in_block() + 8 * h;
-        if (row >= p.slab_rows) continue;
+        if (row >= params.slab_rows) continue;
         const float lse = lg2(l[h]) + m[h];  // log2
         if (kind == WHOLE) {
-          store_lse(p, request, block, row, l[h] == 0.f ? POS_INF : lse * LN2);
+          store_lse(params, request, block, row, l[h] == 0.f ? POS_INF : lse * LN2);
         } else {
-          p.row_partial[partial_row(p, slot, block, row) * 4] = l[h] == 0.f ? NEG_INF : lse;
+          params.row_partial[partial_row(params, slot, block, row) * 4] =
+              l[h] == 0.f ? NEG_INF : lse;
         }
       }
     }
     __syncwarp();
-    if (kind == TAIL) bar_arrive<4, 384>();
+    if (kind == BACK) bar_arrive(PAIR_BARRIER, BLOCK_THREADS);  // lse is in row_partial
   }
 }

@@ -1,0 +1,94 @@
+// MLA decode attention over a paged latent cache, for sm_90a:
+//
+//     S = q K^T        P = 2^(scale S - m)        out = P V / sum(P)        V = K[:, :512]
+//
+// A thread block computes 64 query rows over the tiles (64 tokens each) of one part of the schedule.
+// It has three warpgroups:
+//
+//   softmax         S [64, 64] = Q [64, 576] K^T, then P: sm90_softmax.cuh, 184 registers a thread
+//   matrix, half 0  O[:, :256] += P V[:, :256]:           sm90_accumulate.cuh, 160 registers a thread
+//   matrix, half 1  the same of columns 256 to 511
+//
+// Warp 0 of each matrix warpgroup loads that half of Q and K by TMA (sm90_tma_producer.cuh). Over time:
+//
+//   TMA             Q   | K0  | K1  | K2        | K3        | next Q ...
+//   softmax               Q   | S0 P0 | S1 P1   | S2 P2     | S3 P3 | l, lse      | next Q ...
+//   matrix, half 0                    | O += P0 V0 | P1 V1  | P2 V2 | P3 V3 | out[:, :256]
+//   matrix, half 1                    | O += P0 V0 | P1 V1  | P2 V2 | P3 V3 | out[:, 256:]
+//
+// sm90_shared.cuh has the memory map and the table of barriers that keep them in step; metadata.cuh
+// explains the words (part, piece, row block, ...); sm90_pieces.cuh finds out what a block has to do.
+//
+// P of a tile overwrites the rotary columns of the same tile, which S no longer needs, so three tiles
+// fit 227 KB. The running maximum m is lazy: it moves only when a row's maximum exceeds it by 8, and
+// by whole numbers, so that the factors for O are exact powers of two.
+//
+// When the next tile has already arrived, as in a launch bound by arithmetic, S of that tile is issued
+// before P V of this one is released, 8 steps before the end of S, so that the tensor cores never
+// wait. Otherwise P V is released at once.
+#include "sm90_accumulate.cuh"
+#include "sm90_softmax.cuh"
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+    dense_decode(const __grid_constant__ TensorMap q_map_0,
+                 const __grid_constant__ TensorMap q_map_1,
+                 const __grid_constant__ TensorMap k_map_0,
+                 const __grid_constant__ TensorMap k_map_1, const __grid_constant__ Params params) {
+  if (thread_index() == 0) {
+    prefetch_tensormap(q_map_0);
+    prefetch_tensormap(q_map_1);
+    prefetch_tensormap(k_map_0);
+    prefetch_tensormap(k_map_1);
+    init_mbarriers();
+  }
+  const bool begins = thread_index() >> 5 == 1;  // a warp that has nothing to do until Q is there
+  if (begins) init_row_block(params);
+  if (thread_index() >> 5 == 2) prefetch_tables(params);
+  griddepcontrol_wait();
+  uint32_t column = 0;
+  if (begins) column = init_part_row(params);
+  __syncthreads();
+  if (begins) check_part_row(params, column);
+  const int warpgroup = __shfl_sync(~0u, thread_index() >> 7, 0);
+  if (warpgroup == 0) {
+    setmaxnreg_inc<184>();
+    softmax_role(params);
+  } else {
+    setmaxnreg_dec<160>();
+    const int half = warpgroup - 1;
+    matrix_role(params, half, half ? q_map_1 : q_map_0, half ? k_map_1 : k_map_0);
+  }
+  griddepcontrol_launch_dependents();
+}
+
+// ---- lab notes ------------------------------------------------------------------------------
+// What was tried: the setting, then each choice with its time, the one taken first. Microseconds of a
+// decode call.
+//
+// In a prototype of this kernel on an H200, 128 heads, batch 132, 8192 tokens, unless said:
+//   who loads K           each half its own, one box a tile 504 | one warpgroup, nine boxes 548
+//   page id               loaded a stage ahead | by cp.async, cursor in shared memory: 700 cycles
+//                         a stage slower
+//   P V is released       8 steps before the end of S 502 | 2 steps 517 | 4 steps 505 |
+//                         12 steps 504 | 15 steps 514 | by commit and wait after all of S 527
+//   stages                three 500 | two 574
+//   L2 policy of K        evict_first 500 | evict_normal 518
+//   multicast of K        none 502 to 507, at batch 32 126 | to clusters of two row blocks 501,
+//                         at batch 32 143
+//   uniform conditions    (ptx.cuh) 5500 instructions and 12 bytes spilled | without them 6700 and
+//                         88, with combine beyond the instruction cache: 16 heads, batch 1, 8192
+//                         tokens, on an H100, 12.9 | 15.1
+//   Q to L2 by TMA        not at all | as soon as the request is known: 10 more where a box is
+//                         partly outside
+// On an H100, one request of 512 tokens, 16 heads, unless said:
+//   masked tiles          those with a hidden key 7.6 | the last ones of a request 7.9
+//   a piece               looked at once by the softmax warpgroup 7.45 | twice 7.6
+//   P V of the last tile  released at once 8.7 | after l of the piece 8.8 (128 heads)
+//   length and page       not prefetched | in the L1 cache ahead of the roles: the same
+//   a front               leaves a back under way to combine 28.1 | waits for it 30.6 (128 heads,
+//                         8 requests of 4096 tokens)
+//   a back is announced   at once | two tiles later: the same
+//   launch_dependents     at the end 25 | at the start 35 (16 heads, batch 1, 32768 tokens)
+// A call of one tile a block takes 7.0: 1.6 for two kernels that do nothing, 0.7 until the roles
+// begin, 0.8 until length and page are there, 1.2 until K is, 0.4 for S, 0.4 for P, 0.7 for P V,
+// 0.8 for the epilogue, 0.6 until combine goes on, 1.3 there; much of the first overlaps.

@@ -1,0 +1,169 @@
+// The work of one thread block of sm90_dense_decode.cu: the kernel's parameters, the piece of each
+// request that the block's part has, its query rows, and what becomes of a request that cannot be
+// computed. metadata.cuh explains the words.
+//
+// Grid (row blocks, h_kv, parts). Row r of a slab (geometry.py) is query position slab + r / group
+// and query head kv_head * group + r % group.
+#pragma once
+#include "metadata.cuh"
+#include "sm90_shared.cuh"
+
+// The host packs the same fields in the same order.
+struct Params {
+  const int* tile_scheduler_metadata;  // [parts, 8]; schedule.py documents the columns
+  const int* cache_seqlens;            // [batch]
+  const int* block_table;              // [batch, max_pages], rows table_stride apart
+  uint16_t* out;                       // [batch, s_q, h_q, 512]
+  float* lse;                          // [batch, h_q, s_q], natural logarithm
+  float* out_partial;                  // [slots, s_q * h_q, 512], floats or halves: merge.cuh
+  float* row_partial;                  // [slots, s_q * h_q, 4]: lse in log2, two scales, 0
+  uint64_t* pairs;                     // [parts, h_kv * row blocks]: sm90_pair.cuh
+  uint64_t epoch;                      // the number of this launch, or of all replays of a graph
+  uint64_t* refusal;                   // the least key of refuse() so far
+  uint32_t* refused;                   // in host memory, so that a call sees it without a wait
+  int64_t table_stride;
+  int batch, s_q, h_q, group;
+  int slab_rows, blocks;  // rows of a slab, and row blocks of a slab
+  int num_pages, page_tiles_log2;
+  int max_length;            // tokens that a row of block_table can hold
+  int slots;                 // of out_partial and row_partial
+  int causal, border_tiles;  // the last `border_tiles` tiles of a request may have masked keys
+  float scale_log2;          // softmax_scale * log2(e)
+};
+
+// ---- requests -------------------------------------------------------------------------------
+
+enum Reason { LENGTH, STALE_METADATA, PAGE_ID, FOREIGN_METADATA };  // engine.py names them
+
+// Remembers why a request is refused, and tells the host. The least key wins: the first request, and
+// of that the first reason.
+DEVICE void refuse(const Params& params, int request, Reason reason, int column) {
+  const uint64_t key = (uint64_t)request << 34 | (uint64_t)reason << 32 | (uint32_t)column;
+  atomicMin(params.refusal, key);
+  __threadfence_system();
+  *(volatile uint32_t*)params.refused = 1;
+}
+
+// The part's row of tile_scheduler_metadata lies in shared memory, where the kernel's beginning has
+// put it. It is read again wherever it is needed: the matrix roles have no register to spare.
+struct Part {
+  int first_request, begin_tile, last_request, end_tile;
+};
+DEVICE Part part_of(const Params& params) {
+  const Vector4 row = ld_shared_v4(part_row());
+  return {max((int)row.x, 0), (int)row.y, min((int)row.z, params.batch - 1), (int)row.w};
+}
+
+// What a piece is: all of its request; one of three or more; the back or the front of a pair; or a
+// front whose back has been merged into it (sm90_pair.cuh).
+enum Kind { WHOLE, SPLIT, BACK, FRONT, MERGED };
+
+struct Piece {
+  int begin, end;  // tiles of the request; equal: nothing to compute
+  int length;      // tokens of the request
+  int slot;        // -1 if the piece is all of its request
+  Kind kind;       // never MERGED
+  bool refused;    // its rows become NaN
+  Reason reason;
+};
+DEVICE Piece piece_of(const Params& params, int request) {
+  const Part part = part_of(params);
+  const Vector4 more = ld_shared_v4(part_row() + 16);
+  const int slot = more.x & 0xffff, first_tiles = more.y, last_tiles = more.z;
+  const int length = __ldg(params.cache_seqlens + request);
+  const int tiles = ((length - 1) >> 6) + 1;  // length + 63 could overflow
+  const bool is_first = request == part.first_request, is_last = request == part.last_request;
+  const bool from_inside = part.begin_tile > 0;
+
+  Piece piece = {is_first ? part.begin_tile : 0, is_last ? part.end_tile : tiles, length, -1,
+                 WHOLE};
+  if (is_first && from_inside) {
+    piece.slot = slot;
+    piece.kind = more.x & BEGINS_IN_PAIR ? BACK : SPLIT;
+  } else if (is_last && part.end_tile < last_tiles) {
+    piece.slot = slot + (!is_first && from_inside);
+    piece.kind = more.x & ENDS_IN_PAIR ? FRONT : SPLIT;
+  }
+  // Metadata of other lengths does not fit; garbage must not lead out of bounds.
+  bool stale = (is_first && first_tiles != tiles) || (is_last && last_tiles != tiles) ||
+               piece.begin < 0 || piece.begin > piece.end || piece.end > tiles;
+  if (piece.slot >= params.slots) {
+    piece.slot = -1;
+    piece.kind = WHOLE;
+    stale = true;
+  }
+  const bool bad_length = (uint32_t)length > (uint32_t)params.max_length;
+  piece.refused = bad_length || stale;
+  piece.reason = bad_length ? LENGTH : STALE_METADATA;
+  if (piece.refused) piece.begin = piece.end = 0;
+  return piece;
+}
+
+// The RESULT word, which tells the matrix warpgroups what to do with O of a piece: its kind, and below
+// it its slot.
+DEVICE uint32_t result_word(Kind kind, int slot) { return kind << 16 | (slot & 0xffff); }
+DEVICE Kind kind_of(uint32_t result) { return (Kind)(result >> 16); }
+DEVICE int slot_of(uint32_t result) { return result & 0xffff; }
+
+// ---- rows -----------------------------------------------------------------------------------
+
+struct RowBlock {
+  int slab, first_row;  // row of the slab
+  int first_head;       // of the kv head
+};
+// From shared memory, where the kernel's beginning has put it: the division is slow.
+DEVICE RowBlock row_block() {
+  const Vector4 v = ld_shared_v4(row_block_address());
+  return {(int)v.x, (int)v.y, (int)v.z};
+}
+// The row of out [batch * s_q * h_q]. The heads of a slab are neighbours there, and so are the
+// positions of a slab that holds several.
+DEVICE int64_t out_row(const Params& params, int request, const RowBlock& block, int row) {
+  return ((int64_t)request * params.s_q + block.slab) * params.h_q + block.first_head + row;
+}
+// The row of out_partial and row_partial [slots * s_q * h_q], which lie kv head by kv head.
+DEVICE int64_t partial_row(const Params& params, int slot, const RowBlock& block, int row) {
+  return ((int64_t)slot * params.h_q + block.first_head) * params.s_q +
+         block.slab * params.slab_rows + row;
+}
+DEVICE void store_lse(const Params& params, int request, const RowBlock& block, int row,
+                      float lse) {
+  const int position = row / params.group, head = block.first_head + row - position * params.group;
+  params.lse[((int64_t)request * params.h_q + head) * params.s_q + block.slab + position] = lse;
+}
+
+// ---- the beginning, by one warp -------------------------------------------------------------
+// All roles wait for it, so it does the least that lets them begin.
+
+// Before the wait for the kernel ahead: what follows from the launch alone.
+DEVICE void init_row_block(const Params& params) {
+  const int lane = lane_index();
+  if (lane == 0) {
+    const uint32_t slab = blockIdx.x / params.blocks;
+    st_shared_v4(row_block_address(),
+                 {slab, (blockIdx.x - slab * params.blocks) * ROWS, blockIdx.y * params.group, 0});
+  }
+  // What it holds by now does not matter: it is the way there that takes long.
+  if (lane == 1) prefetch_l2(params.tile_scheduler_metadata + blockIdx.z * 8);
+}
+// After the wait: fills what part_of() reads. Returns the lane's column for check_part_row().
+DEVICE uint32_t init_part_row(const Params& params) {
+  const int lane = lane_index();
+  uint32_t value = 0;
+  if (lane < 8) {
+    value = __ldg(params.tile_scheduler_metadata + blockIdx.z * 8 + lane);
+    st_shared_u32(part_row() + lane * 4, value);
+  }
+  return value;
+}
+// Reports metadata that schedule.cu did not make for this part of such a batch, since it may leave rows
+// of out as they are.
+DEVICE void check_part_row(const Params& params, uint32_t value) {
+  const int lane = lane_index();
+  uint32_t check = 0;
+  if (lane == 4) check = value >> CHECK_SHIFT, value &= UNCHECKED;
+  if (lane == 8) value = blockIdx.z;
+  if (lane == 9) value = params.batch;
+  const uint32_t sum = __reduce_add_sync(~0u, check_term(lane, value));
+  if (lane == 4 && sum >> CHECK_SHIFT != check) refuse(params, 0, FOREIGN_METADATA, 0);
+}

@@ -1,0 +1,26 @@
+// Stands in for cuda_src/wgmma.cuh: the same functions, on machine.h.
+#pragma once
+#include "ptx.cuh"
+
+DEVICE void wgmma_fence() {}
+DEVICE void wgmma_commit_group() {}
+DEVICE void wgmma_wait_all() { machine::wait_for_products(); }
+template <int N>
+DEVICE void pin(float (&)[N]) {}
+
+DEVICE void issue(float* d, const uint32_t* a_registers, uint64_t a, uint64_t b, int columns,
+                  bool accumulate, bool b_mn_major) {
+  machine::Product product;
+  product.columns = columns, product.accumulate = accumulate, product.b_mn_major = b_mn_major;
+  product.a_in_registers = a_registers, product.a = a, product.b = b;
+  machine::issue(product, a_registers, d);
+}
+DEVICE void wgmma_m64n64k16_rs(float (&d)[32], const uint32_t* a, uint64_t b, int accumulate) {
+  issue(d, a, 0, b, 64, accumulate, false);
+}
+DEVICE void wgmma_m64n64k16_ss(float (&d)[32], uint64_t a, uint64_t b) {
+  issue(d, nullptr, a, b, 64, true, false);
+}
+DEVICE void wgmma_m64n256k16_ss(float (&d)[128], uint64_t a, uint64_t b) {
+  issue(d, nullptr, a, b, 256, true, true);
+}
