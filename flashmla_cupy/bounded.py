@@ -11,7 +11,8 @@ Value = TypeVar("Value")
 class Bounded(dict[Key, Value]):
     """A dict that forgets everything when it would exceed `limit` entries.
 
-    A bound, not a policy: what is kept here can be made again, and usual programs stay far below."""
+    A bound, not a policy: what is kept here can be made again, and usual programs stay far below.
+    """
 
     def __init__(self, limit: int) -> None:
         super().__init__()
