@@ -1,52 +1,31 @@
 // Merges the partial results of split requests, by the arithmetic of merge.cuh.
 //
-// Column 7 of the metadata lists the split requests and where their slots begin (schedule.py). The
-// blocks are shared out to the requests by their slots. A unit of work is half of the columns of a row,
-// a quarter where rows are few; W warps share it and take the splits in turns, as many as have all loads
-// in flight at once. With more units than warps the blocks of a request go round.
+// Column 7 of the metadata lists the split requests and where their slots begin (metadata.cuh
+// explains the words). The blocks of the grid are shared out to these requests in proportion to
+// their slots. A unit of work is half of the columns of a row, or a quarter where rows are few. W
+// warps share a unit, round-robin over its splits; W is the smallest power of two with every load
+// in flight. Where units outnumber the warps, the blocks of a request go round.
 //
-// What this kernel takes is latency: that of its loads, and that of its instructions. It is launched
-// programmatically behind dense_decode, so the metadata and the addresses come before the wait; then
-// all loads are issued at once, those of out before the weights are known. They are volatile, or
-// ptxas moves them behind the arithmetic of the weights.
+//   time ->   metadata, addresses | wait for dense_decode | all loads | weights | sums | out, lse
 //
-// What was tried, on an H100; microseconds of a whole call. `h`, `b` and `s`: query heads, requests,
-// tokens of each. As it is: h128 b1 s512 8.6, h128 b1 s8192 15.0, h16 b1 s8192 12.3, h128 b8 s4096 27.8;
-// without this kernel at all the first ones take 7.2, 12.6, 9.7 and 25.3.
-//   no second kernel: the blocks of dense_decode merge a slice each as they end, told by words in
-//   global memory that all pieces are there     h128 b1 s512 1.4 times as long, h16 b1 s32768 1.04
-//   partial results as floats                   h128 b1 s8192 17.6 instead of 16; of few rows, as now,
-//                                               h16 b1 s8192 12.9 instead of 13.2
-//   a path for each number of slices and splits, 44 KB more code
-//                                               nothing split, h32 b64 s512: 24.9 instead of 23.1.
-//                                               With dense_decode it must fit the instruction cache,
-//                                               120 KB it seems
-//   warps a row by the number of requests, not by what is split
-//                                               one long request among 64, h16: 91 instead of 79
-//   264 blocks whatever there is to do          h128 b1 s512 10.5 instead of 9.3: launching 132 takes a
-//                                               microsecond
-//   quarters of a row, two splits a warp at a time, in rounds of five
-//                                               h128 b8 s4096 31.5, 128 of about 4096 281 (now 275)
-//   528 blocks of 64 registers a thread         of those: h128 b1 s512 11.7 instead of 9.3, b8 s4096 30
-//   blocks of 512 threads                       the same
-//   blocks of 1024 threads of 64 registers      h16 b1 s8192 15.6, h128 b1 s32768 28.9 instead of 26
-//   a load for each row of a pair that may be merged already, one behind another
-//                                               3 to 6 where all are merged, now 1
-//   triggered ahead of dense_decode's epilogue  the same
-//   the largest lse by an integer reduction, fewer steps for few splits, quotients by a reciprocal: the same
+// What this kernel takes is latency: that of its loads, and that of its instructions. So it is
+// launched programmatically, and what it can find out by itself comes before the wait; then all
+// loads are issued at once, those of out before the weights are known. They are volatile, or ptxas
+// moves them behind the arithmetic of the weights.
 #include "merge.cuh"
 #include "metadata.cuh"
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int MAX_SPLITS = 160;  // parts at most (geometry.py)
 
-// A unit of work: some columns of a row, of which a lane of a team has eight. Halves: 256 columns, one
-// scale. Floats, which few rows have: 128, so that there are enough units; half of a warp is a team.
+// A unit of work: some columns of a row, of which each lane of a team has eight. Of halves it is
+// 256 columns, which have one scale. Of floats, which is how few rows are kept, it is 128 columns,
+// so that there are enough units; half a warp is a team then.
 template <bool HALVES>
 struct Unit {
   static constexpr int COLUMNS = HALVES ? 256 : 128, IN_ROW = 512 / COLUMNS;
-  static constexpr int LANES = COLUMNS / 8, TEAMS = 32 / LANES;  // of a team, of a warp
-  static constexpr int IN_FLIGHT = HALVES ? 10 : 5;              // splits that a team has loaded
+  static constexpr int LANES = COLUMNS / 8, TEAMS = 32 / LANES;  // lanes of a team, teams of a warp
+  static constexpr int IN_FLIGHT = HALVES ? 10 : 5;              // splits that a team loads at once
 };
 
 struct Arrays {
@@ -59,7 +38,7 @@ struct Arrays {
 struct Request {
   int index, first_slot, splits;
 };
-// Column 7 of the metadata: entries lane, lane + 32, ..., by one load each.
+// Column 7 of the metadata. A lane holds the entries lane, lane + 32, ..., by one load each.
 struct List {
   uint32_t entries[MAX_SPLITS / 32];
   DEVICE void load(const int* tile_scheduler_metadata, int parts) {
@@ -78,7 +57,7 @@ struct List {
     }
     return __shfl_sync(~0u, entry, i & 31);
   }
-  // Entries of which something is true.
+  // How many entries satisfy a condition.
   template <class Condition>
   DEVICE int count(Condition condition) const {
     int sum = 0;
@@ -89,7 +68,7 @@ struct List {
     return sum;
   }
 };
-// Of each warp: what the splits of its unit weigh, then the sums of its teams.
+// Shared memory of a warp: first what the splits of its unit weigh, then the sums of its teams.
 union Shared {
   float weights[MAX_SPLITS];
   float sums[Unit<true>::COLUMNS];
@@ -106,7 +85,8 @@ DEVICE float warp_sum(float x) {
   return x;
 }
 
-// Partial row -> (query position, head): kv head by kv head, each with s_q * group rows.
+// Where a row of the partial results belongs. They lie kv head by kv head, each with s_q * group
+// rows.
 struct Row {
   int64_t out, lse;  // rows of out, elements of lse
   DEVICE Row(const Arrays& a, const Request& request, int row) {
@@ -117,7 +97,7 @@ struct Row {
   }
 };
 
-// A row of a pair (sm90_pair.cuh), by a warp.
+// Merges a row of a pair (sm90_pair.cuh), by a warp.
 DEVICE void merge_pair(const Arrays& a, const Request& request, int row) {
   const int64_t rows = a.s_q * a.h_q, first_row = request.first_slot * rows + row;
   const float* lse = a.row_partial + first_row * 4;
@@ -141,8 +121,8 @@ DEVICE void merge_pair(const Arrays& a, const Request& request, int row) {
   }
   if (lane_index() == 0) a.lse[to.lse] = both.lse;
 }
-// Rows first, first + step, ... of a pair, but those that dense_decode has merged: all, most often, so a
-// warp looks at 32 at once.
+// Merges rows first, first + step, ... of a pair, except those that dense_decode has merged. Most
+// often that is all of them, so a warp looks at 32 rows at once.
 DEVICE void merge_pairs(const Arrays& a, const Request& request, int first, int step) {
   const int rows = a.s_q * a.h_q;
   const float* lse = a.row_partial + (int64_t)request.first_slot * rows * 4;
@@ -158,7 +138,7 @@ DEVICE void merge_pairs(const Arrays& a, const Request& request, int first, int 
   }
 }
 
-// lse and, of halves, the scale of splits lane, lane + 32, ... of a row.
+// lse and, for halves, the scales of a row. A lane holds those of splits lane, lane + 32, ...
 template <bool HALVES>
 struct Splits {
   float4 rows[MAX_SPLITS / 32];
@@ -201,13 +181,13 @@ struct Splits {
   }
 };
 
-// Eight columns a lane of some splits. Floats lie in two groups of 16 columns, but a lane of a quad has
-// the same eight as of halves.
+// Eight columns for each lane, of the splits that are in flight. Floats lie in groups of 16
+// columns, but a lane of a quad has the same eight as with halves.
 template <bool HALVES>
 struct Columns {
   static constexpr int IN_FLIGHT = Unit<HALVES>::IN_FLIGHT;
   Vector4 loaded[IN_FLIGHT][HALVES ? 1 : 2];
-  // Where those of a lane are in a row.
+  // Where the columns of a lane lie in a row.
   DEVICE static int offset(int lane) {
     return HALVES ? lane * 4 : (lane >> 2) * 32 + (lane & 3) * 4;
   }
@@ -223,7 +203,7 @@ struct Columns {
 #pragma unroll
     for (int u = 0; u < IN_FLIGHT; ++u) {
       const float weight = first + u * teams < splits ? weights[first + u * teams] : 0.f;
-      if (weight == 0.f) continue;  // or no key of this row; out_i may be NaN from V
+      if (weight == 0.f) continue;  // a piece without a key of this row: out_i may be NaN from V
 #pragma unroll
       for (int k = 0; k < (HALVES ? 1 : 2); ++k) {
         const Vector4& w = loaded[u][k];
@@ -243,7 +223,7 @@ struct Columns {
   }
 };
 
-// A unit of a request in more pieces, by 2^warps_log2 warps.
+// Merges a unit of a request in three or more pieces, by 2^warps_log2 warps.
 template <bool HALVES>
 DEVICE void merge_unit(const Arrays& a, const Request& request, int unit, int warps_log2,
                        Shared* shared) {
@@ -307,13 +287,13 @@ DEVICE void merge_unit(const Arrays& a, const Request& request, int unit, int wa
   if (at == 0 && (warp & (warps - 1)) == 0 && lane == 0) a.lse[to.lse] = row_lse;
 }
 
-// The units of a request in more than two pieces, by `mine` blocks, of which this is number `block`.
+// Merges a request in three or more pieces, by `mine` blocks, of which this is number `block`.
 template <bool HALVES>
 DEVICE void merge_units(const Arrays& a, const Request& request, int block, int mine,
                         Shared* shared) {
   using U = Unit<HALVES>;
   const int units = a.s_q * a.h_q * U::IN_ROW, warp = uniform(threadIdx.x >> 5);
-  int warps_log2 = 0;  // so that all loads are in flight at once, if there are so many
+  int warps_log2 = 0;  // of W: all loads in flight at once, if there are so many warps
   while (WARPS >> warps_log2 > 1 && request.splits > U::IN_FLIGHT * U::TEAMS << warps_log2 &&
          units << (warps_log2 + 1) <= mine * WARPS) {
     ++warps_log2;
@@ -328,12 +308,12 @@ DEVICE void merge_units(const Arrays& a, const Request& request, int block, int 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     combine(const int* __restrict__ tile_scheduler_metadata,  // [parts, 8]
             const float* out_partial, const float* row_partial, uint16_t* out, float* lse,
-            uint64_t* pairs,  // [words], see sm90_pair.cuh
+            uint64_t* pairs,  // [words]: sm90_pair.cuh
             int words, int batch, int s_q, int h_q, int group, int slots, int parts,
             int slab_rows) {
   __shared__ Shared shared[WARPS];
   const Arrays a = {out_partial, row_partial, out, lse, s_q, h_q, group};
-  // Metadata that does not fit is refused by dense_decode; here it must only do no harm.
+  // dense_decode refuses metadata that does not fit; here it must only do no harm.
   List list;
   list.load(tile_scheduler_metadata, parts);
   const int blocks = gridDim.x, block = blockIdx.x, used = list[parts - 1] >> REQUEST_BITS;
@@ -360,9 +340,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
       }
     }
   }
-  if (block == 0) {  // for the next replay, if this is in a graph
+  if (block == 0) {  // clears the pairs' words for the next replay, if this is in a graph
     griddepcontrol_wait();
 #pragma unroll 1
     for (int i = threadIdx.x; i < words; i += THREADS) pairs[i] = 0;
   }
 }
+
+// ---- lab notes ------------------------------------------------------------------------------
+// What was tried: the setting, then each choice with its time, the one taken first. On an H200,
+// microseconds of a whole call; `h`, `b` and `s` are query heads, requests, and tokens of each. As
+// it is: h128 b1 s512 8.6, h128 b1 s8192 15.0, h16 b1 s8192 12.3, h128 b8 s4096 27.8; without this
+// kernel the same take 7.2, 12.6, 9.7 and 25.3.
+//   who merges       this kernel | the blocks of dense_decode, a slice each as they end, told by
+//                    words in global memory: h128 b1 s512 1.4 times as long, h16 b1 s32768 1.04
+//   partial results  scaled halves, h128 b1 s8192 16 | floats 17.6
+//                    of few rows: floats, h16 b1 s8192 12.9 | halves 13.2
+//   code             one path for all, nothing split, h32 b64 s512 23.1 | a path for each number of
+//                    slices and splits, 44 KB more 24.9: with dense_decode it must fit the
+//                    instruction cache, 120 KB it seems
+//   warps a row      by what is split, one long request among 64, h16 79 | by the number of
+//                    requests 91
+//   blocks           as many as there is work for, h128 b1 s512 9.3 | always 264 10.5: launching
+//                    132 takes a microsecond
+//   a unit           half a row, ten splits at a time, h128 b8 s4096 27.8, 128 of about 4096 275 |
+//                    a quarter, two splits a warp at a time, in rounds of five 31.5, 281
+//   occupancy        two blocks a multiprocessor, h128 b1 s512 9.3 | 528 blocks of 64 registers a
+//                    thread 11.7, b8 s4096 30
+//   threads          256 | 512: the same | 1024 of 64 registers, h16 b1 s8192 15.6, h128 b1 s32768
+//                    28.9 where it was 26
+//   rows of a pair   looked at 32 at once, all merged 1 | one load after another 3 to 6
+//   triggered        at the end of dense_decode | ahead of its epilogue: the same
+//   arithmetic       as it is | the largest lse by an integer reduction; fewer steps for few
+//                    splits; quotients by a reciprocal: all the same

@@ -7,14 +7,14 @@
 //   page       page_size tokens that lie together in k_cache; block_table names those of a request
 //   row        a (query position, query head) pair of one kv head: a row of S, P and O
 //   slab       the rows of a kv head that lie evenly in memory: all, or those of a query position
-//   row block  64 rows of a slab (the last one of a slab may have fewer): the rows of a thread block
+//   row block  64 rows of a slab, the last of which may have fewer: the rows of a thread block
 //   part       a range of the batch's tiles, which may begin and end inside of requests: a row of
 //              tile_scheduler_metadata. Each part has a thread block for every row block
 //   piece      the tiles of one request that one part computes
 //   split      a request in several pieces is split, and so are its pieces
 //   slot       the place of a split piece in out_partial and row_partial
-//   pair       the two pieces of a request that is split in two: the front, which ends its part, and
-//              the back, which begins the next part
+//   pair       the two pieces of a request that is split in two: the front, which ends its part,
+//              and the back, which begins the next part
 //   unit       of combine.cu: some columns of a row, merged by one team of warps at a time
 #pragma once
 #include "ptx.cuh"

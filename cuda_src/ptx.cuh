@@ -2,7 +2,8 @@
 // those of NVIDIA's "PTX ISA" (9.7: instructions). NVRTC ships no headers and needs none here.
 //
 // Kernels for all GPUs use what sm_80 has, and griddepcontrol, which does nothing before sm_90.
-// mbarriers with bytes, TMA, setmaxnreg, elect.sync and stmatrix are sm_90's; wgmma.cuh has the rest.
+// mbarriers with bytes, TMA, setmaxnreg, elect.sync and stmatrix are sm_90's; wgmma.cuh has the
+// rest.
 //
 // Addresses of shared memory are uint32_t in the shared window; mbarrier phases are parities.
 #pragma once
@@ -108,9 +109,9 @@ DEVICE void st_relaxed(uint64_t* p, uint64_t x) {
 }
 // Cheaper than __threadfence(), which is sequentially consistent.
 DEVICE void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-// Programmatic dependent launch: the first waits until the kernels ahead have ended and their writes are
-// visible; the second lets the next kernel begin, which may be long before this one ends. Without
-// them, before sm_90, kernels follow one another anyway.
+// Programmatic dependent launch: the first waits until the kernels ahead have ended and their
+// writes are visible; the second lets the next kernel begin, which may be long before this one
+// ends. Without them, before sm_90, kernels follow one another anyway.
 DEVICE void griddepcontrol_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,44 +1,28 @@
-// Sequence lengths -> tile_scheduler_metadata and num_splits, by one block.
+// Sequence lengths -> tile_scheduler_metadata and num_splits, by one thread block.
 //
-// The algorithm, the columns and the constants are those of flashmla_cupy/schedule.py, which is the
-// oracle: every integer is equal. It runs once for each decoding step, and its latency is all that
-// counts: a straight line of few instructions and six barriers, with all candidates side by side.
+// The algorithm, the columns and the constants are those of flashmla_cupy/schedule/split.py, which
+// is the oracle: every integer is equal. metadata.cuh explains the words. The kernel runs once for
+// each decoding step, and its latency is all that counts: it is a straight line of few instructions
+// and six barriers, with all candidates side by side.
 //
-//   1. prefix  One warp sums up the costs of the requests, four a lane, and finds what the parts of each
-//              candidate have in common. Of a large batch (schedule.PREFIX_ENTRIES) only every 2^k-th
-//              sum is kept, and step 2 walks from there.
-//   2. cut     A candidate has a group of warps, and a thread finds where a cut lies. Candidates with as
-//              many parts cut at the same places: the first of them finds these for all.
-//   3. rate    Each moves its cuts out of the reach of its limit. Neighbouring warps share three cuts,
-//              since it takes four to rate a part: lane i of warp w has cut 29 w - 1 + i, and the warp
-//              rates parts 29 w to 29 w + 28. One warp picks the best candidate.
+//   1. prefix  One warp sums up the costs of the requests, four a lane, and finds what the parts of
+//              each candidate have in common. Of a large batch (split.PREFIX_ENTRIES) only every
+//              2^k-th sum is kept, and step 2 walks from there.
+//   2. cut     Each candidate has a group of warps, and a thread finds where a cut lies. Candidates
+//              with as many parts cut at the same places: the first of them finds these for all.
+//   3. rate    Each candidate moves its cuts out of the reach of its limit. Rating a part takes
+//              four cuts, so neighbouring warps share three: lane i of warp w has cut 29 w - 1 + i,
+//              and the warp rates parts 29 w to 29 w + 28. One warp picks the best candidate.
 //   4. record  The warps of that candidate write their rows, the others num_splits.
 //
-// Dynamic shared memory (schedule.launch_sizes): int starts[4 step + 1], the cost of the requests before
-// an entry, and of all; then BEYOND.
-//
-// What was tried, on an H100; microseconds for 128 requests and 132 | 66 parts, where a kernel that does
-// nothing takes 0.9:
-//   one warp a candidate, cuts in shared memory, 64-bit costs, seven candidates    6.0 | 5.5
-//   25 warps that each add up the runs of eight scanning warps, and divide         3.85 | 3.2
-//   of those that cut at the same places, one candidate does it for all            3.5 | 2.9
-//   what they have in common found by one warp, float32 shares                     3.35 | 3.0
-//   one warp scans, four requests a lane: as it is                                 3.15 | 2.85
-//   columns 4 to 7 by another group of warps                                       the same
-//   odd steps in count_to, against bank conflicts                                  the same
-//   num_splits by the parts, each for the requests that begin in it                the same
-// What bounds it is the chain: launch 0.9, lengths and scan 0.6, then 15 or 25 warps that take turns
-// at four schedulers, two cycles an integer instruction, and 35 cycles for each look at shared memory,
-// 45 for each reduction. dense_decode starts meanwhile, so in front of it this takes 1.9 to 2.5, not 6
-// as the first one without launch_dependents.
-
+// Dynamic shared memory (split.launch_sizes): int starts[4 step + 1], the cost of the requests
+// before an entry, then that of all, then BEYOND.
 #include "metadata.cuh"
-#include "ptx.cuh"
 
 constexpr int WARP_PARTS = 29;
 constexpr int MAX_PARTS = 174;
 
-// The constants of schedule.py.
+// The constants of split.py, which explains them.
 constexpr int UNIT = 16;
 constexpr int C_REQ = 8;
 constexpr int CANDIDATES = 5;
@@ -61,7 +45,8 @@ DEVICE int tiles_of(int length) {
 }
 DEVICE int cost_of(int tiles) { return tiles ? UNIT * tiles + C_REQ : 0; }
 
-// How many of ascending numbers are at most x. `step` is a power of four, and there are 4 step - 1.
+// How many of `numbers`, which ascend, are at most x. There are 4 step - 1 of them, and `step` is a
+// power of four.
 DEVICE int count_to(const int* numbers, int step, int x) {
   int count = 0;
 #pragma unroll 1
@@ -72,21 +57,23 @@ DEVICE int count_to(const int* numbers, int step, int x) {
   return count;
 }
 
-// What all parts of a candidate have in common, and what all candidates have.
+// What all parts of a candidate have in common.
 struct alignas(16) Use {
-  int parts;  // that get work
-  float share;
-  int finder;  // of the places of the cuts: the first candidate with as many
+  int parts;    // that get work
+  float share;  // of the cost, for each of them
+  int finder;   // the first candidate with as many parts: it finds the places of the cuts
 };
 // Where a cut lies: in a request that begins at `start`, with tiles on both sides.
 struct alignas(16) Place {
   int request, start, before, behind;
 };
+// What all candidates have in common: the cost of all requests, and by how much memory alone takes
+// longer than a mean part.
 struct Common {
-  int total, longer;  // cost of all requests; what memory alone takes longer than a mean part
+  int total, longer;
 };
-// Of a candidate: the longest part; and its split pieces, those that begin inside a request, and
-// above them, from bit 16, those that begin at its first tile.
+// Of a candidate: the time of its longest part; and how many split pieces begin inside a request
+// and, from bit 16 on, how many begin at its first tile.
 struct Rating {
   int longest, pieces;
 };
@@ -95,13 +82,13 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
     const int* __restrict__ cache_seqlens,      // [batch], batch > 0
     int batch, int parts,                       // parts <= MAX_PARTS
     int most_tiles,                             // of a request: longer ones count as that
-    int shift, int step,                        // see 1.; of count_to
-    float tile_longer, int piece_memory,        // schedule.memory_costs
+    int shift, int step,                        // k of step 1; the first step of count_to
+    float tile_longer, int piece_memory,        // split.memory_costs
     int* __restrict__ tile_scheduler_metadata,  // [parts, 8], 16-byte aligned
     int* __restrict__ num_splits) {             // [batch + 1]
   extern __shared__ __align__(16) unsigned char shared[];
-  __shared__ float inverses[MAX_PARTS + 1];  // of i
-  __shared__ int evens[MAX_PARTS + 1];       // parts, less what i requests cannot share out
+  __shared__ float inverses[MAX_PARTS + 1];  // 1 / i
+  __shared__ int evens[MAX_PARTS + 1];       // parts, less those that i requests cannot share out
   __shared__ Use uses[CANDIDATES];
   __shared__ Common common;
   __shared__ Place places[CANDIDATES][MAX_PARTS];
@@ -212,7 +199,8 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
 
   // ---- 3. rate -----------------------------------------------------------------------------
 
-  // Of the cut. Inside a request: at a tile but its first; otherwise `start` is -1.
+  // Where the cut of this lane lies, and the cost before it, `at`. A cut inside a request, which is
+  // not at its first tile, has `start`, the cost before that request; any other has -1.
   int request = 0, tile = 0, start = -1, at = 0;
   if (cut >= use.parts) {
     request = batch, at = common.total;
@@ -231,7 +219,7 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
   const int next_at = __shfl_down_sync(ALL, at, 1), next_start = __shfl_down_sync(ALL, start, 1);
   const int start_before = __shfl_up_sync(ALL, start, 1);
   const bool is_inside = start >= 0, next_is_inside = next_start >= 0, moves = next_at != at;
-  // Of all lanes, as bits. A pair: the cut is the only one of its request, between neighbouring parts.
+  // Bits of all lanes. A cut makes a pair if it is the only one inside its request.
   const uint32_t pairs =
       __ballot_sync(ALL, is_inside && start_before != start && next_start != start);
   const bool begins_inside = owns && is_inside && moves;
@@ -275,7 +263,7 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
 
   const int chosen = best;
   const bool records = candidate == chosen;
-  // num_splits: before request r lie r requests, and the parts that begin inside one of them.
+  // num_splits[r] counts the r requests before r, and the parts that begin inside one of them.
   auto last_part_before = [&](int r) { return count_to(requests[chosen], PARTS_STEP, r - 1) - 1; };
   const int first_r = (warp < chosen * group ? warp : warp - group) * 32 + lane;
   int last_part = 0;
@@ -300,7 +288,7 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
         static_assert(ENDS_IN_PAIR == 2 * BEGINS_IN_PAIR, "");
       }
       inside[cut] = inside_before + begins_inside;
-      // The list of split requests: part by part, or what follows its end.
+      // The list of split requests, part by part, and what follows its end.
       if (starts_split) list[split_before] = slot + begins_inside << REQUEST_BITS | next_request;
       if (cut >= pieces >> 16) {
         list[cut] = (pieces >> 16) + (pieces & 0xffff) << REQUEST_BITS | NO_REQUEST;
@@ -332,3 +320,21 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
     }
   }
 }
+
+// ---- lab notes ------------------------------------------------------------------------------
+// What was tried: the setting, then each choice with its time, in the order of history; the last is
+// the one taken. On an H100, microseconds for 128 requests and 132 | 66 parts, where a kernel that
+// does nothing takes 0.9:
+//   a warp a candidate    cuts in shared memory, 64-bit costs, seven candidates  6.0  | 5.5
+//   25 warps              each adds up the runs of eight scanning warps, divides 3.85 | 3.2
+//   equal cuts            one candidate finds them for all                       3.5  | 2.9
+//   what is common        found by one warp, float32 shares                      3.35 | 3.0
+//   the scan              by one warp, four requests a lane: as it is            3.15 | 2.85
+// and what was not taken, since it made no difference:
+//   columns 4 to 7        written by another group of warps
+//   count_to              odd steps, against bank conflicts
+//   num_splits            written by the parts, each for the requests that begin in it
+// What bounds it is the chain: launch 0.9, lengths and scan 0.6, then 15 or 25 warps that take
+// turns at four schedulers, two cycles an integer instruction, 35 cycles for each look at shared
+// memory and 45 for each reduction. dense_decode starts meanwhile, so before it this takes 1.9 to
+// 2.5, where the first one, without launch_dependents, took 6.

@@ -1,6 +1,6 @@
-// The matrix role, of warpgroups 1 and 2: O += P V for one half of the 512 columns of V, and where O
-// goes in the end. O takes 128 of the 160 registers of a thread. Warp 0 of each is also the producer
-// of that half of Q and K (sm90_tma_producer.cuh).
+// The matrix role, of warpgroups 1 and 2: O += P V for one half of the 512 columns of V, and where
+// O goes in the end. O takes 128 of the 160 registers of a thread. Warp 0 of each is also the
+// producer of that half of Q and K (sm90_tma_producer.cuh).
 #pragma once
 #include "sm90_fragments.cuh"
 #include "sm90_pair.cuh"
@@ -93,7 +93,8 @@ DEVICE void store_halves(const float (&o)[128], int half, const Params& params, 
   }
 }
 
-// O of the front, in registers, becomes out of both pieces. `after` is the place after the last tile.
+// O of the front, in registers, becomes out of both pieces. `after` is the place after the last
+// tile.
 DEVICE void merge_back(float (&o)[128], int half, Place after, float inverse0, float inverse1) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -119,8 +120,8 @@ DEVICE void free_results() {
   __syncwarp();
   if (arrives()) mbarrier_arrive(results_free());
 }
-// The last thread of matrix half 0 announces a back. It is in no producer's warp, since the fences of
-// that take microseconds.
+// The last thread of matrix half 0 announces a back. It is in no producer's warp, since the fences
+// of that take microseconds.
 constexpr uint32_t ANNOUNCER = 2 * GROUP_THREADS - 1;
 DEVICE bool is_producer() { return uniform(warp_in_group()) == 0; }
 
@@ -200,7 +201,7 @@ DEVICE void matrix_role(const Params& params, int half, const TensorMap& q_map,
       bar_sync(PAIR_BARRIER, BLOCK_THREADS);  // the softmax warpgroup has looked for the back
       result = uniform(ld_shared_u32(shared_base() + RESULT));
       if (kind_of(result) == MERGED) {
-        mbarrier_wait(other_full(), 0);
+        mbarrier_wait(back_full(), 0);
         merge_back(o, half, place, inverse0, inverse1);
         inverse0 = inverse1 = 1.f;
       }

@@ -2,30 +2,31 @@
 //
 //     S = q K^T        P = 2^(scale S - m)        out = P V / sum(P)        V = K[:, :512]
 //
-// A thread block computes 64 query rows over the tiles (64 tokens each) of one part of the schedule.
-// It has three warpgroups:
+// A thread block computes 64 query rows over the tiles (64 tokens each) of one part of the
+// schedule. It has three warpgroups:
 //
-//   softmax         S [64, 64] = Q [64, 576] K^T, then P: sm90_softmax.cuh, 184 registers a thread
-//   matrix, half 0  O[:, :256] += P V[:, :256]:           sm90_accumulate.cuh, 160 registers a thread
-//   matrix, half 1  the same of columns 256 to 511
+//   softmax         S [64, 64] = Q [64, 576] K^T, then P   sm90_softmax.cuh, 184 registers a thread
+//   matrix, half 0  O[:, :256] += P V[:, :256]             sm90_accumulate.cuh, 160 registers
+//   matrix, half 1  O[:, 256:] += P V[:, 256:]             the same
 //
-// Warp 0 of each matrix warpgroup loads that half of Q and K by TMA (sm90_tma_producer.cuh). Over time:
+// Warp 0 of each matrix warpgroup also loads that half of Q and K by TMA, with
+// sm90_tma_producer.cuh. Over time, for a piece of four tiles:
 //
-//   TMA             Q   | K0  | K1  | K2        | K3        | next Q ...
-//   softmax               Q   | S0 P0 | S1 P1   | S2 P2     | S3 P3 | l, lse      | next Q ...
-//   matrix, half 0                    | O += P0 V0 | P1 V1  | P2 V2 | P3 V3 | out[:, :256]
-//   matrix, half 1                    | O += P0 V0 | P1 V1  | P2 V2 | P3 V3 | out[:, 256:]
+//   TMA             Q  K0  K1   K2, where Q was    K3, where K0 was    Q of the next piece ...
+//   softmax             Q       S0 P0     S1 P1     S2 P2     S3 P3     l, lse
+//   matrix, half 0                        P0 V0     P1 V1     P2 V2     P3 V3     out[:, :256]
+//   matrix, half 1                        P0 V0     P1 V1     P2 V2     P3 V3     out[:, 256:]
 //
-// sm90_shared.cuh has the memory map and the table of barriers that keep them in step; metadata.cuh
-// explains the words (part, piece, row block, ...); sm90_pieces.cuh finds out what a block has to do.
+// sm90_shared.cuh has the memory map and the table of the barriers that keep them in step.
+// sm90_pieces.cuh finds out what a block has to do; metadata.cuh explains the words.
 //
-// P of a tile overwrites the rotary columns of the same tile, which S no longer needs, so three tiles
-// fit 227 KB. The running maximum m is lazy: it moves only when a row's maximum exceeds it by 8, and
-// by whole numbers, so that the factors for O are exact powers of two.
+// P of a tile overwrites the rotary columns of the same tile, which S no longer needs, so three
+// tiles fit 227 KB. The running maximum m is lazy: it moves only when a row's maximum exceeds it by
+// 8, and by whole numbers, so that the factors for O are exact powers of two.
 //
-// When the next tile has already arrived, as in a launch bound by arithmetic, S of that tile is issued
-// before P V of this one is released, 8 steps before the end of S, so that the tensor cores never
-// wait. Otherwise P V is released at once.
+// When the next tile has already arrived, as in a launch bound by arithmetic, S of that tile is
+// issued before P V of this one is released, 8 steps before the end of S, so that the tensor cores
+// never wait. Otherwise P V is released at once.
 #include "sm90_accumulate.cuh"
 #include "sm90_softmax.cuh"
 
@@ -41,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     prefetch_tensormap(k_map_1);
     init_mbarriers();
   }
-  const bool begins = thread_index() >> 5 == 1;  // a warp that has nothing to do until Q is there
+  const bool begins = thread_index() >> 5 == 1;  // this warp has nothing to do until Q is there
   if (begins) init_row_block(params);
   if (thread_index() >> 5 == 2) prefetch_tables(params);
   griddepcontrol_wait();
@@ -62,8 +63,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 }
 
 // ---- lab notes ------------------------------------------------------------------------------
-// What was tried: the setting, then each choice with its time, the one taken first. Microseconds of a
-// decode call.
+// What was tried: the setting, then each choice with its time, the one taken first. Microseconds of
+// a decode call.
 //
 // In a prototype of this kernel on an H200, 128 heads, batch 132, 8192 tokens, unless said:
 //   who loads K           each half its own, one box a tile 504 | one warpgroup, nine boxes 548

@@ -1,23 +1,23 @@
 // Pairs: the two pieces of a request that neighbouring parts share, merged without `combine`.
 //
-// The front is the last piece of part n, the back the first one of part n + 1. So the back is usually
-// long done when the front ends, and the front merges the two: it copies the back's partial result
-// into the ring, which nothing else needs any more, and writes out and lse. Otherwise `combine` does.
-// Every request that the schedule splits in two is a pair, and `combine` takes two pieces for one:
-// their partial results are floats, however many rows there are (merge.cuh).
+// The front is the last piece of part n, the back the first one of part n + 1. So the back is
+// usually long done when the front ends, and the front merges the two: it copies the back's partial
+// result into the ring, which nothing else needs any more, and writes out and lse. Otherwise
+// `combine` does. Every request that the schedule splits in two is a pair, and `combine` takes two
+// pieces for one: their partial results are floats, however many rows there are (merge.cuh).
 //
-// They meet in a word of `pairs`, which holds the number of this launch (its epoch) once the back is
-// written. Any other number means that it is not, since scratch memory comes as it is. The front does
-// not wait: `combine` takes less time than a wait and the rest of the way through memory. In a graph
-// every replay has the same number, so `combine` clears the words after each.
+// They meet in a word of `pairs`, which holds the number of this launch (its epoch) once the back
+// is written. Any other number means that it is not, since scratch memory comes as it is. The front
+// does not wait: `combine` takes less time than a wait and the rest of the way through memory. In a
+// graph every replay has the same number, so `combine` clears the words after each.
 //
 // The arithmetic is the same for both (merge.cuh): who merges changes no bit.
 #pragma once
 #include "merge.cuh"
 #include "sm90_pieces.cuh"
 
-// The back lies in two stages of the ring. Its rows are padded there, so that the quads of lanes that
-// read two rows at once meet 32 different banks.
+// The back lies in two stages of the ring. Its rows are padded there, so that the quads of lanes
+// that read two rows at once meet 32 different banks.
 constexpr int BACK_ROW_BYTES = 512 * 4, BACK_PITCH = BACK_ROW_BYTES + 64;
 constexpr int BACK_ROWS = 32;  // of a stage
 static_assert(BACK_PITCH * BACK_ROWS <= STAGE_BYTES && 2 * BACK_ROWS == ROWS, "two stages");
@@ -28,7 +28,8 @@ DEVICE uint64_t* pair_word(const Params& params, int part_of_back) {
   const int row_blocks = gridDim.x * gridDim.y;
   return params.pairs + (int64_t)part_of_back * row_blocks + blockIdx.y * gridDim.x + blockIdx.x;
 }
-// Says that the back is written. By one thread, after a barrier that follows all stores of the block.
+// Says that the back is written. By one thread, after a barrier that follows all stores of the
+// block.
 DEVICE void announce_back(const Params& params) {
   fence_proxy_async_all();  // the front reads it by TMA
   fence_acq_rel_gpu();
@@ -39,8 +40,8 @@ DEVICE bool is_back_written(const Params& params) {
   return ld_acquire(pair_word(params, blockIdx.z + 1)) == params.epoch;
 }
 
-// Loads the back's rows from `slot` into the two stages that follow the front's last one, by one warp.
-// `last` is the place of the front's last tile.
+// Loads the back's rows from `slot` into the two stages that follow the front's last one, by one
+// warp. `last` is the place of the front's last tile.
 DEVICE void fetch_back(const Params& params, const RowBlock& block, int slot, Place last) {
   Place place = last;
   for (int i = 0; i < 2; ++i) {  // P V of the tiles before may still read them
@@ -49,7 +50,7 @@ DEVICE void fetch_back(const Params& params, const RowBlock& block, int slot, Pl
     mbarrier_wait(empty(1, place.stage), place.phase);
   }
   const int rows = min(ROWS, params.slab_rows - block.first_row);
-  if (lane_index() == 0) mbarrier_arrive_expect_tx(other_full(), rows * BACK_ROW_BYTES);
+  if (lane_index() == 0) mbarrier_arrive_expect_tx(back_full(), rows * BACK_ROW_BYTES);
   __syncwarp();
   fence_proxy_async_all();
   const float* from = params.out_partial + partial_row(params, slot, block, block.first_row) * 512;
@@ -57,7 +58,7 @@ DEVICE void fetch_back(const Params& params, const RowBlock& block, int slot, Pl
   for (int row = lane_index(); row < rows; row += 32) {
     const uint32_t stage = row < BACK_ROWS ? last.stage : (last.stage + 1) % STAGES;
     cp_async_bulk(stage_address(stage) + row % BACK_ROWS * BACK_PITCH, from + row * 512,
-                  BACK_ROW_BYTES, other_full());
+                  BACK_ROW_BYTES, back_full());
   }
 }
 // Where row `row` of the back lies; `stage` is the one after that of the front's last tile.

@@ -35,8 +35,8 @@ struct Params {
 
 enum Reason { LENGTH, STALE_METADATA, PAGE_ID, FOREIGN_METADATA };  // engine.py names them
 
-// Remembers why a request is refused, and tells the host. The least key wins: the first request, and
-// of that the first reason.
+// Remembers why a request is refused, and tells the host. The least key wins: the first request,
+// and of that the first reason.
 DEVICE void refuse(const Params& params, int request, Reason reason, int column) {
   const uint64_t key = (uint64_t)request << 34 | (uint64_t)reason << 32 | (uint32_t)column;
   atomicMin(params.refusal, key);
@@ -99,8 +99,8 @@ DEVICE Piece piece_of(const Params& params, int request) {
   return piece;
 }
 
-// The RESULT word, which tells the matrix warpgroups what to do with O of a piece: its kind, and below
-// it its slot.
+// The RESULT word, which tells the matrix warpgroups what to do with O of a piece: its kind, and
+// below it its slot.
 DEVICE uint32_t result_word(Kind kind, int slot) { return kind << 16 | (slot & 0xffff); }
 DEVICE Kind kind_of(uint32_t result) { return (Kind)(result >> 16); }
 DEVICE int slot_of(uint32_t result) { return result & 0xffff; }
@@ -156,8 +156,8 @@ DEVICE uint32_t init_part_row(const Params& params) {
   }
   return value;
 }
-// Reports metadata that schedule.cu did not make for this part of such a batch, since it may leave rows
-// of out as they are.
+// Reports metadata that schedule.cu did not make for this part of such a batch, since it may leave
+// rows of out as they are.
 DEVICE void check_part_row(const Params& params, uint32_t value) {
   const int lane = lane_index();
   uint32_t check = 0;

@@ -1,8 +1,8 @@
 // Shared memory of sm90_dense_decode.cu: where everything lies, and which barriers order it.
 //
-// Most of it is a ring of three stages. A stage holds one tile of K or, ahead of the tiles of
-// each piece, the block's rows of Q: nine column blocks of 64 rows x 128 bytes, swizzled. The halves
-// of a stage have barriers of their own, since another warpgroup multiplies with each: half 0 is
+// Most of it is a ring of three stages. A stage holds one tile of K or, ahead of the tiles of each
+// piece, the block's rows of Q: nine column blocks of 64 rows x 128 bytes, swizzled. The halves of
+// a stage have barriers of their own, since another warpgroup multiplies with each: half 0 is
 // column blocks 0 to 3 (the first 256 columns of V), half 1 is column blocks 4 to 8 (the other 256,
 // and the rotary columns).
 #pragma once
@@ -44,26 +44,26 @@ DEVICE uint32_t row_block_address() { return shared_base() + ROW_BLOCK; }
 
 // ---- mbarriers ------------------------------------------------------------------------------
 //
-//   barrier          who arrives                   who waits            what it means
-//   full[half]       TMA, by bytes                 softmax              this half of the stage is loaded
-//   p_ready          softmax, 4 warps              matrix, both halves  P of the tile is written
-//   empty[0]         matrix half 0, 4 warps        producer 0           half 0 may be loaded again
-//   empty[1]         matrix, 8 warps               producer 1           the same of half 1, where P
-//                                                                       lies: so both must be done
-//   results_ready    softmax, 4 warps              matrix, both halves  INVERSE_L, RESULT are written
-//   results_free     matrix, 8 warps               softmax              they have been read
-//   other_full       TMA, by bytes                 matrix, both halves  the back of a pair is here
+//   barrier        who arrives             who waits            what it means
+//   full[half]     TMA, by bytes           softmax              this half of the stage is loaded
+//   p_ready        softmax, 4 warps        matrix, both halves  P of the tile is written
+//   empty[0]       matrix half 0, 4 warps  producer 0           half 0 may be loaded again
+//   empty[1]       matrix, 8 warps         producer 1           half 1 may be loaded again: P lies
+//                                                               in it, so both must be done
+//   results_ready  softmax, 4 warps        matrix, both halves  INVERSE_L and RESULT are written
+//   results_free   matrix, 8 warps         softmax              they have been read
+//   back_full      TMA, by bytes           matrix, both halves  the back of a pair is in the ring
 //
-// The first four are there once for each stage. Of a stage with Q only the softmax warpgroup takes
-// note: it waits for full, meets itself at p_ready, and arrives at empty for the matrix warpgroups.
-// A fifth reader of empty is the front of a pair, which loads the back into the ring (sm90_pair.cuh).
+// The first four are there once for each stage. When a stage holds Q, only the softmax warpgroup
+// takes note: it waits for full, waits for itself at p_ready, and arrives at empty in place of the
+// matrix warpgroups. The front of a pair also waits for empty, before it loads the back there.
 
 enum MbarrierIndex {
   FULL = 0,
   EMPTY = FULL + 2 * STAGES,
   P_READY = EMPTY + 2 * STAGES,
   RESULTS_FREE = P_READY + STAGES,
-  OTHER_FULL,
+  BACK_FULL,
   RESULTS_READY,
   MBARRIERS
 };
@@ -75,7 +75,7 @@ DEVICE uint32_t full(int half, uint32_t stage) { return mbarrier(FULL + half * S
 DEVICE uint32_t empty(int half, uint32_t stage) { return mbarrier(EMPTY + half * STAGES + stage); }
 DEVICE uint32_t p_ready(uint32_t stage) { return mbarrier(P_READY + stage); }
 DEVICE uint32_t results_free() { return mbarrier(RESULTS_FREE); }
-DEVICE uint32_t other_full() { return mbarrier(OTHER_FULL); }
+DEVICE uint32_t back_full() { return mbarrier(BACK_FULL); }
 DEVICE uint32_t results_ready() { return mbarrier(RESULTS_READY); }
 
 // One lane arrives for its warp, after __syncwarp. racecheck does not see that order, so for it
@@ -97,7 +97,7 @@ DEVICE void init_mbarriers() {
     mbarrier_init(p_ready(stage), 4 * ARRIVALS);
   }
   mbarrier_init(results_free(), 8 * ARRIVALS);
-  mbarrier_init(other_full(), 1);
+  mbarrier_init(back_full(), 1);
   mbarrier_init(results_ready(), 4 * ARRIVALS);
   fence_mbarrier_init();
 }

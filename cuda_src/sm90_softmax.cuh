@@ -19,8 +19,8 @@ DEVICE void release(uint32_t barrier) {
   if (arrives()) mbarrier_arrive(barrier);
 }
 
-// Takes the rows of Q [64, 576] out of their stage, and frees it: steps 0 to 30 go to registers, step
-// 31 and the rotary columns to shared memory of their own.
+// Takes the rows of Q [64, 576] out of their stage, and frees it: steps 0 to 30 go to registers,
+// step 31 and the rotary columns to shared memory of their own.
 DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], Place place) {
   mbarrier_wait(full(0, place.stage), place.phase);
   mbarrier_wait(full(1, place.stage), place.phase);
@@ -40,8 +40,9 @@ DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], Place place) {
   const uint32_t row = thread >> 1, half = thread & 1;  // 16-byte chunks 6 and 7 of block 7
   st_shared_v4(shared_base() + Q_STEP_31 + half * 1024 + row * 16,
                ld_shared_v4(stage + 7 * BLOCK_BYTES + row * 128 + (((6 + half) ^ (row & 7)) << 4)));
-  // Every use of a stage has a phase of p_ready. In that of Q the warps of this warpgroup wait for each
-  // other. The matrix warpgroups may be behind by more than a round of the ring, so they must not.
+  // Every use of a stage has a phase of p_ready. In that of Q the warps of this warpgroup wait for
+  // each other. The matrix warpgroups may be behind by more than a round of the ring, so they must
+  // not.
   release(p_ready(place.stage));
   mbarrier_wait(p_ready(place.stage), place.phase);
   if (arrives()) {
@@ -168,8 +169,8 @@ DEVICE void softmax_step(float (&s)[32], float (&m)[2], float (&l)[2], uint32_t 
   l[0] += a0 + b0, l[1] += a1 + b1;
 }
 
-// The results of a piece without tiles: NaN if the request is refused, else those of no keys, out 0 and
-// lse +inf.
+// The results of a piece without tiles: NaN if the request is refused, else those of no keys, out 0
+// and lse +inf.
 DEVICE void store_no_keys(const Params& params, int request, const Piece& piece) {
   const uint32_t thread = thread_in_group();
   if (piece.refused && thread == 0) refuse(params, request, piece.reason, 0);

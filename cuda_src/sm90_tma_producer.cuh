@@ -1,9 +1,9 @@
 // The producers, which fill the ring by TMA. Each half of a stage has its own: warp 0 of the matrix
 // warpgroup that multiplies with that half.
 //
-// A producer walks over the tiles of its part with a Cursor, piece by piece: first the rows of Q for
-// the piece's request, then each tile of K. A request whose length or metadata is refused has no
-// tiles; a page id out of range is refused here, and reads as NaN.
+// A producer walks over the tiles of its part with a Cursor, piece by piece: first the rows of Q
+// for the piece's request, then each tile of K. A request whose length or metadata is refused has
+// no tiles; a page id out of range is refused here, and reads as NaN.
 #pragma once
 #include "sm90_pieces.cuh"
 
@@ -28,9 +28,9 @@ DEVICE int page_column(const Params& params, int tile) {
   if (PAGES_PER_TILE > 1) return tile * PAGES_PER_TILE + lane_index() % PAGES_PER_TILE;
   return tile >> params.page_tiles_log2;
 }
-// Brings block_table and cache_seqlens to the L2 cache, a line a lane, before the wait for the kernel
-// ahead: what they hold by then does not matter. The first lines of all rows come first, since tables
-// have room to spare at their ends.
+// Brings block_table and cache_seqlens to the L2 cache, a line a lane, before the wait for the
+// kernel ahead: what they hold by then does not matter. The first lines of all rows come first,
+// since tables have room to spare at their ends.
 DEVICE void prefetch_tables(const Params& params) {
   const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   const int i = block * 32 + lane_index();
@@ -41,8 +41,8 @@ DEVICE void prefetch_tables(const Params& params) {
     prefetch_l2(params.block_table + request * params.table_stride + first_page);
   }
 }
-// Loads the page id of cursor.tile. That need not be a tile of the request, but what is read lies in
-// the request's row of block_table.
+// Loads the page id of cursor.tile. That need not be a tile of the request, but what is read lies
+// in the request's row of block_table.
 DEVICE void fetch_page(const Params& params, Cursor& cursor) {
   const int column = page_column(params, cursor.tile);
   bool in_row = cursor.tile <= (params.max_length - 1) >> 6;
@@ -50,8 +50,8 @@ DEVICE void fetch_page(const Params& params, Cursor& cursor) {
   if (in_row)
     cursor.page = __ldg(params.block_table + cursor.request * params.table_stride + column);
 }
-// Moves on to the first request after cursor.request that has something to compute. The page id is on
-// its way before the length is known: latency is all that a short request consists of.
+// Moves on to the first request after cursor.request that has something to compute. The page id is
+// on its way before the length is known: latency is all that a short request consists of.
 DEVICE void next_piece(const Params& params, Cursor& cursor) {
   const Part part = part_of(params);
   while (same(++cursor.request <= part.last_request)) {
@@ -78,7 +78,8 @@ DEVICE int checked_page(const Params& params, const Cursor& cursor) {
   return used && !bad ? cursor.page : params.num_pages;
 }
 
-// Loads what the cursor says into this half of the stage at `place`, once it is empty, and moves on.
+// Loads what the cursor says into this half of the stage at `place`, once it is empty, and moves
+// on.
 DEVICE void produce(const Params& params, int half, const TensorMap& q_map, const TensorMap& k_map,
                     Cursor& cursor, Place place, bool wait) {
   if (same(cursor.tile == Cursor::DONE)) return;

@@ -324,7 +324,7 @@ BROKEN = {  # what is broken: (file, text, what stands there instead, what is re
     ),
     "the other piece of a pair is not waited for": (
         "sm90_accumulate.cuh",
-        "    mbarrier_wait(other_full(), 0);\n",
+        "    mbarrier_wait(back_full(), 0);\n",
         "",
         RACE,
     ),

@@ -240,6 +240,41 @@ def test_decode_code(variant, compiled, tmp_path):
     assert count(scores, "R2UR") <= 8
 
 
+# ---- kernels for all GPUs --------------------------------------------------------------------
+
+FOR_ALL_GPUS = [variant for variant in VARIANTS if not variant.source.startswith("sm90_")]
+
+
+def test_kernels_without_a_prefix_are_those_for_all_gpus():
+    assert {variant.kernel for variant in FOR_ALL_GPUS} == {"schedule", "combine"}
+    prefix = re.compile(r'#include "(sm90_\w+\.cuh|wgmma\.cuh)"')
+    for name, text in compiler._sources().items():
+        if not name.startswith("sm90_"):
+            assert not prefix.search(text.decode()), f"{name} includes code for one architecture"
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
+@pytest.mark.parametrize("variant", FOR_ALL_GPUS, ids=identity)
+def test_kernels_for_all_gpus_compile_for_each(variant, arch):
+    """From sm_90 on they are launched programmatically, and wait for the kernel ahead."""
+    if arch not in nvrtc.binding().getSupportedArchs():
+        pytest.skip(f"NVRTC {NVRTC} does not compile for sm_{arch}")
+    sources = compiler._sources()
+    headers = {name: text for name, text in sources.items() if name.endswith(".cuh")}
+    made = {
+        product: nvrtc.compile_program(
+            sources[variant.source],
+            variant.source,
+            headers,
+            (f"-arch={kind}_{arch}", "--std=c++17", *variant.macros),
+            product,
+        )[0]
+        for product, kind in (("CUBIN", "sm"), ("PTX", "compute"))
+    }
+    assert made["CUBIN"].startswith(b"\x7fELF")
+    assert (b"griddepcontrol.wait" in made["PTX"]) == (arch >= 90)
+
+
 # ---- the detectors find what is planted ------------------------------------------------------
 
 WGMMA = """
