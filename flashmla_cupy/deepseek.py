@@ -1,0 +1,315 @@
+"""What a DeepSeek checkpoint needs around the attention call: its scale, rotary embedding, weights.
+
+A layer of DeepSeek-V2, V3 or R1 projects a hidden state x down to one latent vector c and one
+rotary key, and its keys and values of every head h are linear in c (DeepSeek-V2, arXiv:2405.04434,
+section 2.1):
+
+    [c, k_rope] = kv_a_proj_with_mqa x;  c = kv_a_layernorm(c);  k_rope = rotate(k_rope)
+    [k_h, v_h]  = kv_b_proj_h c                              k_h = W_uk_h c,  v_h = W_uv_h c
+    score       = scale (q_nope_h . k_h + q_rope_h . k_rope)
+                = scale ((W_uk_h^T q_nope_h) . c + q_rope_h . k_rope)
+    value       = sum_j p_j v_hj = W_uv_h sum_j p_j c_j
+
+So the cache holds rows [c, k_rope], and with W_uk absorbed into the query and W_uv applied to the
+output, flash_mla_with_kvcache() attends to those rows alone:
+
+    w_uk, w_uv = split_kv_b_proj(kv_b_proj.weight, config)            once, when loading
+    cos, sin = rotary_tables(config, max_tokens)                      once; float32 [max_tokens, 32]
+    rows = latent_rows(kv_a, kv_a_layernorm.weight, cos[pos], sin[pos])         append to the cache
+    q = absorbed_query(q_b, w_uk, cos[pos], sin[pos])                           [batch, s_q, h, 576]
+    out, lse = flash_mla_with_kvcache(q, ..., softmax_scale=softmax_scale(config), causal=True)
+    y = o_proj(expanded_output(out, w_uv))
+
+Every function is pure, takes arrays of NumPy, CuPy, PyTorch or JAX and returns what it was given.
+`config` is a checkpoint's config.json as a dict, or an object with the same field names, such as
+the configuration of transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ArgTypeError, OptionError, ShapeError
+
+__all__ = [
+    "absorbed_query",
+    "expanded_output",
+    "latent_rows",
+    "rms_norm",
+    "rotary_frequencies",
+    "rotary_tables",
+    "rotate",
+    "softmax_scale",
+    "split_kv_b_proj",
+]
+
+Float32 = npt.NDArray[np.float32]
+
+# --- what follows from the configuration -------------------------------------------------------
+
+
+def softmax_scale(config: Any) -> float:
+    """The factor of the scores: 0.1352 for DeepSeek-V3 and R1, 0.1147 for DeepSeek-V2.
+
+    (qk_nope_head_dim + qk_rope_head_dim) ** -0.5; with YaRN and an mscale_all_dim m, times
+    (0.1 m ln(factor) + 1) ** 2 (`softmax_scale` in DeepSeek-V3's inference/model.py; YaRN,
+    arXiv:2309.00071, equation 22). It is not the default of flash_mla_with_kvcache(), 576 ** -0.5:
+    the latent form has longer rows, but the same scores. Raises OptionError for a missing field.
+    """
+    name = "softmax_scale"
+    width = _field(config, "qk_nope_head_dim", name) + _field(config, "qk_rope_head_dim", name)
+    scaling = _rope(config)
+    mscale = 1.0
+    if _rope_type(scaling) == "yarn" and scaling.get("mscale_all_dim"):
+        mscale = _mscale(_factor(config, scaling), scaling["mscale_all_dim"])
+    return float(width**-0.5 * mscale**2)
+
+
+def rotary_frequencies(config: Any) -> Float32:
+    """Radians a token of each of the qk_rope_head_dim / 2 pairs, float32 [32].
+
+    rope_theta ** (-2 i / qk_rope_head_dim); with YaRN, the pairs that turn fewer than beta_slow
+    times in original_max_position_embeddings tokens are slowed by `factor`, those that turn more
+    than beta_fast times are not, and between the two it is a linear blend (`precompute_freqs_cis`
+    in DeepSeek-V3's inference/model.py; arXiv:2309.00071, section 3.2). Raises OptionError for a
+    missing field or another kind of scaling.
+    """
+    name = "rotary_frequencies"
+    width = _field(config, "qk_rope_head_dim", name)
+    scaling = _rope(config)
+    theta = scaling.get("rope_theta") or _field(config, "rope_theta", name)
+    pair = np.arange(width // 2)
+    frequency = float(theta) ** (-2 * pair / width)
+    kind = _rope_type(scaling)
+    if kind == "default":
+        return frequency.astype(np.float32)
+    if kind != "yarn":
+        remedy = "Compute the tables of cosines and sines yourself; rotate() takes any."
+        raise OptionError("config", "a rope type of default or yarn", repr(kind), remedy, name)
+    tokens = scaling["original_max_position_embeddings"]
+
+    def pair_that_turns(times: float) -> float:
+        return width * math.log(tokens / (times * 2 * math.pi)) / (2 * math.log(theta))
+
+    low = max(0, math.floor(pair_that_turns(scaling.get("beta_fast") or 32)))
+    high = min(width - 1, math.ceil(pair_that_turns(scaling.get("beta_slow") or 1)))
+    slowed = np.clip((pair - low) / max(high - low, 0.001), 0, 1)
+    blend = frequency / _factor(config, scaling) * slowed + frequency * (1 - slowed)
+    return blend.astype(np.float32)
+
+
+def rotary_tables(config: Any, num_positions: int) -> tuple[Float32, Float32]:
+    """(cos, sin) of the rotary angles of positions 0 .. num_positions - 1, float32 [n, 32], NumPy.
+
+    The angle is the float32 product of a position and its frequency, as the checkpoints were
+    trained. With YaRN both are scaled by mscale(mscale) / mscale(mscale_all_dim), which is 1 for
+    V2, V3 and R1 (`DeepseekV3YarnRotaryEmbedding` in the checkpoints' modeling_deepseek.py).
+    """
+    angle = np.multiply.outer(
+        np.arange(num_positions, dtype=np.float32), rotary_frequencies(config)
+    )
+    scaling, scale = _rope(config), 1.0
+    if _rope_type(scaling) == "yarn":
+        factor = _factor(config, scaling)
+        if scaling.get("attention_factor") is not None:
+            scale = float(scaling["attention_factor"])
+        elif scaling.get("mscale") and scaling.get("mscale_all_dim"):
+            scale = _mscale(factor, scaling["mscale"]) / _mscale(factor, scaling["mscale_all_dim"])
+        else:
+            scale = _mscale(factor, 1.0)
+    wide = angle.astype(np.float64)
+    return (np.cos(wide) * scale).astype(np.float32), (np.sin(wide) * scale).astype(np.float32)
+
+
+# --- what is done to activations and weights ---------------------------------------------------
+
+
+def rotate(x: Any, cos: Any, sin: Any, *, interleaved: bool = True) -> Any:
+    """The rotary embedding of x [..., 64]: each pair (a, b) becomes (a cos - b sin, a sin + b cos).
+
+    cos and sin are float32 [..., 32], broadcast against x without its last axis. A pair is columns
+    (2i, 2i + 1) if `interleaved`, the order of DeepSeek's checkpoints (`apply_rotary_emb` in
+    inference/model.py), else (i, i + 32). The result keeps the order of x; transformers' own
+    interleaved form returns the halves side by side instead, which no score can tell as long as
+    queries and keys agree. Computed in float32, each product and sum rounded, then rounded to x's
+    dtype.
+    """
+    xp = _namespace(x, "rotate", "x")
+    wide = _cast(xp, x, "float32")
+    half = x.shape[-1] // 2
+    if interleaved:
+        a, b = wide[..., 0::2], wide[..., 1::2]
+    else:
+        a, b = wide[..., :half], wide[..., half:]
+    first, second = a * cos - b * sin, a * sin + b * cos
+    if interleaved:
+        turned = xp.stack([first, second], axis=-1).reshape(x.shape)
+    else:
+        turned = xp.concatenate([first, second], axis=-1)
+    return _cast(xp, turned, x.dtype)
+
+
+def rms_norm(x: Any, weight: Any, eps: float = 1e-6) -> Any:
+    """x [..., n] / sqrt(mean(x^2) + eps), in float32, rounded to x's dtype; times weight [n].
+
+    `DeepseekV3RMSNorm` of transformers; eps is rms_norm_eps of the configuration for the norms of
+    hidden states, and 1e-6 for kv_a_layernorm and q_a_layernorm, whatever it says."""
+    xp = _namespace(x, "rms_norm", "x")
+    wide = _cast(xp, x, "float32")
+    scale = 1 / xp.sqrt((wide * wide).mean(axis=-1, keepdims=True) + eps)
+    return weight * _cast(xp, wide * scale, x.dtype)
+
+
+def latent_rows(
+    kv_a: Any,
+    norm_weight: Any,
+    cos: Any,
+    sin: Any,
+    *,
+    eps: float = 1e-6,
+    interleaved: bool = True,
+) -> Any:
+    """The rows that the cache holds, [..., 576]: kv_a_proj_with_mqa's output, normed and rotated.
+
+    kv_a [..., 512 + 64], norm_weight [512] is kv_a_layernorm.weight, cos and sin float32 [..., 32]
+    at the tokens' positions. Queries need the same `interleaved`."""
+    xp = _namespace(kv_a, "latent_rows", "kv_a")
+    rank = norm_weight.shape[-1]
+    if kv_a.shape[-1] != rank + 2 * cos.shape[-1]:
+        raise ShapeError(
+            "kv_a",
+            f"a last axis of {rank} latent and {2 * cos.shape[-1]} rotary columns",
+            f"{tuple(kv_a.shape)}",
+            "Pass the output of kv_a_proj_with_mqa as it is.",
+            "latent_rows",
+        )
+    c = rms_norm(kv_a[..., :rank], norm_weight, eps)
+    k_rope = rotate(kv_a[..., rank:], cos, sin, interleaved=interleaved)
+    return xp.concatenate([c, k_rope], axis=-1)
+
+
+def split_kv_b_proj(weight: Any, config: Any) -> tuple[Any, Any]:
+    """(w_uk [heads, qk_nope_head_dim, 512], w_uv [heads, v_head_dim, 512]): views of the weight
+    [heads * (qk_nope_head_dim + v_head_dim), 512] of kv_b_proj, a head's keys before its values
+    (`wkv_b` in DeepSeek-V3's inference/model.py). Dequantise FP8 weights first."""
+    name = "split_kv_b_proj"
+    nope, value = _field(config, "qk_nope_head_dim", name), _field(config, "v_head_dim", name)
+    heads, rank = _field(config, "num_attention_heads", name), _field(config, "kv_lora_rank", name)
+    rows = tuple(weight.shape)
+    if len(rows) != 2 or rows[1] != rank or rows[0] % (nope + value):
+        expected = f"[{heads} * ({nope} + {value}), {rank}], or some of its heads"
+        remedy = "Pass kv_b_proj.weight as the checkpoint holds it."
+        raise ShapeError("weight", expected, f"{rows}", remedy, name)
+    by_head = weight.reshape(-1, nope + value, rank)
+    return by_head[:, :nope], by_head[:, nope:]
+
+
+def absorbed_query(q: Any, w_uk: Any, cos: Any, sin: Any, *, interleaved: bool = True) -> Any:
+    """The queries of the latent form, [..., heads, 576].
+
+    q [..., heads, qk_nope_head_dim + 64] is q_proj's or q_b_proj's output by heads, w_uk from
+    split_kv_b_proj(), cos and sin float32 [..., 32] at the tokens' positions: [W_uk^T q_nope,
+    rotate(q_rope)]."""
+    xp = _namespace(q, "absorbed_query", "q")
+    nope = w_uk.shape[1]
+    if q.shape[-1] != nope + 2 * cos.shape[-1]:
+        raise ShapeError(
+            "q",
+            f"a last axis of {nope} + {2 * cos.shape[-1]} columns",
+            f"{tuple(q.shape)}",
+            "Reshape it to [..., heads, qk_nope_head_dim + qk_rope_head_dim].",
+            "absorbed_query",
+        )
+    latent = _per_head(xp, q[..., :nope], w_uk)
+    turned = rotate(q[..., nope:], cos[..., None, :], sin[..., None, :], interleaved=interleaved)
+    return xp.concatenate([latent, turned], axis=-1)
+
+
+def expanded_output(out: Any, w_uv: Any) -> Any:
+    """What o_proj takes, [..., heads * v_head_dim], of attention's out [..., heads, 512]: W_uv out,
+    head by head."""
+    xp = _namespace(out, "expanded_output", "out")
+    value = _per_head(xp, out, w_uv.swapaxes(1, 2))
+    return value.reshape(*out.shape[:-2], w_uv.shape[0] * w_uv.shape[1])
+
+
+# --- inside ------------------------------------------------------------------------------------
+
+
+def _per_head(xp: Any, x: Any, w: Any) -> Any:
+    """x [..., heads, a], w [heads, a, b] -> [..., heads, b] of x's dtype, added up in float32."""
+    if xp.__name__ == "torch":
+        return xp.einsum("...ha,hab->...hb", x, w)
+    flat = _cast(xp, x, "float32").reshape(-1, *x.shape[-2:]).swapaxes(0, 1)  # [heads, n, a]
+    y = xp.matmul(flat, _cast(xp, w, "float32")).swapaxes(0, 1)
+    return _cast(xp, y.reshape(*x.shape[:-1], w.shape[2]), x.dtype)
+
+
+def _namespace(x: Any, function: str, argument: str) -> Any:
+    """The module of x's functions, which all have stack, concatenate, matmul and sqrt."""
+    if isinstance(x, np.ndarray):
+        return np
+    root = type(x).__module__.partition(".")[0]
+    module = {"cupy": "cupy", "torch": "torch", "jax": "jax.numpy", "jaxlib": "jax.numpy"}.get(root)
+    if module is None:
+        expected = "an array of NumPy, CuPy, PyTorch or JAX"
+        remedy = "Put the data into an array first."
+        raise ArgTypeError(argument, expected, type(x).__qualname__, remedy, function)
+    return importlib.import_module(module)
+
+
+def _cast(xp: Any, x: Any, dtype: Any) -> Any:
+    if xp.__name__ == "torch":
+        return x.to(getattr(xp, dtype) if isinstance(dtype, str) else dtype)
+    return x.astype(dtype)
+
+
+_MISSING = object()
+
+
+def _get(config: Any, name: str) -> Any:
+    if isinstance(config, Mapping):
+        return config.get(name, _MISSING)
+    return getattr(config, name, _MISSING)
+
+
+def _field(config: Any, name: str, function: str) -> Any:
+    value = _get(config, name)
+    if value is _MISSING or value is None:
+        expected = f"the configuration of a checkpoint, with {name}"
+        remedy = "Pass the contents of its config.json as a dict, or transformers' configuration."
+        raise OptionError("config", expected, f"none in {type(config).__name__}", remedy, function)
+    return value
+
+
+def _rope(config: Any) -> Mapping[str, Any]:
+    """rope_scaling of config.json, or rope_parameters as transformers has called it since 5.0."""
+    for name in ("rope_parameters", "rope_scaling"):
+        found = _get(config, name)
+        if found is not _MISSING and found:
+            scaling: Mapping[str, Any] = found
+            return scaling
+    return {}
+
+
+def _rope_type(scaling: Mapping[str, Any]) -> str:
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")
+
+
+def _factor(config: Any, scaling: Mapping[str, Any]) -> float:
+    """How many times longer than in pretraining a sequence may be."""
+    if scaling.get("factor") is not None:
+        return float(scaling["factor"])
+    longest: float = _field(config, "max_position_embeddings", "softmax_scale")
+    return longest / float(scaling["original_max_position_embeddings"])
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    """YaRN's growth of the attention logits (arXiv:2309.00071, equation 22)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
