@@ -85,23 +85,24 @@ def rotary_frequencies(config: Any) -> Float32:
     scaling = _rope(config)
     theta = scaling.get("rope_theta") or _field(config, "rope_theta", name)
     pair = np.arange(width // 2)
-    frequency = float(theta) ** (-2 * pair / width)
+    frequency = np.power(float(theta), -2 * pair / width)
     kind = _rope_type(scaling)
     if kind == "default":
-        return frequency.astype(np.float32)
+        return np.asarray(frequency, np.float32)
     if kind != "yarn":
         remedy = "Compute the tables of cosines and sines yourself; rotate() takes any."
         raise OptionError("config", "a rope type of default or yarn", repr(kind), remedy, name)
     tokens = scaling["original_max_position_embeddings"]
 
     def pair_that_turns(times: float) -> float:
-        return width * math.log(tokens / (times * 2 * math.pi)) / (2 * math.log(theta))
+        pairs = width / 2 / math.log(theta)
+        return float(pairs * math.log(tokens / (times * 2 * math.pi)))
 
     low = max(0, math.floor(pair_that_turns(scaling.get("beta_fast") or 32)))
     high = min(width - 1, math.ceil(pair_that_turns(scaling.get("beta_slow") or 1)))
     slowed = np.clip((pair - low) / max(high - low, 0.001), 0, 1)
     blend = frequency / _factor(config, scaling) * slowed + frequency * (1 - slowed)
-    return blend.astype(np.float32)
+    return np.asarray(blend, np.float32)
 
 
 def rotary_tables(config: Any, num_positions: int) -> tuple[Float32, Float32]:
