@@ -13,19 +13,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ._version import __version__ as __version__
 from .errors import (
     AliasingError,
     AlignmentError,
     ArgTypeError,
     ArgumentError,
-    CacheConfigError,
-    CacheTrustWarning,
     DeviceCheckError,
     DeviceMismatchError,
     DTypeError,
     FlashMLAError,
     ForkedProcessError,
     FrameworkMismatchError,
+    KernelCacheError,
+    KernelCacheWarning,
     KernelCompileError,
     KernelLoadError,
     MissingDependencyError,
@@ -50,21 +51,19 @@ if TYPE_CHECKING:
     from .schedule.sched_meta import SchedMeta
     from .schedule.view import Schedule
 
-__version__ = "0.1.0"
-
 __all__ = [
     "AliasingError",
     "AlignmentError",
     "ArgTypeError",
     "ArgumentError",
-    "CacheConfigError",
-    "CacheTrustWarning",
     "DTypeError",
     "DeviceCheckError",
     "DeviceMismatchError",
     "FlashMLAError",
     "ForkedProcessError",
     "FrameworkMismatchError",
+    "KernelCacheError",
+    "KernelCacheWarning",
     "KernelCompileError",
     "KernelLoadError",
     "MissingDependencyError",

@@ -14,9 +14,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any, TextIO, TypeAlias
 
-from . import __version__
+from ._version import __version__
 from .errors import FlashMLAError, KernelCompileError, OptionError
 
 _PROGRAM = "flashmla-cupy"
@@ -127,16 +128,12 @@ def _add_warmup(commands: _Commands) -> None:
 
 def _warmup(arguments: argparse.Namespace) -> None:
     from .build import compiler, cubin_cache
+    from .gpu.kernels import all_variants
     from .info import table
 
-    dtypes = set(arguments.dtype)
-    page_sizes = {min(size, 64) for size in arguments.page_size}
+    wanted = tuple(product(arguments.dtype, arguments.page_size))
     variants = [
-        variant
-        for variant in compiler.all_variants()
-        if variant.kernel == "schedule"  # one for all dtypes and page sizes
-        or (variant.dtype in dtypes and variant.page_size in page_sizes)
-        or (variant.dtype in dtypes and variant.kernel == "combine")  # one for all page sizes
+        variant for variant in all_variants() if any(variant.serves(*caches) for caches in wanted)
     ]
     # The lines below tell what the log would, on a terminal where nobody set up logging.
     quiet = logging.NullHandler()

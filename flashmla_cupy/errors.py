@@ -134,11 +134,11 @@ class NVRTCNotFoundError(MissingDependencyError):
     """The NVRTC library is not installed."""
 
 
-class CacheConfigError(FlashMLAError, ValueError):
-    """$FLASHMLA_CUPY_CACHE_DIR does not name a directory."""
+class KernelCacheError(FlashMLAError, ValueError):
+    """An environment variable of the kernel cache has a value that is not understood."""
 
 
-class CacheTrustWarning(UserWarning):
+class KernelCacheWarning(UserWarning):
     """The kernel cache cannot be trusted or used; kernels stay in memory."""
 
 
@@ -199,9 +199,10 @@ class OutOfPagesError(FlashMLAError, RuntimeError):
     def __str__(self) -> str:
         return (
             f"The call needs {self.needed} more pages but only {self.free} are free. "
-            "Release sequences, or make the pool with a larger num_pages. Nothing was changed."
+            "Give sequences back with free(), or make the pool with a larger num_pages. "
+            "Nothing was changed."
         )
 
 
 class SequenceError(FlashMLAError, RuntimeError):
-    """A sequence handle that is unknown to this cache, or already released."""
+    """A sequence handle that is unknown to this cache, or was freed."""

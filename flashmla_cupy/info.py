@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from ._version import __version__
 from .build import compiler, cubin_cache, nvrtc
 from .errors import FlashMLAError
-from .gpu import arch as hopper
+from .gpu import arch
+from .gpu.kernels import all_variants
 
 _LABEL_WIDTH = 14
 
@@ -94,13 +95,15 @@ def _gpus() -> list[str]:
 
 
 def _gpu(number: int, facts: dict[str, Any]) -> str:
-    major, minor = hopper.capability(facts)
+    major, minor = arch.capability(facts)
     name = facts["name"].decode()
     text = (
         f"{number}: {name}, compute capability {major}.{minor}, "
         f"{facts['multiProcessorCount']} SMs, {facts['totalGlobalMem'] / 2**30:.0f} GiB"
     )
-    return text if hopper.is_hopper(facts) else f"{text}; not supported, the kernels need 9.0"
+    if arch.arch_of(facts) is None:
+        text += f"; not supported, the kernels need {arch.CAPABILITIES}"
+    return text
 
 
 def _driver() -> str:
@@ -120,7 +123,7 @@ def _kernels() -> list[str]:
     """The table of variants, and how many other entries the cache holds."""
     entries = compiler.cache_entries()
     try:
-        found = [(variant, compiler.cached_variant(variant)) for variant in compiler.all_variants()]
+        found = [(variant, compiler.cached_variant(variant)) for variant in all_variants()]
     except FlashMLAError:  # no NVRTC: an entry cannot be told from one of another NVRTC
         plural = "kernel" if len(entries) == 1 else "kernels"
         return [f"The cache holds {len(entries)} {plural}; which of them fit, NVRTC would tell."]

@@ -18,12 +18,13 @@ from .calls import metadata as metadata_plans
 from .calls.layouts import DECODE
 from .errors import ArgTypeError, DeviceCheckError
 from .frameworks import HERE, is_foreign
-from .gpu.geometry import Addresses, Geometry
+from .gpu.geometry import Addresses
 from .schedule.sched_meta import SchedMeta, stale_requests
 from .traced import foreign as routes
 
 if TYPE_CHECKING:
     from .calls.metadata import MetadataPlan
+    from .gpu.decode_launch import DecodeLaunch
     from .gpu.engine import Engine
 
 METADATA = "get_mla_metadata"
@@ -227,10 +228,9 @@ def _launch(
     scratch = 0
     if plan.new_scratch is not None:  # freed at the end of this call, in the order of the stream
         _room, scratch = plan.new_scratch()
-    engine.decode(
+    cast("DecodeLaunch", plan.launch)(
         framework.stream(plan.configuration.device),
         Addresses(q, k_cache, metadata, cache_seqlens, table, out_pointer, lse_pointer, scratch),
-        cast("Geometry", plan.geometry),
         plan.softmax_scale,
         plan.causal,
         new_splits,

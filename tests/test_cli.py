@@ -21,12 +21,13 @@ from flashmla_cupy.bench import cases as bench
 from flashmla_cupy.bench import timer as bench_gpu
 from flashmla_cupy.build import compiler, cubin_cache, nvrtc
 from flashmla_cupy.errors import (
-    CacheTrustWarning,
+    KernelCacheWarning,
     KernelCompileError,
     MissingDependencyError,
     NoDeviceError,
     NVRTCNotFoundError,
 )
+from flashmla_cupy.gpu.kernels import Variant, all_variants
 
 ROOT = Path(info.__file__).resolve().parent.parent
 SOURCES = {
@@ -115,7 +116,7 @@ def lines_by_label(out: str) -> dict[str, str]:
 
 
 def test_info(capsys, folder, has_nvrtc):
-    compiler.compile_variant(compiler.Variant("schedule"))
+    compiler.compile_variant(Variant("schedule"))
     cubin_cache.store(KEY, METADATA, b"of another version")
     assert main(["info"]) == 0
     out, err = capsys.readouterr()
@@ -126,7 +127,7 @@ def test_info(capsys, folder, has_nvrtc):
     assert found["NVRTC"].startswith(nvrtc.build())
     assert "libnvrtc" in found["NVRTC"]
     rows = {line.split()[0]: line.split()[1:] for line in out.partition("\n\n")[2].splitlines()}
-    assert {variant.name for variant in compiler.all_variants()} <= rows.keys()
+    assert {variant.name for variant in all_variants()} <= rows.keys()
     assert rows["schedule"][-1] == "yes"
     assert int(rows["schedule"][0]) > 0
     assert rows["combine_bf16"] == ["-", "-", "-", "no"]
@@ -225,7 +226,7 @@ def test_warmup_compiles_everything_once(capsys, folder, has_nvrtc, monkeypatch)
     assert main(["warmup"]) == 0
     out, err = capsys.readouterr()
     names = [line.split()[0] for line in out.splitlines()[1:-1]]
-    assert names == [variant.name for variant in compiler.all_variants()]
+    assert names == [variant.name for variant in all_variants()]
     assert out.count("compiled") == len(names)
     assert out.splitlines()[-1].startswith(f"{len(names)} kernels in ")
     assert str(folder) in out
@@ -445,7 +446,7 @@ def test_interrupt(monkeypatch):
 
 def test_warnings_are_one_line(capsys, folder, monkeypatch):
     def clear():
-        warnings.warn("The cache is not used.", CacheTrustWarning, stacklevel=1)
+        warnings.warn("The cache is not used.", KernelCacheWarning, stacklevel=1)
         return 0, 0
 
     monkeypatch.setattr(cubin_cache, "clear", clear)

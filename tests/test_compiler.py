@@ -20,13 +20,17 @@ from pathlib import Path
 
 import pytest
 
+from flashmla_cupy import __main__
 from flashmla_cupy.build import compiler, cubin_cache, nvrtc
-from flashmla_cupy.build.compiler import Variant, compile_variant
+from flashmla_cupy.build.compiler import compile_variant
 from flashmla_cupy.errors import (
-    CacheConfigError,
-    CacheTrustWarning,
+    KernelCacheError,
+    KernelCacheWarning,
     KernelCompileError,
 )
+from flashmla_cupy.gpu import kernels
+from flashmla_cupy.gpu.kernels import KERNELS, Kernel, Variant, all_variants
+from flashmla_cupy.gpu.parameters import Parameters
 
 ROOT = Path(compiler.__file__).resolve().parents[2]
 SMALL = {
@@ -70,7 +74,7 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_variants():
-    names = [variant.name for variant in compiler.all_variants()]
+    names = [variant.name for variant in all_variants()]
     pages = ("p64", "p32", "p16")
     decode = [f"dense_decode_{dtype}_{page}" for dtype in ("bf16", "fp16") for page in pages]
     assert names == [*decode, "combine_bf16", "combine_fp16", "schedule"]
@@ -79,7 +83,11 @@ def test_variants():
 @pytest.mark.parametrize(
     ("variant", "macros", "source"),
     [
-        (Variant("dense_decode"), ("-DDTYPE_BF16", "-DPAGE_SIZE=64"), "sm90_dense_decode.cu"),
+        (
+            Variant("dense_decode", "bfloat16", 64),
+            ("-DDTYPE_BF16", "-DPAGE_SIZE=64"),
+            "sm90_dense_decode.cu",
+        ),
         (Variant("dense_decode", "float16", 16), ("-DDTYPE_FP16", "-DPAGE_SIZE=16"), None),
         (Variant("combine", "float16"), ("-DDTYPE_FP16",), "combine.cu"),
         (Variant("schedule"), (), "schedule.cu"),
@@ -98,6 +106,9 @@ def test_macros(variant, macros, source):
         (("dense_decode", "bf16"), "dtype"),
         (("dense_decode", "float32"), "dtype"),
         (("dense_decode", "bfloat16", 128), "page_size"),
+        (("dense_decode", "bfloat16"), "page_size"),
+        (("dense_decode",), "dtype"),
+        (("schedule", None, None, "sm_80"), "kernel"),
         (("combine", "bfloat16", 32), "page_size"),
         (("schedule", "float16"), "dtype"),
     ],
@@ -105,6 +116,34 @@ def test_macros(variant, macros, source):
 def test_variant_that_does_not_exist(arguments, says):
     with pytest.raises(ValueError, match=f"Variant: {says}.*expected.*got"):
         Variant(*arguments)
+
+
+def new_row(**of):
+    """A kernel that is not there."""
+    row = Kernel("fresh", "fresh.cu", ("sm_90a", "sm_100a"), 64, Parameters("pointer out"), **of)
+    return (*KERNELS, row)
+
+
+def test_a_variant_is_a_row(monkeypatch, fresh, has_nvrtc, capsys):
+    """Compiling, warmup and info know of a kernel by its row alone."""
+    rows = new_row(dtypes=("float16",), page_sizes=(64, 8))
+    monkeypatch.setattr(kernels, "KERNELS", rows[-1:])
+    monkeypatch.setattr(
+        compiler,
+        "_sources",
+        lambda: {"fresh.cu": b'extern "C" __global__ void fresh(int* out) { *out = PAGE_SIZE; }'},
+    )
+    names = [f"fresh_fp16_{page}{arch}" for arch in ("", "_sm_100a") for page in ("p64", "p8")]
+    assert [variant.name for variant in all_variants()] == names
+    assert kernels.select.__wrapped__("fresh", "sm_100a", "float16", 256).name == names[2]
+    assert kernels.select.__wrapped__("fresh", "sm_90a", "float16", 8).name == names[1]
+    assert __main__.main(["warmup", "--page-size", "128", "--dtype", "float16"]) == 0
+    found = capsys.readouterr().out
+    assert names[0] in found and names[2] in found and names[1] not in found
+    assert __main__.main(["info"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    cached = {line[0]: line[-1] for line in lines if line and line[0] in names}
+    assert cached == dict(zip(names, ("yes", "no", "yes", "no"), strict=True))
 
 
 # ---- keys ------------------------------------------------------------------------------------
@@ -127,7 +166,7 @@ def renamed_file(texts, patch):
 
 
 def other_package(texts, patch):
-    patch.setattr(compiler, "_package_version", lambda: "99.0")
+    patch.setattr(compiler, "__version__", "99.0")
 
 
 def other_schema(texts, patch):
@@ -167,8 +206,8 @@ def test_every_component_changes_the_key(monkeypatch, mutate):
 
 def test_every_variant_has_its_own_key(monkeypatch):
     monkeypatch.setattr(nvrtc, "build", lambda: nvrtc_build)
-    keys = {compiler.cache_key(variant, SMALL) for variant in compiler.all_variants()}
-    assert len(keys) == len(compiler.all_variants())
+    keys = {compiler.cache_key(variant, SMALL) for variant in all_variants()}
+    assert len(keys) == len(all_variants())
 
 
 def test_build_names_more_than_the_version(has_nvrtc):
@@ -281,7 +320,7 @@ def test_unwritable_directory(compilations, fresh, monkeypatch):
     monkeypatch.setenv("FLASHMLA_CUPY_CACHE_DIR", str(fresh / "below"))
     with pytest.warns(RuntimeWarning, match="compiled in memory") as caught:
         compile_variant(SCHEDULE)
-        compile_variant(Variant("combine"))
+        compile_variant(Variant("combine", "bfloat16"))
     assert len(caught) == 1
     compile_variant(SCHEDULE)
     assert len(compilations) == 2  # the memo still serves
@@ -290,7 +329,7 @@ def test_unwritable_directory(compilations, fresh, monkeypatch):
 def test_untrusted_directory(compilations, fresh):
     fresh.mkdir()
     fresh.chmod(0o777)
-    with pytest.warns(CacheTrustWarning, match="chmod go-w"):
+    with pytest.warns(KernelCacheWarning, match="chmod go-w"):
         assert compile_variant(SCHEDULE).cubin
     assert os.listdir(fresh) == []
 
@@ -324,7 +363,7 @@ def test_verify_replaces_an_entry_that_differs(compilations, monkeypatch):
     cubin_cache.store(entry.key, entry.metadata, b"something else")
     monkeypatch.setenv("FLASHMLA_CUPY_CACHE_VERIFY", "1")
     forget(monkeypatch)
-    with pytest.warns(CacheTrustWarning, match="differs from a fresh compilation"):
+    with pytest.warns(KernelCacheWarning, match="differs from a fresh compilation"):
         assert compile_variant(SCHEDULE).cubin == honest.cubin
     (entry,) = compiler.cache_entries()
     assert entry.cubin == honest.cubin
@@ -347,7 +386,7 @@ def test_threads_compile_once(compilations):
 
 
 def test_compile_variants_keeps_the_order(compilations):
-    wanted = [Variant("combine"), SCHEDULE, Variant("combine", "float16"), SCHEDULE]
+    wanted = [Variant("combine", "bfloat16"), SCHEDULE, Variant("combine", "float16"), SCHEDULE]
     assert [built.variant for built in compiler.compile_variants(wanted)] == wanted
     assert len(compilations) == 3
     assert compiler.compile_variants([]) == []
@@ -453,7 +492,7 @@ def test_line_in_a_notebook(sources, monkeypatch, capsys):
 @pytest.mark.parametrize("value", ["", "yes", "2"])
 def test_switch_with_an_unknown_value(compilations, monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
-    with pytest.raises(CacheConfigError, match=f"{variable}: expected 0 or 1, got"):
+    with pytest.raises(KernelCacheError, match=f"{variable}: expected 0 or 1, got"):
         compile_variant(SCHEDULE)
     assert compilations == []
 
@@ -490,7 +529,7 @@ def test_failed_compilation_carries_its_log(sources, fresh):
 
 def test_missing_source_and_missing_kernel(sources):
     with pytest.raises(KernelCompileError, match=r"no sm90_dense_decode\.cu"):
-        compile_variant(Variant("dense_decode"))
+        compile_variant(Variant("dense_decode", "bfloat16", 64))
     sources["schedule.cu"] = sources["combine.cu"]
     with pytest.raises(KernelCompileError, match=r"no kernel schedule"):
         compile_variant(SCHEDULE)

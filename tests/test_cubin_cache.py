@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from flashmla_cupy.build import cubin_cache
-from flashmla_cupy.errors import CacheConfigError, CacheTrustWarning
+from flashmla_cupy.errors import KernelCacheError, KernelCacheWarning
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the cache needs a POSIX system")
 
@@ -80,7 +80,7 @@ def test_entries_and_clear(folder, entry):
     (folder / f".{KEY}.{'0' * 16}.tmp").write_bytes(b"1234")
     (folder / "notes.txt").write_text("mine")
     (folder / f"{'b' * 64}.cubin").mkdir()  # one entry that cannot be used hides no other
-    with pytest.warns(CacheTrustWarning):
+    with pytest.warns(KernelCacheWarning):
         assert [found.key for found in cubin_cache.entries()] == [OTHER_KEY, KEY]
     with pytest.warns(RuntimeWarning, match="clear"):
         assert cubin_cache.clear() == (3, size)
@@ -119,14 +119,14 @@ def test_directory(monkeypatch, environment, expected):
 @pytest.mark.parametrize("value", ["", "cache", "./cache", "~/cache", "/", "//"])
 def test_variable_must_be_an_absolute_path(monkeypatch, value):
     monkeypatch.setenv("FLASHMLA_CUPY_CACHE_DIR", value)
-    with pytest.raises(CacheConfigError, match="FLASHMLA_CUPY_CACHE_DIR: expected"):
+    with pytest.raises(KernelCacheError, match="FLASHMLA_CUPY_CACHE_DIR: expected"):
         cubin_cache.load(KEY)
 
 
 def test_variable_must_not_name_a_file(folder, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FLASHMLA_CUPY_CACHE_DIR", str(tmp_path / "file"))
-    with pytest.raises(CacheConfigError, match="is a file"):
+    with pytest.raises(KernelCacheError, match="is a file"):
         cubin_cache.store(KEY, METADATA, CUBIN)
 
 
@@ -290,7 +290,7 @@ def test_planted_situation_is_refused(entry, plant):
     if plant.__name__.startswith("other_owner") and os.geteuid() != 0:
         pytest.skip("only root can give a file away")
     plant(entry)
-    with pytest.warns(CacheTrustWarning, match="Kernels are compiled in memory") as caught:
+    with pytest.warns(KernelCacheWarning, match="Kernels are compiled in memory") as caught:
         assert cubin_cache.load(KEY) is None
         assert cubin_cache.load(KEY) is None
     assert len(caught) == 1  # said once a process
@@ -301,7 +301,7 @@ def test_nothing_is_written_to_an_untrusted_directory(entry, plant):
     if plant.__name__.startswith("other_owner") and os.geteuid() != 0:
         pytest.skip("only root can give a file away")
     plant(entry)
-    with pytest.warns(CacheTrustWarning):
+    with pytest.warns(KernelCacheWarning):
         assert cubin_cache.store(OTHER_KEY, METADATA, CUBIN) is None
         assert cubin_cache.clear() == (0, 0)
     assert names(entry.parent) == [entry.name]
@@ -309,7 +309,7 @@ def test_nothing_is_written_to_an_untrusted_directory(entry, plant):
 
 def test_nothing_is_created_below_an_open_directory(folder, tmp_path):
     tmp_path.chmod(0o777)
-    with pytest.warns(CacheTrustWarning, match="chmod go-w"):
+    with pytest.warns(KernelCacheWarning, match="chmod go-w"):
         assert cubin_cache.store(KEY, METADATA, CUBIN) is None
     assert names(tmp_path) == []
 
@@ -349,7 +349,7 @@ def test_cache_filled_by_root_needs_the_variable(entry, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(entry.parent.parent))
     entry.parent.rename(entry.parent.with_name("flashmla_cupy"))
     monkeypatch.delenv("FLASHMLA_CUPY_CACHE_DIR")
-    with pytest.warns(CacheTrustWarning):
+    with pytest.warns(KernelCacheWarning):
         assert cubin_cache.load(KEY) is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.every_framework import CASES, decode, in_threads
-from support.fake_device import STREAM, install
+from support.fake_device import STREAM, FakeLaunch, install
 from support.oracle import assert_within_bound, oracle
 from support.problems import make_problem
 
@@ -216,7 +216,7 @@ def test_a_first_call_that_fails_leaves_lazy_metadata_unmade(gpu, monkeypatch):
     lazy = get_mla_metadata()[0]
     call = gpu.arguments() | {"tile_scheduler_metadata": lazy, "num_splits": None}
     with monkeypatch.context() as patch:
-        patch.setattr(gpu.engines[0], "decode", lambda *_: 1 / 0)
+        patch.setattr(FakeLaunch, "__call__", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             flash_mla_with_kvcache(**call)
     assert not lazy.have_initialized

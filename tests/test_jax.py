@@ -347,7 +347,12 @@ def test_tracing_for_gpus_prepares_all_of_them_and_asks_for_scratch(gpu, monkeyp
     monkeypatch.setattr(jax_op, "_gpus", lambda: [0, 1])
     prepared = []
     for device, engine in gpu.engines.items():
-        engine.scratch_floats = lambda g, d=device: prepared.append((d, g.batch)) or 1000 + d
+
+        def prepare(geometry, device=device):
+            prepared.append((device, geometry.batch))
+            return SimpleNamespace(scratch_floats=1000 + device)
+
+        engine.prepare = prepare
     mapped = jax.vmap(step, (0, None, 0, 0))
     q, k_cache, table, lengths = ARRAYS
     text = (

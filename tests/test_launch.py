@@ -1,4 +1,4 @@
-"""What engine, launches and prepared hand to the kernels, read against the CUDA sources; no GPU.
+"""What launches hand to the kernels, read against the CUDA sources; no GPU.
 
 The driver is replaced by one that accepts everything. That the kernels compute the right thing from
 it is the business of tests/gpu.
@@ -20,9 +20,18 @@ from flashmla_cupy import sizes
 from flashmla_cupy.build import compiler
 from flashmla_cupy.errors import ForkedProcessError
 from flashmla_cupy.frameworks import ArrayInfo
-from flashmla_cupy.gpu import driver, launch_graph, launches, prepared
+from flashmla_cupy.gpu import (
+    combine_grid,
+    decode_launch,
+    driver,
+    launch_graph,
+    reports,
+    tensor_maps,
+)
 from flashmla_cupy.gpu import engine as engine_module
 from flashmla_cupy.gpu.geometry import Addresses, Geometry
+from flashmla_cupy.gpu.kernels import COMBINE, DENSE_DECODE, KERNELS, SCHEDULE, Variant
+from flashmla_cupy.gpu.parameters import Arguments, Parameters
 from flashmla_cupy.schedule import split as schedule
 
 SOURCES = Path(__file__).parent.parent / "cuda_src"
@@ -45,69 +54,98 @@ def struct_of(text: str, name: str) -> list[tuple[str, str]]:
     return fields
 
 
-def parameters_of(text: str, kernel: str) -> list[str]:
-    """Struct letters of the parameters of a kernel."""
+def parameters_of(text: str, kernel: str) -> list[tuple[str, str]]:
+    """(name, struct letter) of the parameters of a kernel; of a struct, (name, its type)."""
     body = re.search(rf"\b{kernel}\((.*?)\) {{", text, re.DOTALL)[1]
-    letters = []
+    found = []
     for parameter in re.sub(r"//.*", "", body).split(","):
-        declared = parameter.replace("const ", "").split()
-        letters.append("Q" if "*" in declared[0] else SIZES[declared[0]])
-    return letters
+        plain = re.sub(r"\b(const|__restrict__|__grid_constant__) ?", "", parameter)
+        declared = plain.replace("*", "* ").split()
+        letter = "Q" if "*" in declared[0] else SIZES.get(declared[0], declared[0])
+        found.append((declared[-1], letter))
+    return found
 
 
-def letters_of(layout: struct.Struct) -> list[str]:
-    return [
-        letter
-        for count, letter in re.findall(r"(\d*)([a-zA-Z])", layout.format)
-        if letter != "x"
-        for _ in range(int(count or 1))
-    ]
+def all_sources() -> str:
+    return "".join(path.read_text() for path in sorted(SOURCES.glob("*.cuh")))
 
 
-def test_params_are_those_of_the_kernel():
-    fields = struct_of(source("sm90_pieces.cuh"), "Params")
-    assert [letter for _, letter in fields] == letters_of(launches.PARAMS)
-    assert launches.PARAMS.size % 8 == 0
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel.name}-{kernel.archs[0]}")
+def test_parameters_are_those_of_the_kernel(kernel):
+    """By name, type and order."""
+    declared = parameters_of(source(kernel.source), kernel.name)
+    maps = [name for name, kind in declared if kind == "TensorMap"]
+    assert declared[: len(maps)] == [(name, "TensorMap") for name in maps]
+    assert len(maps) == kernel.parameters.tensor_maps
+    rest = declared[len(maps) :]
+    if kernel.parameters.as_struct:
+        ((_, name),) = rest
+        rest = struct_of(all_sources(), name)
+    assert rest == list(kernel.parameters.letters.items())
 
 
-COMBINE_PARAMS = struct.Struct(f"{len(launches.COMBINE_ARRAYS)}Q{launches.COMBINE_SIZES.format}")
-
-
-@pytest.mark.parametrize(
-    ("name", "layout"),
-    [("combine", COMBINE_PARAMS), ("schedule", launches.SCHEDULE_PARAMS)],
-)
-def test_parameters_are_those_of_the_kernel(name, layout):
-    assert parameters_of(source(f"{name}.cu"), name) == letters_of(layout)
+def unpacked(parameters: Parameters, arguments) -> dict[str, float]:
+    """The values by name that a launch takes from its array of addresses, tensor maps left out."""
+    first = parameters.tensor_maps
+    pointers = arguments[first : first + len(parameters.letters)]
+    if parameters.as_struct:
+        pointers = [arguments[first] + offset for offset in parameters.offsets.values()]
+    return {
+        name: struct.unpack(letter, ctypes.string_at(pointer, struct.calcsize(letter)))[0]
+        for (name, letter), pointer in zip(parameters.letters.items(), pointers, strict=True)
+    }
 
 
 def test_constants_are_those_of_the_kernels():
-    assert f"SHARED_BYTES == {launches.DECODE_SHARED_BYTES}" in source("sm90_shared.cuh")
-    assert f"__launch_bounds__({launches.DECODE_THREADS}, 1)" in source("sm90_dense_decode.cu")
+    assert f"SHARED_BYTES == {DENSE_DECODE.shared_bytes}" in all_sources()
+    assert f"__launch_bounds__({DENSE_DECODE.threads}, 1)" in source(DENSE_DECODE.source)
+    assert SCHEDULE.shared_bytes == schedule.MOST_SHARED_BYTES
     combine = source("combine.cu")
-    assert f"constexpr int THREADS = {prepared.COMBINE_THREADS}," in combine
+    assert f"constexpr int THREADS = {COMBINE.threads}," in combine
     assert f"constexpr int MAX_SPLITS = {sizes.MAX_SPLITS};" in combine
-    floats, halves = (512 // units for units in prepared.COMBINE_UNITS)
+    floats, halves = (512 // units for units in combine_grid.COMBINE_UNITS)
     assert f"COLUMNS = HALVES ? {halves} : {floats}, IN_ROW = 512 / COLUMNS;" in combine
     assert "IN_FLIGHT = HALVES ? 10 : 5;" in combine  # COMBINE_AT_ONCE, a team or two a warp
-    assert prepared.COMBINE_AT_ONCE == 10 * prepared.COMBINE_THREADS // 32
-    assert f"constexpr int FEW_ROWS = {prepared.FEW_ROWS};" in source("merge.cuh")
+    assert 10 * COMBINE.threads // 32 == combine_grid.COMBINE_AT_ONCE
+    assert f"constexpr int FEW_ROWS = {combine_grid.FEW_ROWS};" in source("merge.cuh")
     reasons = re.search(r"enum Reason {(.*?)}", source("sm90_pieces.cuh"))[1].split(",")
-    assert [name.strip().lower().replace("_", " ") for name in reasons] == list(
-        engine_module.REASONS
-    )
+    assert [name.strip().lower().replace("_", " ") for name in reasons] == list(reports.REASONS)
 
 
-def test_offsets_are_those_of_struct():
-    for layout in ("5Q6i", "Q4i2Q", "9Qq12if"):
-        values = range(1, len(letters_of(struct.Struct(layout))) + 1)
-        packed = struct.pack(layout, *values)
-        at = launches._offsets(layout)
-        letters = letters_of(struct.Struct(layout))
-        read = [
-            struct.unpack_from(letter, packed, o)[0] for letter, o in zip(letters, at, strict=True)
-        ]
-        assert read == list(values)
+@pytest.mark.parametrize(
+    ("declaration", "layout"),
+    [
+        ("pointer a, b\nint c, d, e", "2Q3i4x"),
+        ("pointer a\nint b\npointer c, d\nfloat e", "Qi2Qf4x"),
+        ("uint64 a\nint64 b\nint c\nfloat d", "Qqif"),
+    ],
+)
+def test_offsets_are_those_of_struct(declaration, layout):
+    parameters = Parameters(declaration)
+    assert parameters.size == struct.calcsize(layout)
+    values = {name: i for i, name in enumerate(parameters.letters, 1)}
+    arguments = Arguments(parameters)
+    arguments.pack(**values)
+    assert arguments.buffer.raw == struct.pack(layout, *values.values())
+    assert list(arguments.addresses.values()) == list(arguments._pointers)
+    run = parameters.run(list(values)[1:])
+    arguments.pack(**dict.fromkeys(values, 0))
+    run.pack_into(arguments.buffer, run.offset, *list(values.values())[1:])
+    assert arguments.buffer.raw == struct.pack(layout, 0, *list(values.values())[1:])
+    with pytest.raises(ValueError, match="Not neighbours"):
+        parameters.run([*reversed(values)])
+    with pytest.raises(KeyError):
+        arguments.pack(elsewhere=1)
+
+
+def test_parameters_of_one_name_are_packed_once():
+    first = Arguments(Parameters("pointer a, b\nint c"))
+    second = Arguments(Parameters("int c, d\npointer a"), first)
+    first.pack(a=1, b=2, c=3)
+    second.pack(d=4)
+    assert unpacked(Parameters("int c, d\npointer a"), second._pointers) == {"c": 3, "d": 4, "a": 1}
+    with pytest.raises(KeyError):
+        second.pack(c=5)  # it would be set where nobody looks
 
 
 class FakeDriver:
@@ -147,20 +185,28 @@ def fake(monkeypatch):
         return (ctypes.c_char * 128)()
 
     monkeypatch.setattr(driver, "library", lambda: made)
-    monkeypatch.setattr(prepared, "tensor_map", tensor_map)
+    monkeypatch.setattr(tensor_maps, "tensor_map", tensor_map)
     return made
 
 
 def function(entry: str, block: int) -> driver.Function:
     made = object.__new__(driver.Function)
-    made.handle, made.entry, made.block = 1, entry, block
+    made.handle, made.entry, made.block, made.programmatic = 1, entry, block, True
+    return made
+
+
+def reporting() -> reports.Reports:
+    made = object.__new__(reports.Reports)
+    made.forked, made.refusal, made.refused = False, 77, 88
     return made
 
 
 def prepare(q, k_cache, table, parts=66):
     geometry = Geometry.of(q, k_cache, table, parts)
-    kernels = function("schedule", 32), function("dense_decode", 384), function("combine", 256)
-    return prepared.Prepared(geometry, *kernels, 132)
+    kernels = decode_launch.DecodeKernels(
+        *(function(kernel.name, kernel.threads) for kernel in (SCHEDULE, DENSE_DECODE, COMBINE))
+    )
+    return decode_launch.DecodeLaunch(geometry, kernels, 132, reporting(), iter(range(99, 200)))
 
 
 def info(*shape, strides=None, dtype="bfloat16"):
@@ -207,39 +253,25 @@ def test_grid_and_tensor_maps(fake, q, k_cache, grid):
     assert len(fake.maps) == before  # once for an address
 
 
-def engine_with(made) -> engine_module.Engine:
-    engine = object.__new__(engine_module.Engine)
-    engine._prepared, engine._status = {id(made.geometry): made}, (77, 88)
-    engine._epochs = iter(range(99, 200))
-    return engine
-
-
 # In the order of Addresses: q, k_cache, metadata, lengths, table, out, lse, scratch.
 CALL = Addresses(1 << 20, 1 << 20, 2, 1, 1 << 20, 4, 5, 1 << 30)
 
 
 def test_decode_launches_both_kernels(fake):
     made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE)
-    engine_with(made).decode(9, CALL, made.geometry, 0.5, False)
+    made(9, CALL, 0.5, False)
     decode, combine = fake.launches
-    assert decode[:4] == ((2, 1, 66), (384, 1, 1), launches.DECODE_SHARED_BYTES, 9)
+    assert decode[:4] == ((2, 1, 66), (384, 1, 1), 232304, 9)
     assert combine[:4] == ((132, 1, 1), (256, 1, 1), 0, 9)
     slots = 2 * 65
-    letters = letters_of(COMBINE_PARAMS)
-    read = [
-        ctypes.string_at(pointer, struct.calcsize(letter))
-        for pointer, letter in zip(combine[4][: len(letters)], letters, strict=True)
-    ]
     row_partial = (1 << 30) + slots * 128 * 512 * 4
     pairs = row_partial + slots * 128 * 16
-    assert COMBINE_PARAMS.unpack(b"".join(read)) == (
+    assert tuple(unpacked(COMBINE.parameters, combine[4]).values()) == (
         *(2, 1 << 30, row_partial, 4, 5, pairs),
         *(132, 3, 1, 128, 128, slots, 66, 128),
     )
 
-    names = [name for name, _ in struct_of(source("sm90_pieces.cuh"), "Params")]
-    packed = ctypes.string_at(decode[4][4], launches.PARAMS.size)
-    seen = dict(zip(names, launches.PARAMS.unpack(packed), strict=True))
+    seen = unpacked(DENSE_DECODE.parameters, decode[4])
     assert seen.pop("scale_log2") == pytest.approx(0.5 * 1.4426950408889634)
     assert seen == {
         "tile_scheduler_metadata": 2,
@@ -271,7 +303,7 @@ def test_decode_launches_both_kernels(fake):
 
 def test_schedule_launches_with_the_room_that_a_batch_needs(fake):
     engine = object.__new__(engine_module.Engine)
-    engine._kernels = {compiler.Variant("schedule"): function("schedule", 32)}
+    engine._schedule, engine._reports = function("schedule", 32), reporting()
     engine._own = threading.local()
     for batch, parts in ((3, 66), (9000, 132), (1, 66)):
         engine.schedule(9, 1, batch, parts, 128, 1, 2, 3)
@@ -279,8 +311,8 @@ def test_schedule_launches_with_the_room_that_a_batch_needs(fake):
         sizes = schedule.launch_sizes(batch, parts, 128, 1)
         assert (grid, block, stream) == ((1, 1, 1), sizes.block, 9)
         assert shared_bytes == sizes.shared_bytes
-        packed = ctypes.string_at(arguments[0], launches.SCHEDULE_PARAMS.size)
-        cache_seqlens, *params, metadata, num_splits = launches.SCHEDULE_PARAMS.unpack(packed)
+        seen = unpacked(SCHEDULE.parameters, arguments)
+        cache_seqlens, *params, metadata, num_splits = seen.values()
         assert (cache_seqlens, metadata, num_splits) == (1, 2, 3)
         assert params == pytest.approx(sizes.params)
         assert params[:5] == list(sizes.params[:5])
@@ -289,7 +321,7 @@ def test_schedule_launches_with_the_room_that_a_batch_needs(fake):
 def test_no_combine_where_nothing_can_be_split(fake):
     made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE, parts=1)
     for _ in range(2):
-        engine_with(made).decode(9, CALL, made.geometry, 0.5, False)
+        made(9, CALL, 0.5, False)
     assert [call[1] for call in fake.launches] == [(384, 1, 1)] * 2
 
 
@@ -313,19 +345,18 @@ class FakeGraph:
             def __call__(self, stream):
                 outer.log.append(stream)
 
-        monkeypatch.setattr(launches, "LaunchGraph", Graph)
-        monkeypatch.setattr(launches, "CaptureStatus", lambda: lambda stream: self.capturing)
+        monkeypatch.setattr(decode_launch, "LaunchGraph", Graph)
+        monkeypatch.setattr(decode_launch, "CaptureStatus", lambda: lambda stream: self.capturing)
 
 
 def test_calls_after_the_first_are_a_graph(fake, monkeypatch):
     graph = FakeGraph(monkeypatch)
     made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE)
-    engine = engine_with(made)
 
     def decode(call=CALL, scale=0.5, causal=False):
         graph.log.clear()
         before = len(fake.launches)
-        engine.decode(9, call, made.geometry, scale, causal)
+        made(9, call, scale, causal)
         return graph.log, len(fake.launches) - before
 
     assert decode() == (["made of 2"], 2)
@@ -345,20 +376,18 @@ def test_a_call_may_make_its_metadata(fake, monkeypatch):
     """Its graph is another one: neither knows what the other was set to."""
     graph = FakeGraph(monkeypatch)
     made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE)
-    engine = engine_with(made)
 
     def decode(*options):
         graph.log.clear()
         before = len(fake.launches)
-        engine.decode(9, CALL, made.geometry, 0.5, False, *options)
+        made(9, CALL, 0.5, False, *options)
         return graph.log, len(fake.launches) - before
 
     assert decode(1 << 30) == (["made of 3"], 3)
     (_, block, shared_bytes, _, arguments), *_ = fake.launches
     sizes = schedule.launch_sizes(3, 66, 128, 1)
     assert (block, shared_bytes) == (sizes.block, sizes.shared_bytes)
-    packed = ctypes.string_at(arguments[0], launches.SCHEDULE_PARAMS.size)
-    lengths, *params, metadata, num_splits = launches.SCHEDULE_PARAMS.unpack(packed)
+    lengths, *params, metadata, num_splits = unpacked(SCHEDULE.parameters, arguments).values()
     assert (lengths, metadata) == (CALL.cache_seqlens, CALL.tile_scheduler_metadata)
     assert num_splits == 1 << 30 and params == pytest.approx(sizes.params)
     assert decode() == (["made of 2"], 2)
@@ -370,9 +399,8 @@ def test_a_call_may_make_its_metadata(fake, monkeypatch):
 def test_without_graphs_there_are_launches(fake, monkeypatch):
     graph = FakeGraph(monkeypatch, made=False)
     made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE)
-    engine = engine_with(made)
     for _ in range(3):
-        engine.decode(9, CALL, made.geometry, 0.5, False)
+        made(9, CALL, 0.5, False)
     assert len(fake.launches) == 6
     assert graph.log == []
 
@@ -389,11 +417,10 @@ def test_a_first_call_in_a_capture_makes_no_graph(fake, monkeypatch):
     graph = FakeGraph(monkeypatch)
     graph.capturing = True
     made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE)
-    engine = engine_with(made)
-    engine.decode(9, CALL, made.geometry, 0.5, False)
+    made(9, CALL, 0.5, False)
     assert graph.log == []
     graph.capturing = False
-    engine.decode(9, CALL, made.geometry, 0.5, False)
+    made(9, CALL, 0.5, False)
     assert graph.log == ["made of 2"]
 
 
@@ -412,23 +439,24 @@ def test_kernels_are_loaded_on_the_device_of_their_arrays(monkeypatch):
             current.pop()
 
     engine = object.__new__(engine_module.Engine)
-    engine.device, engine.num_sms = 1, 132
+    engine.device, engine.num_sms, engine.arch = 1, 132, "sm_90a"
     engine._cuda = types.SimpleNamespace(Device=Device)
-    engine._kernels = {compiler.Variant("schedule"): function("schedule", 32)}
-    engine._prepared, engine._load_lock = {}, threading.Lock()
+    engine._kernels = {Variant("schedule"): function("schedule", 32)}
+    engine._load_lock, engine._reports = threading.Lock(), reporting()
+    engine._programmatic, engine._epochs = True, iter(())
 
     def compile_variants(wanted):
         return [compiler.Compiled(v, b"", "", None, 0.0, True) for v in wanted]
 
-    def loaded(compiled):
+    def loaded(cubin, entry, **of):
         loaded_on.append(current[-1])
-        return function(compiled.variant.entry, 32)
+        return function(entry, 32)
 
     monkeypatch.setattr(engine_module, "RelaxedCapture", contextlib.nullcontext)
     monkeypatch.setattr(engine_module, "compile_variants", compile_variants)
-    monkeypatch.setattr(engine_module, "_function", loaded)
+    monkeypatch.setattr(engine_module, "Function", loaded)
     q, k_cache = info(3, 1, 128, 576), info(9, 64, 1, 576)
-    assert engine.scratch_floats(Geometry.of(q, k_cache, TABLE, 66)) > 0
+    assert engine.prepare(Geometry.of(q, k_cache, TABLE, 66)).scratch_floats > 0
     assert set(loaded_on) == {1} and len(loaded_on) == 2
     assert current == [0]
 
@@ -449,12 +477,24 @@ def test_blocks_of_combine(h_q, batch, parts, tokens, expected):
     q_strides, k_strides = (h_q * 576, h_q * 576, 576, 1), (64 * 576, 576, 576, 1)
     cache = (64, 64, k_strides, tokens // 64, tokens // 64)
     geometry = Geometry("bfloat16", batch, 1, h_q, 1, q_strides, *cache, parts)
-    assert prepared.combine_blocks(geometry, 132) == expected
+    assert combine_grid.combine_blocks(geometry, 132) == expected
 
 
-def test_a_forked_engine_refuses():
+def test_a_forked_engine_refuses(fake):
+    made = prepare(info(3, 1, 128, 576), info(9, 64, 1, 576), TABLE)
+    made(9, CALL, 0.5, False)
     engine = object.__new__(engine_module.Engine)
-    engine.__class__ = engine_module._Forked
-    for call in (engine.schedule, engine.decode, engine.check, engine.raise_pending):
+    engine._reports, engine.arch = made.reports, "sm_90a"
+    engine._reports.after_fork()
+    calls = (
+        lambda: engine.schedule(9, 1, 3, 66, 128, 1, 2, 3),
+        lambda: made(9, CALL, 0.5, False),
+        lambda: engine.prepare(made.geometry),
+        engine._reports.check,
+        engine._reports.raise_pending,
+    )
+    before = len(fake.launches)
+    for call in calls:
         with pytest.raises(ForkedProcessError, match="spawn"):
             call()
+    assert len(fake.launches) == before

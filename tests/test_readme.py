@@ -17,7 +17,7 @@ from support import hopper_gpu
 
 import flashmla_cupy
 from flashmla_cupy.__main__ import main
-from flashmla_cupy.build import compiler
+from flashmla_cupy.gpu.kernels import all_variants
 
 PACKAGE = Path(flashmla_cupy.__file__).resolve().parent
 ROOT = PACKAGE.parent
@@ -109,5 +109,5 @@ def test_every_command_is_there(capsys):
 
 def test_every_kernel_is_there():
     section = TEXT.partition("## How it works")[2].partition("\n## ")[0]
-    for source in {variant.source for variant in compiler.all_variants()}:
+    for source in {variant.source for variant in all_variants()}:
         assert f"[{source}](cuda_src/{source})" in section

@@ -23,30 +23,24 @@ pytest.importorskip("cupy", reason="CuPy is not installed")
 
 from flashmla_cupy.build import compiler, nvrtc
 from flashmla_cupy.errors import NVRTCNotFoundError
+from flashmla_cupy.gpu.kernels import Variant, all_variants
 
 try:
     NVRTC = nvrtc.version()
 except NVRTCNotFoundError:
     pytest.skip("NVRTC is not installed", allow_module_level=True)
 
-VARIANTS = compiler.all_variants()
-DECODE = [variant for variant in VARIANTS if variant.kernel == "dense_decode"]
-
-# kernel -> (registers a thread, bytes of spill stores) at most. dense_decode runs 384 threads a
-# block, which leaves 168 registers each at launch; setmaxnreg then shares them out by role.
-LIMITS = {
-    "dense_decode": (168, 56),
-    "schedule": (64, 0),
-    "combine": (128, 0),
-}
+VARIANTS = all_variants()
+WITH_MMA = [variant for variant in VARIANTS if variant.row.mma_loops]
+DECODE = [variant for variant in WITH_MMA if variant.kernel == "dense_decode"]
 
 
-def identity(variant: compiler.Variant) -> str:
+def identity(variant: Variant) -> str:
     return variant.name
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[compiler.Variant, compiler.Compiled]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Variant, compiler.Compiled]:
     """Every variant, compiled afresh: a cached log would say what an older compiler said."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FLASHMLA_CUPY_CACHE_DIR", str(tmp_path_factory.mktemp("cubins")))
@@ -222,10 +216,15 @@ def test_wgmma_is_not_serialised(variant, compiled):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=identity)
 def test_registers_and_spills(variant, compiled):
-    registers, spills = LIMITS[variant.kernel]
-    found = compiled[variant].resources
-    assert 0 < found.registers <= registers
-    assert found.spill_stores <= spills
+    found, row = compiled[variant].resources, variant.row
+    assert 0 < found.registers <= row.registers
+    assert found.spill_stores <= row.spill_bytes
+
+
+@pytest.mark.parametrize("variant", WITH_MMA, ids=identity)
+def test_tile_loops_stay_in_registers(variant, compiled, tmp_path):
+    code = disassemble(compiled[variant].cubin, tmp_path)
+    assert [local_accesses(loop) for loop in tile_loops(code)] == [0] * variant.row.mma_loops
 
 
 @pytest.mark.parametrize("variant", DECODE, ids=identity)
@@ -233,8 +232,6 @@ def test_decode_code(variant, compiled, tmp_path):
     code = disassemble(compiled[variant].cubin, tmp_path)
     names = {instruction.opcode.split(".")[0] for instruction in code}
     assert {"HGMMA", "UTMALDG", "USETMAXREG"} <= names
-    # One loop for QK and softmax, one for P V.
-    assert [local_accesses(loop) for loop in tile_loops(code)] == [0, 0]
     # Descriptors of QK in uniform registers: moving each there costs more than issuing its HGMMA.
     (scores,) = (loop for loop in tile_loops(code) if count(loop, "HGMMA") == 36)
     assert count(scores, "R2UR") <= 8

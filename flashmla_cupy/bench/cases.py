@@ -30,10 +30,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
+from .._version import __version__
 from ..build import nvrtc
 from ..errors import NoDeviceError, OptionError, UnsupportedArchError
-from ..gpu.arch import is_hopper
+from ..gpu.arch import arch_of
 from ..sizes import HEAD_DIM, HEAD_DIM_V, PAGE_SIZES
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def current_gpu() -> dict[str, Any]:
     if not cuda.is_available():
         raise NoDeviceError("bench needs a Hopper GPU, and CUDA finds no GPU on this machine.")
     facts: dict[str, Any] = cuda.runtime.getDeviceProperties(cuda.Device().id)
-    if not is_hopper(facts):
+    if arch_of(facts) is None:
         raise UnsupportedArchError(
             f"bench needs a Hopper GPU (compute capability 9.0), and {facts['name'].decode()} has "
             f"{facts['major']}.{facts['minor']}."

@@ -1,10 +1,10 @@
-"""NVRTC: from our CUDA sources to sm_90a cubins, without a toolkit, a host compiler or a GPU.
+"""NVRTC: from our CUDA sources to cubins, without a toolkit, a host compiler or a GPU.
 
-A `Variant` names one specialisation of one kernel; its macros are the only difference between
-variants of a source. Compiled kernels live in a memo of the process and in `cubin_cache`, under a
-key that holds everything that can change the code: all sources, the options, the exact NVRTC
-build and the version of this package. Sources include nothing but one another, from memory, so
-no include path and no header of a toolkit can change the result.
+A `Variant` (gpu/kernels.py) names one specialisation of one kernel; its macros are the only
+difference between variants of a source. Compiled kernels live in a memo of the process and in
+`cubin_cache`, under a key that holds everything that can change the code: all sources, the
+options, the exact NVRTC build and the version of this package. Sources include nothing but one
+another, from memory, so no include path and no header of a toolkit can change the result.
 
 CuPy's own `RawModule(code=...)` is not used: it adds `-arch=sm_90`, which lacks wgmma, needs a
 GPU to compile, and does not hash included files.
@@ -25,74 +25,18 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
 
-from ..errors import CacheConfigError, CacheTrustWarning, KernelCompileError
+from .._version import __version__
+from ..errors import KernelCacheError, KernelCacheWarning, KernelCompileError
+from ..gpu.kernels import Variant
 from . import cubin_cache, nvrtc
 
-ARCH = "sm_90a"
-
-_BASE_OPTIONS = (f"-arch={ARCH}", "--std=c++17", "--ptxas-options=-v")
+_BASE_OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 _KEY_SCHEMA = 1  # raise it when the meaning of an entry changes
-_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
-_TILE_PAGE_SIZES = (64, 32, 16)
 
 _logger = logging.getLogger("flashmla_cupy")
 _memo: dict[Variant, Future[Compiled]] = {}
 _memo_lock = threading.Lock()
-
-Kernel = Literal["dense_decode", "schedule", "combine"]
-
-
-@dataclass(frozen=True, order=True)
-class Variant:
-    """One kernel to compile. `page_size` counts for dense_decode only, where 64 stands for every
-    page size from 64 up; `dtype`, that of q and k_cache, for all but schedule. What does not count
-    keeps its default, so that equal kernels are equal variants; anything else is a ValueError.
-    """
-
-    kernel: Kernel
-    dtype: str = "bfloat16"
-    page_size: int = 64
-
-    def __post_init__(self) -> None:
-        if self.kernel not in get_args(Kernel):
-            raise ValueError(f"Variant: kernel: expected {get_args(Kernel)}, got {self.kernel!r}.")
-        dtypes = ("bfloat16",) if self.kernel == "schedule" else tuple(_DTYPES)
-        if self.dtype not in dtypes:
-            raise ValueError(
-                f"Variant: dtype of {self.kernel}: expected {dtypes}, got {self.dtype!r}."
-            )
-        sizes = _TILE_PAGE_SIZES if self.kernel == "dense_decode" else (64,)
-        if self.page_size not in sizes:
-            raise ValueError(
-                f"Variant: page_size of {self.kernel}: expected {sizes}, got {self.page_size!r}."
-            )
-
-    @property
-    def name(self) -> str:
-        """For people: "dense_decode_bf16_p64", "combine_fp16", "schedule"."""
-        dtype = "" if self.kernel == "schedule" else f"_{_DTYPES[self.dtype]}"
-        page = f"_p{self.page_size}" if self.kernel == "dense_decode" else ""
-        return f"{self.kernel}{dtype}{page}"
-
-    @property
-    def source(self) -> str:
-        """File name in cuda_src."""
-        prefix = "sm90_" if self.kernel == "dense_decode" else ""
-        return f"{prefix}{self.kernel}.cu"
-
-    @property
-    def entry(self) -> str:
-        """Name of the `extern "C"` kernel function."""
-        return self.kernel
-
-    @property
-    def macros(self) -> tuple[str, ...]:
-        """The NVRTC options that select this variant."""
-        dtype = () if self.kernel == "schedule" else (f"-DDTYPE_{_DTYPES[self.dtype].upper()}",)
-        page = (f"-DPAGE_SIZE={self.page_size}",) if self.kernel == "dense_decode" else ()
-        return dtype + page
 
 
 @dataclass(frozen=True)
@@ -118,17 +62,6 @@ class Compiled:
     cached: bool
 
 
-def nvrtc_version() -> tuple[int, int]:
-    """(major, minor) of the NVRTC that compiles the kernels; raises what `nvrtc.version` raises."""
-    return nvrtc.version()
-
-
-def all_variants() -> tuple[Variant, ...]:
-    """Every variant that the library can select."""
-    decode = [Variant("dense_decode", d, p) for d in _DTYPES for p in _TILE_PAGE_SIZES]
-    return (*decode, *(Variant("combine", d) for d in _DTYPES), Variant("schedule"))
-
-
 def compile_variant(
     variant: Variant, *, extra_options: Iterable[str] = (), refresh: bool = False
 ) -> Compiled:
@@ -138,12 +71,12 @@ def compile_variant(
     refresh: compile again and replace what is kept, for a cubin that the driver will not load.
 
     Raises MissingDependencyError, NVRTCNotFoundError, NVRTCVersionError, KernelCompileError, and
-    CacheConfigError for an environment variable with a value that is not understood.
+    KernelCacheError for an environment variable with a value that is not understood.
     """
     if isinstance(extra_options, str):
         raise TypeError(f"extra_options: expected a sequence of options, got {extra_options!r}.")
     if options := tuple(extra_options):
-        built = _build(variant, (*_BASE_OPTIONS, *variant.macros, *options), _sources())
+        built = _build(variant, (*_options(variant), *options), _sources())
         _announce(built, "not cached")
         return built
     future: Future[Compiled] = Future()
@@ -200,16 +133,20 @@ def cache_key(variant: Variant, sources: Mapping[str, bytes]) -> str:
     """SHA-256, in hex, over everything that decides which code `variant` becomes."""
     parts = {
         "schema": _KEY_SCHEMA,
-        "version": _package_version(),
+        "version": __version__,
         "nvrtc": nvrtc.build(),
         "source": variant.source,
-        "options": [*_BASE_OPTIONS, *variant.macros],
+        "options": _options(variant),
         "sources": {name: hashlib.sha256(text).hexdigest() for name, text in sources.items()},
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 # ---- one variant -----------------------------------------------------------------------------
+
+
+def _options(variant: Variant) -> tuple[str, ...]:
+    return (f"-arch={variant.arch}", *_BASE_OPTIONS, *variant.macros)
 
 
 def _load_or_build(variant: Variant, refresh: bool) -> Compiled:
@@ -222,7 +159,7 @@ def _load_or_build(variant: Variant, refresh: bool) -> Compiled:
     if kept and not verify:
         _logger.debug("loaded %s from the cache", variant.name)
         return kept
-    options = (*_BASE_OPTIONS, *variant.macros)
+    options = _options(variant)
     if verify and nvrtc.version() >= (12, 9):  # NVRTC's own cache would be compared with itself
         options += ("--no-cache",)
     built = _build(variant, options, sources)
@@ -231,7 +168,7 @@ def _load_or_build(variant: Variant, refresh: bool) -> Compiled:
     if kept:
         warnings.warn(
             f"The cached {variant.name} differs from a fresh compilation, and is replaced.",
-            CacheTrustWarning,
+            KernelCacheWarning,
             stacklevel=2,
         )
     metadata = {
@@ -240,7 +177,7 @@ def _load_or_build(variant: Variant, refresh: bool) -> Compiled:
         "seconds": built.seconds,
         "log": built.log,
         "nvrtc": nvrtc.build(),
-        "version": _package_version(),
+        "version": __version__,
         "created": time.time(),
     }
     path = cubin_cache.store(key, metadata, built.cubin)
@@ -306,17 +243,11 @@ def _sources() -> dict[str, bytes]:
     raise KernelCompileError("The CUDA sources are missing. Reinstall flashmla-cupy.", "")
 
 
-def _package_version() -> str:
-    from .. import __version__
-
-    return __version__
-
-
 def _switch(variable: str) -> bool | None:
     """An environment variable that is 0 or 1; None when it is not set."""
     value = os.environ.get(variable)
     if value not in (None, "0", "1"):
-        raise CacheConfigError(f"{variable}: expected 0 or 1, got {value!r}. Set one, or unset it.")
+        raise KernelCacheError(f"{variable}: expected 0 or 1, got {value!r}. Set one, or unset it.")
     return None if value is None else value == "1"
 
 
@@ -324,7 +255,7 @@ def _announce(built: Compiled, where: str) -> None:
     """One INFO line a compile, shown on stderr where a person waits and nobody set up logging."""
     used = built.resources
     line = (
-        f"compiled {built.variant.name} for {ARCH} in {built.seconds:.2g} s: "
+        f"compiled {built.variant.name} for {built.variant.arch} in {built.seconds:.2g} s: "
         f"{used.registers} registers, {used.spill_stores} spill bytes, {where}"
     )
     _logger.info(line)

@@ -34,7 +34,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ..errors import CacheConfigError, CacheTrustWarning
+from ..errors import KernelCacheError, KernelCacheWarning
 
 DIRECTORY_VARIABLE = "FLASHMLA_CUPY_CACHE_DIR"
 STALE_SECONDS = 3600.0  # a temporary file older than this has lost its writer
@@ -67,7 +67,7 @@ class _Untrusted(Exception):
 def directory() -> str:
     """Absolute path of the cache: $FLASHMLA_CUPY_CACHE_DIR, else under the XDG cache directory.
 
-    Raises CacheConfigError for a variable that is not the absolute path of a directory, OSError
+    Raises KernelCacheError for a variable that is not the absolute path of a directory, OSError
     when no variable is set and the user has no home directory. Creates nothing.
     """
     path = os.environ.get(DIRECTORY_VARIABLE)
@@ -80,9 +80,9 @@ def directory() -> str:
         return os.path.normpath(os.path.join(base, "flashmla_cupy"))
     expected = f"{DIRECTORY_VARIABLE}: expected the absolute path of a directory, got {path!r}"
     if not os.path.isabs(path) or "\0" in path or not path.strip("/"):
-        raise CacheConfigError(f"{expected}. Write the path in full, or unset the variable.")
+        raise KernelCacheError(f"{expected}. Write the path in full, or unset the variable.")
     if os.path.exists(path) and not os.path.isdir(path):
-        raise CacheConfigError(f"{expected}, which is a file. Name a directory.")
+        raise KernelCacheError(f"{expected}, which is a file. Name a directory.")
     return os.path.normpath(path)
 
 
@@ -214,7 +214,7 @@ def _failures_warn(action: str) -> Iterator[None]:
         pass  # nothing stored yet, or another process has just cleared the cache
     except _Untrusted as reason:
         _warn_once(
-            CacheTrustWarning,
+            KernelCacheWarning,
             f"The kernel cache is not used, because {reason}. Kernels are compiled in memory.",
         )
     except OSError as reason:

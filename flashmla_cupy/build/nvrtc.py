@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import (
-    CacheConfigError,
+    KernelCacheError,
     KernelCompileError,
     MissingDependencyError,
     NVRTCNotFoundError,
@@ -100,7 +100,7 @@ def build() -> str:
     key = _key_of_file()
     try:
         kept = cubin_cache.load(key) if key else None
-    except CacheConfigError:  # whoever needs the cache for more than this will say so
+    except KernelCacheError:  # whoever needs the cache for more than this will say so
         key = kept = None
     if kept is not None:
         return str(kept.metadata["nvrtc"])

@@ -23,7 +23,7 @@ from ..errors import (
     ShapeError,
 )
 from ..frameworks import HOST, framework, framework_of, numpy_dtype
-from ..gpu.arch import is_hopper
+from ..gpu.arch import arch_of
 from ..sizes import HEAD_DIM, PAGE_SIZES
 
 _SIZES = ", ".join(map(str, PAGE_SIZES))
@@ -110,7 +110,7 @@ def _place(device: Any, function: str) -> int:
     count = cuda.runtime.getDeviceCount() if cuda.is_available() else 0
     if device is None:  # the current GPU, if the kernels run on it
         current = int(cuda.Device().id) if count else HOST
-        fits = count and is_hopper(cuda.runtime.getDeviceProperties(current))
+        fits = count and arch_of(cuda.runtime.getDeviceProperties(current))
         return current if fits else HOST
     if device >= count:
         remedy = "Pass device='cpu' for NumPy."

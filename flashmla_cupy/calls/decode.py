@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..bounded import Bounded
 from ..frameworks import HOST, ArrayInfo, Framework, allocator, framework_of, pair_allocator
 from ..gpu.geometry import Geometry
 from ..schedule.sched_meta import Configuration
@@ -25,6 +26,7 @@ from . import metadata as metadata_plans
 from .metadata import MAX_PLANS, MetadataPlan
 
 if TYPE_CHECKING:
+    from ..gpu.decode_launch import DecodeLaunch
     from ..gpu.engine import Engine
 
 MAX_ADDRESSES = 4096  # of one array of one plan; a model has as many caches as layers
@@ -60,7 +62,7 @@ class Plan:
     framework: Framework
     configuration: Configuration
     engine: Engine | None  # None: arrays in host memory
-    geometry: Geometry | None  # None: no engine, or nothing to do
+    launch: DecodeLaunch | None  # None: no engine, or nothing to do
     softmax_scale: float
     causal: bool
     is_empty: bool
@@ -71,7 +73,9 @@ class Plan:
     new_scratch: Callable[[], tuple[Any, int]] | None  # with its address; None: no need
     schedule: MetadataPlan | None  # makes the metadata of a SchedMeta; None: there is none
     # Addresses that accepts() has found right; most calls come again with the same ones.
-    accepted: set[tuple[int, ...]] = field(default_factory=set, compare=False, repr=False)
+    accepted: Bounded[tuple[int, ...], None] = field(
+        default_factory=functools.partial(Bounded, MAX_ADDRESSES), compare=False, repr=False
+    )
 
     def accepts(self, pointers: tuple[int, ...]) -> bool:
         """Whether all addresses are aligned and the outputs overlap nothing."""
@@ -84,9 +88,7 @@ class Plan:
             return False
         if (out or lse) and self._overlap(pointers):
             return False
-        if len(self.accepted) >= MAX_ADDRESSES:
-            self.accepted.clear()
-        self.accepted.add(pointers)
+        self.accepted[pointers] = None
         return True
 
     def _overlap(self, pointers: tuple[int, ...]) -> bool:
@@ -104,7 +106,7 @@ class Plan:
         return False
 
 
-_plans: dict[Any, Plan] = {}
+_plans: Bounded[Any, Plan] = Bounded(MAX_PLANS)
 
 
 def find(
@@ -192,10 +194,12 @@ def make(
         checks.metadata(infos["tile_scheduler_metadata"], infos["num_splits"], batch, parts)
 
     is_empty = 0 in out_shape
-    geometry, scratch_floats = None, 0
+    launch, scratch_floats = None, 0
     if engine is not None and not is_empty:
-        geometry = Geometry.of(layouts.plain(q), layouts.plain(k_cache), block_table, parts)
-        scratch_floats = engine.scratch_floats(geometry)
+        launch = engine.prepare(
+            Geometry.of(layouts.plain(q), layouts.plain(k_cache), block_table, parts)
+        )
+        scratch_floats = launch.scratch_floats
 
     schedule = None
     if options.is_lazy:
@@ -219,7 +223,7 @@ def make(
             framework.name, q.device, batch, s_q, h_q, h_kv, page_size, causal
         ),
         engine=engine,
-        geometry=geometry,
+        launch=launch,
         softmax_scale=softmax_scale,
         causal=causal and s_q > 1,
         is_empty=is_empty,
@@ -233,7 +237,5 @@ def make(
         schedule=schedule,
     )
     if key is not None:
-        if len(_plans) >= MAX_PLANS:  # a bound, not a policy: a decoding loop needs a few
-            _plans.clear()
         _plans[key] = plan
     return plan, tuple(info.ptr for info in found)

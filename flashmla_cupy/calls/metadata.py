@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..bounded import Bounded
 from ..frameworks import HERE, HOST, ArrayInfo, Framework, framework_of, pair_allocator
 from ..schedule import split as schedule
 from ..sizes import METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
@@ -17,8 +18,8 @@ from ..sizes import METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
 if TYPE_CHECKING:
     from ..gpu.engine import Engine
 
-MAX_PLANS = 1024  # a bound, not a policy
-_plans: dict[Any, MetadataPlan] = {}
+MAX_PLANS = 1024
+_plans: Bounded[Any, MetadataPlan] = Bounded(MAX_PLANS)
 
 
 class MetadataPlan(NamedTuple):
@@ -103,7 +104,5 @@ def make(
     new = pair_allocator(framework, shapes, ("int32", "int32"), device)
     plan = MetadataPlan(framework, engine, device, batch, parts, rows, h_kv, new)
     if key is not None:
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
         _plans[key] = plan
     return plan

@@ -1,10 +1,14 @@
-"""Which GPUs the kernels run on: compute capability 9.0, as ARCH in compiler.py says."""
+"""Which GPUs the kernels run on, and for which architecture they are compiled there."""
 
 from __future__ import annotations
 
 from typing import Any
 
-CAPABILITY = (9, 0)
+# Compute capability -> the architecture that kernels are compiled for; the table in kernels.py
+# says which kernels there are for each.
+ARCHS = {(9, 0): "sm_90a"}
+GPUS = "H100, H200, H800, H20, GH200"  # those of ARCHS, as messages name them
+CAPABILITIES = ", ".join(f"{major}.{minor}" for major, minor in ARCHS)
 
 
 def capability(properties: dict[str, Any]) -> tuple[int, int]:
@@ -12,6 +16,11 @@ def capability(properties: dict[str, Any]) -> tuple[int, int]:
     return properties["major"], properties["minor"]
 
 
-def is_hopper(properties: dict[str, Any]) -> bool:
-    """Whether it is one of them."""
-    return capability(properties) == CAPABILITY
+def arch_of(properties: dict[str, Any]) -> str | None:
+    """What kernels are compiled for on this GPU; None if it is not supported."""
+    return ARCHS.get(capability(properties))
+
+
+def launches_programmatically(properties: dict[str, Any]) -> bool:
+    """Whether kernels can start before the one ahead of them ends (griddepcontrol)."""
+    return capability(properties) >= (9, 0)

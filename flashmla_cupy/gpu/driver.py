@@ -70,10 +70,13 @@ def _must(code: int, what: str) -> None:
 
 
 class Function:
-    """A kernel of a loaded cubin, which executes griddepcontrol.wait: launches are programmatic."""
+    """A kernel of a loaded cubin."""
 
-    def __init__(self, cubin: bytes, entry: str, *, block: int, max_shared: int = 0) -> None:
-        """Needs a current context. Raises KernelLoadError."""
+    def __init__(
+        self, cubin: bytes, entry: str, *, block: int, max_shared: int = 0, programmatic: bool
+    ) -> None:
+        """programmatic: it may start before the kernel ahead of it ends, which its
+        griddepcontrol.wait waits for. Needs a current context. Raises KernelLoadError."""
         cuda, module, function = library(), ctypes.c_void_p(), ctypes.c_void_p()
         _must(cuda.cuModuleLoadData(ctypes.byref(module), cubin), f"Loading {entry}")
         name = entry.encode()
@@ -86,6 +89,7 @@ class Function:
         self.handle = function.value or 0
         self.entry = entry
         self.block = block
+        self.programmatic = programmatic
 
 
 class Launch:
@@ -100,11 +104,12 @@ class Launch:
             shared_bytes,
             None,
             ctypes.addressof(self._attribute),
-            1,
+            int(function.programmatic),
         )
         self._stream: int | None = None
         self._address = ctypes.addressof(self.config)
         self.function = function.handle
+        self.programmatic = function.programmatic
         self._entry = function.entry
         self._start = library().cuLaunchKernelEx
         self._start.argtypes = (ctypes.c_void_p,) * 4

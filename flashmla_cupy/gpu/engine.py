@@ -1,14 +1,12 @@
-"""The engine of one GPU: loaded kernels, tensor maps, launches, and what the device refused.
+"""The engine of one GPU: its loaded kernels, and the launches that are made of them.
 
-Everything that allocates, compiles or loads happens in `engine_of()` and `Engine.scratch_floats()`,
-before the first launch of a kind, because a graph capture forbids it. `schedule`, `decode` and
-`raise_pending` only launch or look at host memory; what `decode` makes for a thread's later calls
-(see `launches`) it makes outside of captures.
+Everything that allocates, compiles or loads happens in `engine_of()` and `Engine.prepare()`, before
+the first launch of a kind, because a graph capture forbids it. What they make only launches, and
+`raise_pending` only looks at host memory.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import itertools
 import os
@@ -16,27 +14,17 @@ import random
 import threading
 from typing import Any
 
-from ..build.compiler import Compiled, Variant, compile_variant, compile_variants
+from ..build.compiler import Compiled, compile_variant, compile_variants
 from ..build.nvrtc import binding
-from ..errors import (
-    DeviceCheckError,
-    ForkedProcessError,
-    KernelLoadError,
-    NoDeviceError,
-    UnsupportedArchError,
-)
-from ..schedule import split as schedule_module
-from ..sizes import TOKENS_PER_TILE
-from .arch import is_hopper
+from ..errors import KernelLoadError, NoDeviceError, UnsupportedArchError
+from ..schedule.split import launch_sizes
+from . import arch
+from .decode_launch import DecodeKernels, DecodeLaunch
 from .driver import Function, RelaxedCapture
-from .geometry import Addresses, Geometry
-from .launches import DECODE_SHARED_BYTES, DECODE_THREADS, ScheduleLaunch
-from .prepared import COMBINE_THREADS, Prepared
-
-SCHEDULE = Variant("schedule")
-REASONS = ("length", "stale metadata", "page id", "foreign metadata")  # Reason in work.cuh
-NOTHING_REFUSED = (1 << 64) - 1
-MAX_GEOMETRIES = 1024  # a bound, not a policy
+from .geometry import Geometry
+from .kernels import SCHEDULE, Variant
+from .reports import Reports
+from .schedule_launch import ScheduleLaunch
 
 _engines: dict[int, Engine] = {}
 _lock = threading.Lock()
@@ -63,28 +51,23 @@ class Engine:
         binding()  # says what to install if CuPy is missing
         self._cuda: Any = importlib.import_module("cupy").cuda
         self.device = device
-        self._require_hopper()
-        with self._cuda.Device(device):
-            self._cuda.runtime.free(0)  # makes the context
-            attributes = self._cuda.Device(device).attributes
-            self.num_sms: int = attributes["MultiProcessorCount"]
-            self._kernels: dict[Variant, Function] = {}
-            self._load([SCHEDULE])
-            self._key = self._cuda.runtime.malloc(8)
-            self._stream = self._cuda.Stream(non_blocking=True)
-            self._host = self._cuda.alloc_pinned_memory(16)
-            self._refused = ctypes.c_uint32.from_address(self._host.ptr)
-            self._host_key = ctypes.c_uint64.from_address(self._host.ptr + 8)
-            self._refused.value = 0
-            self._status = self._key, self._host.ptr
-            self._forget()
-        self._prepared: dict[int, Prepared] = {}
+        properties = self._properties()
+        self.arch = _arch_of(device, properties)
+        self._programmatic = arch.launches_programmatically(properties)
+        self._kernels: dict[Variant, Function] = {}
         self._load_lock = threading.Lock()
         self._own = threading.local()
+        with self._cuda.Device(device):
+            self._cuda.runtime.free(0)  # makes the context
+            self.num_sms: int = self._cuda.Device(device).attributes["MultiProcessorCount"]
+            self._reports = Reports(self._cuda, device)
+        self.raise_pending = self._reports.raise_pending
+        self.check = self._reports.check
         # Scratch memory holds anything, but hardly a number of this launch.
         self._epochs = itertools.count(random.SystemRandom().getrandbits(60))
+        (self._schedule,) = self.load(Variant(SCHEDULE.name, arch=self.arch))
 
-    def _require_hopper(self) -> None:
+    def _properties(self) -> dict[str, Any]:
         runtime = self._cuda.runtime
         try:
             count = runtime.getDeviceCount()
@@ -95,45 +78,39 @@ class Engine:
             ) from error
         if self.device >= count:
             raise NoDeviceError(f"There is no CUDA device {self.device}; CUDA sees {count}.")
-        properties = runtime.getDeviceProperties(self.device)
-        if not is_hopper(properties):
-            raise UnsupportedArchError(
-                f"CUDA device {self.device}, {properties['name'].decode()}, has compute capability"
-                f" {properties['major']}.{properties['minor']}; the kernels need 9.0 (H100, H200,"
-                " H800, GH200). Pass NumPy arrays to compute on the CPU."
-            )
+        properties: dict[str, Any] = runtime.getDeviceProperties(self.device)
+        return properties
 
-    # ---- loading -----------------------------------------------------------------------------
+    def load(self, *variants: Variant) -> list[Function]:
+        """The kernels of these variants, compiled and loaded at their first use.
 
-    def _load(self, variants: list[Variant]) -> None:
-        missing = [variant for variant in variants if variant not in self._kernels]
-        for compiled in compile_variants(missing):
-            try:
-                function = _function(compiled)
-            except KernelLoadError:
-                # Perhaps the cached cubin is damaged, or made for a newer driver than this one.
-                function = _function(compile_variant(compiled.variant, refresh=True))
-            self._kernels[compiled.variant] = function
-
-    def scratch_floats(self, geometry: Geometry) -> int:
-        """float32 of scratch that a decode launch needs. Compiles and loads its kernels."""
-        page_size = min(geometry.page_size, TOKENS_PER_TILE)
-        decode = Variant("dense_decode", geometry.dtype, page_size)
-        combine = Variant("combine", geometry.dtype)
+        Raises what compile_variant raises, KernelLoadError, ForkedProcessError."""
+        self._reports.require_unforked()
         with self._load_lock, RelaxedCapture(), self._cuda.Device(self.device):
-            self._load([decode, combine])
-            if len(self._prepared) >= MAX_GEOMETRIES:
-                self._prepared.clear()
-            self._prepared[id(geometry)] = Prepared(
-                geometry,
-                self._kernels[SCHEDULE],
-                self._kernels[decode],
-                self._kernels[combine],
-                self.num_sms,
-            )
-        return geometry.scratch_floats
+            missing = [variant for variant in variants if variant not in self._kernels]
+            for compiled in compile_variants(missing):
+                try:
+                    function = self._function(compiled)
+                except KernelLoadError:
+                    # Perhaps the cached cubin is damaged, or for a newer driver than this one.
+                    function = self._function(compile_variant(compiled.variant, refresh=True))
+                self._kernels[compiled.variant] = function
+        return [self._kernels[variant] for variant in variants]
 
-    # ---- launches ----------------------------------------------------------------------------
+    def _function(self, compiled: Compiled) -> Function:
+        row = compiled.variant.row
+        return Function(
+            compiled.cubin,
+            compiled.variant.entry,
+            block=row.threads,
+            max_shared=row.shared_bytes,
+            programmatic=self._programmatic,
+        )
+
+    def prepare(self, geometry: Geometry) -> DecodeLaunch:
+        """What launches decode calls of this geometry: keep it, and call it."""
+        kernels = DecodeKernels(*self.load(*DecodeKernels.variants(geometry, self.arch)))
+        return DecodeLaunch(geometry, kernels, self.num_sms, self._reports, self._epochs)
 
     def schedule(
         self,
@@ -147,105 +124,33 @@ class Engine:
         num_splits: int,
     ) -> None:
         """Launches schedule.cu on addresses; batch >= 1."""
-        made = self._schedule_launch()
-        sizes = schedule_module.launch_sizes(batch, parts, rows, h_kv)
-        made.pack(sizes, cache_seqlens, tile_scheduler_metadata, num_splits)
-        made.launch(stream, made.arguments.address)
+        if self._reports.forked:
+            self._reports.require_unforked()
+        try:
+            own: ScheduleLaunch = self._own.schedule
+        except AttributeError:
+            own = self._own.schedule = ScheduleLaunch(self._schedule)
+        sizes = launch_sizes(batch, parts, rows, h_kv)
+        own(stream, sizes, cache_seqlens, tile_scheduler_metadata, num_splits)
 
-    def decode(
-        self,
-        stream: int,
-        addresses: Addresses,
-        geometry: Geometry,
-        softmax_scale: float,
-        causal: bool,
-        num_splits: int = 0,
-    ) -> None:
-        """Launches dense_decode.cu and, where requests may be split, combine.cu; before them, with
-        an address of num_splits, schedule.cu."""
-        prepared = self._prepared.get(id(geometry))
-        if prepared is None:
-            self.scratch_floats(geometry)
-            prepared = self._prepared[id(geometry)]
-        prepared.launches().start(
-            stream, addresses, softmax_scale, causal, num_splits, self._status, self._epochs
+
+def _arch_of(device: int, properties: dict[str, Any]) -> str:
+    found = arch.arch_of(properties)
+    if found is None:
+        major, minor = arch.capability(properties)
+        raise UnsupportedArchError(
+            f"CUDA device {device}, {properties['name'].decode()}, has compute capability"
+            f" {major}.{minor}; the kernels need {arch.CAPABILITIES} ({arch.GPUS}). Pass NumPy"
+            " arrays to compute on the CPU."
         )
-
-    def _schedule_launch(self) -> ScheduleLaunch:
-        """Of this thread."""
-        found: ScheduleLaunch | None = getattr(self._own, "schedule", None)
-        if found is None:
-            found = self._own.schedule = ScheduleLaunch(self._kernels[SCHEDULE])
-        return found
-
-    # ---- what the device refused -------------------------------------------------------------
-
-    def raise_pending(self) -> None:
-        """Raises DeviceCheckError if the device is known to have refused a request; no waiting."""
-        if self._refused.value:
-            self._report()
-
-    def check(self) -> None:
-        """Waits for the device, then the same."""
-        with self._cuda.Device(self.device):
-            self._cuda.runtime.deviceSynchronize()
-        self.raise_pending()
-
-    def _report(self) -> None:
-        with RelaxedCapture(), self._cuda.Device(self.device):
-            self._refused.value = 0
-            self._copy(self._host_key_address, self._key, 2)
-            key = self._host_key.value
-            self._forget()
-        if key != NOTHING_REFUSED:
-            reason = REASONS[key >> 32 & 3]
-            column = key & 0xFFFFFFFF if reason == "page id" else -1
-            request = -1 if reason == "foreign metadata" else key >> 34
-            raise DeviceCheckError(request, column, reason)
-
-    def _forget(self) -> None:
-        self._host_key.value = NOTHING_REFUSED
-        self._copy(self._key, self._host_key_address, 1)
-
-    @property
-    def _host_key_address(self) -> int:
-        address: int = self._host.ptr + 8
-        return address
-
-    def _copy(self, to: int, source: int, kind: int) -> None:
-        self._cuda.runtime.memcpyAsync(to, source, 8, kind, self._stream.ptr)
-        self._stream.synchronize()
-
-
-def _function(compiled: Compiled) -> Function:
-    variant = compiled.variant
-    block, shared = {
-        "dense_decode": (DECODE_THREADS, DECODE_SHARED_BYTES),
-        "combine": (COMBINE_THREADS, 0),
-        "schedule": (32, schedule_module.MOST_SHARED_BYTES),  # a launch says how many threads
-    }[variant.kernel]
-    return Function(compiled.cubin, variant.entry, block=block, max_shared=shared)
-
-
-class _Forked(Engine):
-    """An engine in a forked child: CUDA cannot go on there."""
-
-    def _refuse(self, *_: object) -> None:
-        raise ForkedProcessError(
-            "This process was forked after its parent had used the GPU. Start workers with the"
-            " spawn method: multiprocessing.set_start_method('spawn')."
-        )
-
-    schedule = decode = _refuse  # type: ignore[assignment]
-    raise_pending = check = _refuse
-    scratch_floats = _refuse  # type: ignore[assignment]
+    return found
 
 
 def _after_fork() -> None:
     global _lock
     _lock = threading.Lock()
-    for made in _engines.values():
-        made.__class__ = _Forked
+    for engine in _engines.values():
+        engine._reports.after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -20,6 +20,7 @@ from ..schedule import split as schedule
 from ..schedule.sched_meta import stale_requests
 
 if TYPE_CHECKING:
+    from ..gpu.decode_launch import DecodeLaunch
     from ..gpu.engine import Engine
 
 _CPU = 1  # kDLCPU
@@ -53,6 +54,12 @@ def engine_of(ordinal: int) -> Engine:
     return interface._engines.get(ordinal) or interface._engine(ordinal)
 
 
+@functools.cache
+def launch_of(engine: Engine, geometry: Geometry) -> DecodeLaunch:
+    """What launches such a call on an engine's device; made, if it is new, at trace time."""
+    return engine.prepare(geometry)
+
+
 def _pointer(buffer: Any) -> int:
     return int(buffer.__cuda_array_interface__["data"][0])
 
@@ -71,15 +78,13 @@ def decode_callback(config: Config, geometry: Geometry) -> Callable[..., None]:
                 "A call that was traced for the CPU runs on a GPU. Make the GPU JAX's default"
                 " backend: put cuda first in JAX_PLATFORMS, or leave it unset."
             )
-        engine, stream = engine_of(ordinal), ctx.stream
+        launch, stream = launch_of(engine_of(ordinal), geometry), ctx.stream
         out, lse, scratch, *made = map(_pointer, results)
         q, k_cache, table, lengths, *given = map(_pointer, operands)
         metadata, num_splits = made or (given[0], 0)
         addresses = Addresses(q, k_cache, metadata, lengths, table, out, lse, scratch)
         with device_guard(ordinal):
-            engine.decode(
-                stream, addresses, geometry, config.softmax_scale, config.causal, num_splits
-            )
+            launch(stream, addresses, config.softmax_scale, config.causal, num_splits)
 
     return flashmla_decode
 

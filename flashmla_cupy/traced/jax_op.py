@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .. import interface
+from ..bounded import Bounded
 from ..calls import checks, layouts
 from ..calls import decode as plans
 from ..errors import DeviceMismatchError, OptionError
@@ -25,7 +26,7 @@ from ..frameworks import ArrayInfo, framework
 from ..gpu.geometry import Geometry
 from ..schedule.sched_meta import SchedMeta
 from ..sizes import HEAD_DIM_V, METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
-from .jax_callbacks import Config, decode_callback, engine_of, metadata_callback
+from .jax_callbacks import Config, decode_callback, engine_of, launch_of, metadata_callback
 
 jax: Any = importlib.import_module("jax")
 jnp: Any = importlib.import_module("jax.numpy")
@@ -45,7 +46,7 @@ class _Call(NamedTuple):
     dtype: str
 
 
-_calls: dict[Any, _Call] = {}
+_calls: Bounded[Any, _Call] = Bounded(MAX_CALLS)
 
 
 def decode(
@@ -59,8 +60,6 @@ def decode(
     if call is None:
         call = _checked(arrays, options, on_gpu)
         if signature is not None:
-            if len(_calls) >= MAX_CALLS:
-                _calls.clear()
             _calls[signature] = call
     if not isinstance(arrays.q, jax.core.Tracer):
         interface.raise_pending()
@@ -231,7 +230,7 @@ def _call_back(
 def _prepared(geometry: Geometry) -> int:
     """Compiles and loads the kernels on every GPU that may run the call, since capture allows
     neither; the scratch that they need, in floats."""
-    floats = [engine_of(ordinal).scratch_floats(geometry) for ordinal in _gpus()]
+    floats = [launch_of(engine_of(ordinal), geometry).scratch_floats for ordinal in _gpus()]
     return max(1, *floats)
 
 

@@ -30,6 +30,7 @@ from flashmla_cupy.calls import metadata as metadata_plans
 from flashmla_cupy.frameworks import HOST, numpy_arrays
 from flashmla_cupy.gpu import driver, launch_graph
 from flashmla_cupy.gpu import engine as engine_module
+from flashmla_cupy.gpu.kernels import Variant, all_variants
 
 HERE = Path(__file__).parent
 CUDA_SRC = HERE.parent.parent / "cuda_src"
@@ -66,7 +67,7 @@ class Kernels:
             shutil.copy(path, folder)
         self._made: dict[str, ctypes.CDLL] = {}
 
-    def __getitem__(self, variant: compiler.Variant):
+    def __getitem__(self, variant: Variant):
         if variant.name not in self._made:
             library = self.folder / f"{variant.name}.so"
             command = [
@@ -99,7 +100,7 @@ class Emulator:
         self.seed = 0
         self.framework = _Framework()
         self._handles = itertools.count(1)
-        self._modules: dict[int, tuple[compiler.Variant, ctypes.CDLL]] = {}
+        self._modules: dict[int, tuple[Variant, ctypes.CDLL]] = {}
 
         self.graphs = _Graphs(self._handles, self._run)
 
@@ -224,8 +225,8 @@ class _Graphs:
 
 
 @functools.cache
-def variants() -> dict[str, compiler.Variant]:
-    return {variant.name: variant for variant in compiler.all_variants()}
+def variants() -> dict[str, Variant]:
+    return {variant.name: variant for variant in all_variants()}
 
 
 class _Framework(numpy_arrays.NumPy):

@@ -82,6 +82,18 @@ class FakeFramework:
         raise AssertionError("device memory was read on the host")
 
 
+class FakeLaunch:
+    """Records a decode launch, with its geometry, in its engine."""
+
+    scratch_floats = 1000
+
+    def __init__(self, engine: FakeEngine, geometry):
+        self.engine, self.geometry = engine, geometry
+
+    def __call__(self, stream, addresses, *options):
+        self.engine.launches.append(("decode", stream, addresses, self.geometry, *options))
+
+
 class FakeEngine:
     """Records launches. `pending` is what raise_pending() and check() raise, once."""
 
@@ -91,14 +103,11 @@ class FakeEngine:
         self.launches: list[tuple] = []
         self.pending: Exception | None = None
 
-    def scratch_floats(self, geometry):
-        return 1000
+    def prepare(self, geometry):
+        return FakeLaunch(self, geometry)
 
     def schedule(self, *args):
         self.launches.append(("schedule", *args))
-
-    def decode(self, *args):
-        self.launches.append(("decode", *args))
 
     def raise_pending(self):
         pending, self.pending = self.pending, None

@@ -73,14 +73,14 @@ COMMAND_BUFFER = """
     from jax.experimental.buffer_callback import buffer_callback
     from support.every_framework import decode, put, same_bits
     from support.problems import make_problem
-    from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata, interface
+    from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
+    from flashmla_cupy.gpu.decode_launch import DecodeLaunch
 
     p = make_problem([300, 70], h_q=16)
     arrays = [put("jax", x) for x in p.arrays()]
     expected = decode(*(put("cupy", x) for x in p.arrays()))
-    calls, engine = [], type(interface._engine(0))
-    launch = engine.decode
-    engine.decode = lambda *a: calls.append(1) or launch(*a)
+    calls, launch = [], DecodeLaunch.__call__
+    DecodeLaunch.__call__ = lambda *a: calls.append(1) or launch(*a)
     metadata = get_mla_metadata(arrays[3], 16, 1)
 
     @jax.jit

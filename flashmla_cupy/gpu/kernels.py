@@ -1,0 +1,184 @@
+"""The table of kernels: what each is compiled for, how it is launched, and its parameters.
+
+Compiling, the disk cache, `warmup`, `info`, launching and the tests of the machine code all read
+it. A further dtype, page size or architecture of a kernel is a change of its row, and a further
+kernel is a row and a file of cuda_src.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+from .parameters import Parameters
+
+USUAL_ARCH = "sm_90a"  # of Hopper GPUs; names of variants leave it out
+DTYPES = {"bfloat16": "bf16", "float16": "fp16"}  # of q and k_cache; as names of kernels have them
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel of cuda_src. Its name is that of its `extern "C"` function."""
+
+    name: str
+    source: str  # file name in cuda_src
+    archs: tuple[str, ...]
+    threads: int  # of a block; a launch of schedule says how many
+    parameters: Parameters
+    shared_bytes: int = 0  # dynamic shared memory, at most
+    dtypes: tuple[str, ...] = ()  # (): the same code for all
+    page_sizes: tuple[int, ...] = ()  # tokens; the largest stands for all above, (): as above
+    # What ptxas may use of a thread's registers, and spill in bytes: more is a fault of the code.
+    registers: int = 128
+    spill_bytes: int = 0
+    mma_loops: int = 0  # innermost loops with warpgroup matrix instructions
+
+
+DENSE_DECODE = Kernel(
+    "dense_decode",
+    "sm90_dense_decode.cu",
+    ("sm_90a",),
+    384,
+    Parameters(
+        """
+        pointer tile_scheduler_metadata, cache_seqlens, block_table, out, lse
+        pointer out_partial, row_partial, pairs
+        uint64 epoch
+        pointer refusal, refused
+        int64 table_stride
+        int batch, s_q, h_q, group, slab_rows, blocks, num_pages, page_tiles_log2, max_length
+        int slots, causal, border_tiles
+        float scale_log2
+        """,
+        as_struct=True,
+        tensor_maps=4,  # of q and of k_cache, for the two halves of a ring slot
+    ),
+    shared_bytes=232304,  # SHARED_BYTES
+    dtypes=("bfloat16", "float16"),
+    page_sizes=(64, 32, 16),
+    registers=168,  # 384 threads of a block; setmaxnreg shares them out anew by role
+    spill_bytes=56,
+    mma_loops=2,  # Q K^T with softmax, and P V
+)
+
+COMBINE = Kernel(
+    "combine",
+    "combine.cu",
+    ("sm_90a",),
+    256,
+    Parameters(
+        """
+        pointer tile_scheduler_metadata, out_partial, row_partial, out, lse, pairs
+        int words, batch, s_q, h_q, group, slots, parts, slab_rows
+        """
+    ),
+    dtypes=("bfloat16", "float16"),
+)
+
+SCHEDULE = Kernel(
+    "schedule",
+    "schedule.cu",
+    ("sm_90a",),
+    32,
+    Parameters(
+        """
+        pointer cache_seqlens
+        int batch, parts, most_tiles, shift, step
+        float tile_longer
+        int piece_memory
+        pointer tile_scheduler_metadata, num_splits
+        """
+    ),
+    shared_bytes=65540,  # MOST_SHARED_BYTES of schedule/split.py
+    registers=64,
+)
+
+KERNELS = (DENSE_DECODE, COMBINE, SCHEDULE)
+
+
+def kernel_of(name: str, arch: str) -> Kernel:
+    """The row of a kernel for an architecture. Raises ValueError."""
+    for kernel in KERNELS:
+        if kernel.name == name and arch in kernel.archs:
+            return kernel
+    known = ", ".join(f"{kernel.name} for {' and '.join(kernel.archs)}" for kernel in KERNELS)
+    raise ValueError(f"Variant: kernel: expected one of {known}, got {name!r} for {arch!r}.")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel to compile: a name of the table, and one of each of the choices in its row; None
+    where it has none, so that equal kernels are equal variants. Anything else is a ValueError."""
+
+    kernel: str
+    dtype: str | None = None
+    page_size: int | None = None
+    arch: str = USUAL_ARCH
+
+    def __post_init__(self) -> None:
+        row = self.row
+        for name, choices in (("dtype", row.dtypes), ("page_size", row.page_sizes)):
+            got = getattr(self, name)
+            if got not in (choices or (None,)):
+                raise ValueError(
+                    f"Variant: {name} of {self.kernel}: expected {choices or None}, got {got!r}."
+                )
+
+    @property
+    def row(self) -> Kernel:
+        return kernel_of(self.kernel, self.arch)
+
+    @property
+    def name(self) -> str:
+        """For people: "dense_decode_bf16_p64", "combine_fp16", "schedule"."""
+        dtype = "" if self.dtype is None else f"_{DTYPES[self.dtype]}"
+        page = "" if self.page_size is None else f"_p{self.page_size}"
+        arch = "" if self.arch == USUAL_ARCH else f"_{self.arch}"
+        return f"{self.kernel}{dtype}{page}{arch}"
+
+    @property
+    def source(self) -> str:
+        """File name in cuda_src."""
+        return self.row.source
+
+    @property
+    def entry(self) -> str:
+        """Name of the `extern "C"` kernel function."""
+        return self.kernel
+
+    @property
+    def macros(self) -> tuple[str, ...]:
+        """The NVRTC options that select this variant of its source."""
+        dtype = () if self.dtype is None else (f"-DDTYPE_{DTYPES[self.dtype].upper()}",)
+        page = () if self.page_size is None else (f"-DPAGE_SIZE={self.page_size}",)
+        return dtype + page
+
+    def serves(self, dtype: str, page_size: int) -> bool:
+        """Whether calls with a k_cache of this dtype and page size launch it."""
+        if self.dtype not in (None, dtype):
+            return False
+        return self.page_size in (None, min(page_size, max(self.row.page_sizes, default=0)))
+
+
+def all_variants() -> tuple[Variant, ...]:
+    """Every variant that the library can select."""
+    return tuple(
+        Variant(kernel.name, dtype, size, arch)
+        for kernel in KERNELS
+        for arch, dtype, size in product(
+            kernel.archs, kernel.dtypes or (None,), kernel.page_sizes or (None,)
+        )
+    )
+
+
+@cache
+def select(kernel: str, arch: str, dtype: str, page_size: int) -> Variant:
+    """The variant of a kernel that calls with such a k_cache launch. Raises ValueError."""
+    row = kernel_of(kernel, arch)
+    return Variant(
+        kernel,
+        dtype if row.dtypes else None,
+        min(page_size, max(row.page_sizes)) if row.page_sizes else None,
+        arch,
+    )
