@@ -33,7 +33,7 @@ struct Params {
 
 // ---- requests -------------------------------------------------------------------------------
 
-enum Reason { LENGTH, STALE_METADATA, PAGE_ID, FOREIGN_METADATA };  // engine.py names them
+enum Reason { LENGTH, STALE_METADATA, PAGE_ID, FOREIGN_METADATA };  // gpu/reports.py names them
 
 // Remembers why a request is refused, and tells the host. The least key wins: the first request,
 // and of that the first reason.

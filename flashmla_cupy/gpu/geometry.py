@@ -121,7 +121,7 @@ class Geometry:
 
 class Addresses(NamedTuple):
     """Where the arrays of one decode launch are; those after the first two are parameters of
-    dense_decode.cu, in its order."""
+    dense_decode, in its order."""
 
     q: int
     k_cache: int
