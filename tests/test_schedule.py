@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 import flashmla_cupy
+from flashmla_cupy.errors import ArgTypeError, ArgumentError, DTypeError, ScalarError, ShapeError
 from flashmla_cupy.schedule import split as schedule
+from flashmla_cupy.schedule import view
 from flashmla_cupy.schedule.sched_meta import stale_requests
 from flashmla_cupy.schedule.view import Schedule
 from flashmla_cupy.sizes import num_sm_parts
@@ -398,7 +400,8 @@ def test_the_metadata_of_the_public_function():
 
 @pytest.mark.parametrize("lengths", [[], [0, 0], [64], [4641, 45118, 1730, 1696], [500] * 300])
 def test_chart(lengths):
-    """Well-formed, with a bar and a tooltip for each piece, inside the picture."""
+    """Well-formed, with a bar and a tooltip for each piece, inside the picture; a row for each part
+    that has work, named, above an axis that begins at 0 and fits the longest part."""
     made = Schedule.of(lengths, 16)
     root = ElementTree.fromstring(made._repr_svg_())
     bars = root.findall("{*}rect")
@@ -408,3 +411,79 @@ def test_chart(lengths):
         assert f"request {piece.request}, tiles {piece.begin}:{piece.end}" in title
         assert float(bar.get("x")) + float(bar.get("width")) <= float(root.get("width")) + 0.5
         assert float(bar.get("y")) + float(bar.get("height")) <= float(root.get("height"))
+    busy = [part for part, load in enumerate(made.loads) if load]
+    rows = {bar.get("y"): piece.part for bar, piece in zip(bars, made.pieces, strict=True)}
+    assert sorted(rows.values()) == busy, "a row is not one part's, or empty"
+    texts = [(text.text, float(text.get("x"))) for text in root.findall("{*}text")]
+    names = [int(text.removeprefix("part ")) for text, _ in texts if text.startswith("part ")]
+    assert names == sorted(names) and set(names) <= set(busy) and len(names) >= min(len(busy), 2)
+    assert any(text == "tiles of 64 tokens" for text, _ in texts)
+    ticks = axis_of(root)
+    assert min(ticks) == 0 and max(ticks) <= made.makespan <= 2 * max(ticks)
+    for bar, piece in zip(bars, made.pieces, strict=True):
+        if float(bar.get("x")) == ticks[0]:  # it begins at tile 0, so it ends at its tiles
+            end = float(bar.get("x")) + float(bar.get("width"))
+            for tile, x in ticks.items():
+                assert (piece.end - piece.begin >= tile) == (end + 0.5 >= x), "another scale"
+
+
+def axis_of(root) -> dict[int, float]:
+    """Tile -> where the axis has it: the numbers that stand below a line."""
+    lines = {path.get("d").split()[0].removeprefix("M") for path in root.findall("{*}path")}
+    return {
+        int(text.text): float(text.get("x"))
+        for text in root.findall("{*}text")
+        if text.get("x") in lines and text.text.isdigit() and text.get("fill") == view.GREY
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "named"),
+    [
+        (([100], 16, 0), ScalarError, "num_heads_k"),
+        (([100], 16, -1), ScalarError, "num_heads_k"),
+        (([100], 16, 1, 0), ScalarError, "num_sms"),
+        (([100], 0), ScalarError, "num_q_tokens_per_head_k"),
+        (([100], -16), ScalarError, "num_q_tokens_per_head_k"),
+        (([100], 16.0), ArgTypeError, "num_q_tokens_per_head_k"),
+        (([100], None), ArgTypeError, "num_q_tokens_per_head_k"),
+        (([100], True), ArgTypeError, "num_q_tokens_per_head_k"),
+        (([100.0], 16), DTypeError, "cache_seqlens"),
+        (([True], 16), DTypeError, "cache_seqlens"),
+        ((["100"], 16), DTypeError, "cache_seqlens"),
+        ((np.ones(3, np.float16), 16), DTypeError, "cache_seqlens"),
+        ((None, 16), ArgTypeError, "cache_seqlens"),
+        (([None], 16), ArgTypeError, "cache_seqlens"),
+        (([[1, 2], [3]], 16), ArgTypeError, "cache_seqlens"),
+        ((100, 16), ShapeError, "cache_seqlens"),
+        (([[100]], 16), ShapeError, "cache_seqlens"),
+        (([2**31], 16), ScalarError, "cache_seqlens"),
+        (([-(2**31) - 1], 16), ScalarError, "cache_seqlens"),
+        (([2**70], 16), ArgTypeError, "cache_seqlens"),
+    ],
+)
+def test_what_cannot_be_a_schedule_is_a_named_error(arguments, error, named):
+    with pytest.raises(error, match=rf"^Schedule\.of\(\): {named}: expected .*, got ") as caught:
+        Schedule.of(*arguments)
+    assert caught.value.argument == named
+
+
+def test_integers_of_any_kind_are_lengths():
+    expected = Schedule.of([300, 0, 70000], 32).tile_scheduler_metadata
+    for dtype in (np.int64, np.uint32, np.int32):
+        made = Schedule.of(np.array([300, 0, 70000], dtype), np.int64(32))
+        assert np.array_equal(made.tile_scheduler_metadata, expected)
+    assert Schedule.of((), 16).pieces == []
+
+
+def test_metadata_of_another_shape_is_a_named_error():
+    made = Schedule.of([300, 500], 32)
+    arrays = made.tile_scheduler_metadata, made.num_splits, made.cache_seqlens
+    for place, wrong, named in [
+        (0, arrays[0][:, :7], "tile_scheduler_metadata"),
+        (0, arrays[0].ravel(), "tile_scheduler_metadata"),
+        (1, arrays[1][:-1], "num_splits"),
+        (2, arrays[2].astype(np.float32), "cache_seqlens"),
+    ]:
+        with pytest.raises(ArgumentError, match=rf"^Schedule\.from_metadata\(\): {named}: "):
+            Schedule.from_metadata(*arrays[:place], wrong, *arrays[place + 1 :])

@@ -1,24 +1,25 @@
 """The split of a ragged batch over `parts` columns of thread blocks.
 
-`plan` is the definition. cuda_src/schedule.cu computes the same integers on the device, where every
-decoding step makes its schedule, and is tested against it bit for bit. `schedule_view` shows the
-result to people.
+`plan` is the definition. cuda_src/schedule.cu computes the same integers on the device,
+where every decoding step makes its schedule, and is tested against it bit for bit. `view` shows the
+result to people; cuda_src/metadata.cuh explains the words.
 
-The tiles of all requests, one after the other, form a line that is cut into `parts` ranges of
-equal cost, so that a long request is shared by many parts and many short ones share a part. A
-request that is cut has its pieces merged afterwards, which costs partial results and a second
-kernel. So cuts near an end of a request move to it, leaving no piece shorter than a limit; one of
-a few limits is chosen by estimating how long each would take.
+The tiles of all requests, one after the other, form a line that is cut into `parts` ranges of equal
+cost, so that a long request is shared by many parts and many short ones share a part. The pieces of
+a request that is cut are merged afterwards, which costs partial results and a second kernel. So a
+cut near an end of a request moves to that end, and leaves no piece shorter than a limit. There are
+a few limits; the one taken is that with the shortest estimated time.
 
 tile_scheduler_metadata [parts, 8] int32, one row a part:
 
     0  first_request   1  begin_tile: the first tile of first_request that this part computes
     2  last_request    3  end_tile: one past the last tile of last_request
-    4  slot: split pieces in all earlier parts, in the low 16 bits. A piece is split if it is not
-       all of its request. The first piece, if split, writes slot `slot`; the last one, if split
-       and another piece, the slot after it. So the pieces of one request have consecutive slots.
-       Bit 16: the first piece is the second of two that neighbouring parts share; bit 17: the last
-       one is the first of two. The decode kernel merges these itself.
+    4  slot: how many split pieces all earlier parts have, in the low 16 bits. A piece is split if
+       it is not all of its request. The first piece, if split, writes slot `slot`; the last one, if
+       it is split and another piece, the slot after it. So the pieces of one request have
+       consecutive slots. Bit 16: the first piece is the back of a pair, which is two pieces that
+       neighbouring parts share; bit 17: the last piece is the front of one. The decode kernel
+       merges pairs itself.
        The upper 14 bits: a check of the row, its part and the batch (see `sealed`)
     5  tiles of first_request   6  tiles of last_request: a later length differs from them, and the
        decode kernel sees that the metadata is stale
@@ -40,8 +41,8 @@ import numpy.typing as npt
 
 from ..sizes import TOKENS_PER_TILE, ceil_div
 
-# Launch facts of the schedule kernel: for each candidate as many warps as hold the parts, 29 each.
-CANDIDATES = 5  # limits: pieces of at least 1, 2, 4, 8 tiles; the last: nothing is split
+# The launch of schedule.cu: each candidate has as many warps as hold the parts, 29 each.
+CANDIDATES = 5  # limits: pieces of at least 1, 2, 4, 8 tiles; the last one splits nothing
 EVEN = 3  # the candidate that gives all requests the same number of parts, if there are so many
 WARP_PARTS = 29
 MAX_PARTS = 174  # of six warps
@@ -49,28 +50,21 @@ MAX_BATCH = (1 << 20) - 1  # column 7 has 20 bits for a request
 PREFIX_ENTRIES = 16384  # of the cost prefix in shared memory; larger batches keep every 2^k-th
 MOST_SHARED_BYTES = 4 * (PREFIX_ENTRIES + 1)
 
-# Tuning constants. schedule.cu repeats those that it needs, and a test compares them.
-UNIT = 16  # cost of a tile of 64 rows on one multiprocessor, memory permitting: 1450 ns
-C_REQ = 8  # cost of a request that has tiles: loading q, the epilogue
-MOST_TILES = 1 << 26  # of all requests; what is longer than its even share of them counts as that
-BEGINS_IN_PAIR, ENDS_IN_PAIR = 1 << 16, 1 << 17  # column 4
-CHECK_SHIFT, CHECK_FACTOR = 18, 0x9E3779B1  # column 4; metadata.cuh has them, too
-T_SPLIT = 17  # a piece of a split request: its partial result, what comes with it
+# Column 4. metadata.cuh has them, too.
+BEGINS_IN_PAIR, ENDS_IN_PAIR = 1 << 16, 1 << 17
+CHECK_SHIFT, CHECK_FACTOR = 18, 0x9E3779B1
+
+# Costs and times, in sixteenths of what a tile of 64 rows takes a multiprocessor if memory permits,
+# which is 1450 ns: 1.5 us are 17. schedule.cu repeats what it needs, and a test compares the two.
+UNIT = 16  # a tile
+C_REQ = 8  # a request that has tiles: loading q, the epilogue
+T_SPLIT = 17  # a piece of a split request: its partial result, and what comes with it
 T_PAIR = 28  # what a piece of a pair takes more: floats, and the merge of the two
 T_COMB = 22  # a combine kernel with work to do
-T_MOST = (1 << 28) - 1  # longer times are alike
+T_MOST = (1 << 28) - 1  # longer times count as this
 T_TILE_MEM = 50  # 1/256: the bytes of a tile at the memory bandwidth of the whole GPU
 PARTIAL_ROWS = 36  # rows of partial out, 2048 bytes each, in the bytes of one tile
-# Tried, on an H100; microseconds of a decode call of 128 heads, as it is first (1.5 us are 17):
-#   T_SPLIT 33, no T_PAIR, T_COMB 44
-#                             one request of 256 tokens 8.2 | 10.9, with 16 heads 7.0 | 10.4
-#   as many parts as give requests alike the same number of them, and no T_COMB for pairs
-#                             32 requests of 1024 tokens 31.4 | 34.4, on an H200
-#   T_PAIR 22                 32 requests of 1024 tokens, then split into pairs, 29.6 | 31.4
-#   PARTIAL_ROWS 72           that 29.6 | 31.4, one of 8192 15.0 | 16.1, 64 of 512 with 64 rows each
-#                             32.8 | 37.6
-#   T_SPLIT 20 | 33, no T_PAIR
-#                             128 of about 1024 94.4 | 90.5, of about 4096 284 | 282
+MOST_TILES = 1 << 26  # of all requests; what is longer than its even share of them counts as that
 
 _WHOLE = 1 << 30  # more tiles than any piece has
 
@@ -118,14 +112,14 @@ class _Cuts(NamedTuple):
 
 
 def memory_costs(parts: int, rows: int, h_kv: int) -> tuple[float, int]:
-    """Of _estimate: what the bytes of a tile cost beyond its share of a mean part; and 256 times
-    what the bytes of the partial result of a piece cost."""
+    """The two memory terms of _estimate: what the bytes of a tile cost beyond the tile's share of a
+    mean part, and 256 times what the bytes of a piece's partial result cost."""
     tile = h_kv * T_TILE_MEM
     return min(tile / 256, 15.0) - UNIT / parts, min(rows * tile // PARTIAL_ROWS, (1 << 22) - 1)
 
 
 class LaunchSizes(NamedTuple):
-    """What a launch of schedule.cu depends on, but for addresses."""
+    """What a launch of schedule.cu depends on, besides addresses."""
 
     block: tuple[int, int, int]  # lanes, warps of a candidate, candidates
     shared_bytes: int  # dynamic: the cost prefix
@@ -149,9 +143,9 @@ def launch_sizes(batch: int, parts: int, rows: int, h_kv: int) -> LaunchSizes:
 def plan(
     cache_seqlens: npt.NDArray[np.int32], parts: int, rows: int, h_kv: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """(tile_scheduler_metadata, num_splits) for lengths [batch], `rows` query rows of a kv head.
-
-    Negative lengths count as 0."""
+    """(tile_scheduler_metadata [parts, 8], num_splits [batch + 1]) for requests of these lengths
+    [batch], in tokens, where each of h_kv heads has `rows` query rows. Negative lengths count as 0.
+    """
     batch = len(cache_seqlens)
     tiles = -(-np.maximum(cache_seqlens.astype(np.int64), 0) // TOKENS_PER_TILE)
     counted = np.minimum(tiles, MOST_TILES // max(batch, 1))
@@ -210,7 +204,7 @@ def sealed(metadata: npt.NDArray[np.int32], batch: int) -> npt.NDArray[np.int32]
 def _cut(tiles: Ints, starts: Ints, parts: int, candidate: int) -> _Cuts:
     """Ranges of equal cost, their ends rounded to tiles and moved out of the reach of the limit.
 
-    The device has the same float32 arithmetic."""
+    schedule.cu has the same float32 arithmetic."""
     batch, total, cost = len(tiles), int(tiles.sum()), int(starts[-1])
     splits = candidate < CANDIDATES - 1
     limit = 1 << candidate if splits else _WHOLE
@@ -235,10 +229,10 @@ def _cut(tiles: Ints, starts: Ints, parts: int, candidate: int) -> _Cuts:
 
 
 def _estimate(tiles: Ints, starts: Ints, cuts: _Cuts, memory_costs: tuple[float, int]) -> int:
-    """How long decoding takes with these cuts.
+    """How long decoding takes with these cuts, in the unit of the costs.
 
     The multiprocessors work for the longest part. If memory is slower, it sets the pace until a
-    mean part ends, and the longest goes on from there. Partial results are written meanwhile and
+    mean part ends, and the longest goes on from there. Partial results are written meanwhile, and
     read by the combine kernel."""
     pieces = cuts.split_pieces
     at = starts[cuts.request] + UNIT * cuts.tile
@@ -252,3 +246,17 @@ def _estimate(tiles: Ints, starts: Ints, cuts: _Cuts, memory_costs: tuple[float,
     longer = int(total * np.float32(tile_longer)) + partials
     time: int = longest + max(0, longer) + (T_COMB + partials if split else 0)
     return min(time, T_MOST)
+
+
+# ---- lab notes -------------------------------------------------------------------------------
+# What was tried: the setting, then each choice with its time, the one taken first. On an H100,
+# microseconds of a decode call of 128 heads, unless said:
+#   costs of a split  T_SPLIT 17, T_PAIR 28, T_COMB 22: one request of 256 tokens 8.2, with 16 heads
+#                     7.0 | T_SPLIT 33, no T_PAIR, T_COMB 44: 10.9, 10.4
+#   requests alike    EVEN is one candidate of five: 32 requests of 1024 tokens 31.4, on an H200 |
+#                     always as many parts as give each as many, and no T_COMB for pairs 34.4
+#   T_PAIR            28: 32 requests of 1024 tokens 29.6 | 22: then split into pairs, 31.4
+#   PARTIAL_ROWS      36: the same 29.6, one of 8192 tokens 15.0, 64 of 512 with 64 rows each 32.8 |
+#                     72: 31.4, 16.1, 37.6
+#   T_SPLIT           20: 128 requests of about 1024 tokens 94.4, of about 4096 284 | 33 without
+#                     T_PAIR: 90.5, 282
