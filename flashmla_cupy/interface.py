@@ -1,37 +1,25 @@
-"""The public functions: checks, then the kernels for arrays on a GPU, NumPy for those on the host.
+"""The public functions: what they take and return, and which way a call goes.
 
-A call whose signature was seen before goes to the launch after one look-up (see `plans`), which
-keeps the host time of a layer at a few microseconds. Arrays without an address to launch with take
-another way (see `routes`).
+Arrays with an address go to `calls`: checks, then the kernels for arrays on a GPU, NumPy for those
+on the host. Arrays without one go to `traced`: tensors that torch.compile or torch.export traces,
+JAX arrays, and those of other frameworks.
 """
 
 from __future__ import annotations
 
 import sys
-import threading
-from typing import TYPE_CHECKING, Any, cast
+from types import ModuleType
+from typing import Any, Literal
 
-from . import reference
-from .calls import checks, scalars
-from .calls import decode as plans
-from .calls import metadata as metadata_plans
-from .calls.layouts import DECODE
-from .errors import ArgTypeError, DeviceCheckError
-from .frameworks import HERE, is_foreign
-from .gpu.geometry import Addresses
-from .schedule.sched_meta import SchedMeta, stale_requests
-from .traced import foreign as routes
+from .calls import checks, decode, metadata, scalars
+from .calls.arguments import DECODE, METADATA
+from .calls.refusals import check
+from .errors import ArgTypeError
+from .schedule.sched_meta import SchedMeta
 
-if TYPE_CHECKING:
-    from .calls.metadata import MetadataPlan
-    from .gpu.decode_launch import DecodeLaunch
-    from .gpu.engine import Engine
+__all__ = ["check", "flash_mla_with_kvcache", "get_mla_metadata"]
 
-METADATA = "get_mla_metadata"
 _modules = sys.modules
-_engines: dict[int, Engine] = {}  # those used so far, for check()
-_host_violations: list[DeviceCheckError] = []  # at most one: what check() has yet to raise
-_bind_lock = threading.Lock()
 
 
 def get_mla_metadata(
@@ -55,9 +43,8 @@ def get_mla_metadata(
 
     num_heads_q is accepted for FlashMLA's sake and not needed. Raises an ArgumentError.
     """
-    function = METADATA
     if is_fp8_kvcache is not False or topk is not None:
-        scalars.dense_only(function, is_fp8_kvcache, topk=topk)
+        scalars.dense_only(METADATA.function, is_fp8_kvcache, topk=topk)
     if cache_seqlens is None and num_q_tokens_per_head_k is None:
         return SchedMeta(), None
     if cache_seqlens is None or num_q_tokens_per_head_k is None:
@@ -67,32 +54,13 @@ def get_mla_metadata(
             "both of cache_seqlens and num_q_tokens_per_head_k, or neither",
             "None",
             "Pass get_mla_metadata(cache_seqlens, s_q * h_q // h_kv, h_kv), or no argument.",
-            function,
+            METADATA.function,
         )
+    arrays, options = (cache_seqlens,), (num_q_tokens_per_head_k, num_heads_k, num_heads_q)
     compiler = _modules.get("torch.compiler")
-    if (compiler is not None and compiler.is_compiling()) or routes.is_fake(cache_seqlens):
-        from .traced import torch_op
-
-        return torch_op.traced_metadata(cache_seqlens, num_q_tokens_per_head_k, num_heads_k)
-    if is_foreign(cache_seqlens):
-        cache_seqlens = routes.imported("cache_seqlens", cache_seqlens, function)
-    arguments = num_q_tokens_per_head_k, num_heads_k, num_heads_q
-    plan, address, key = metadata_plans.find(cache_seqlens, *arguments)
-    if plan is not None:
-        return plan(cache_seqlens, address)
-    framework, infos = checks.describe({"cache_seqlens": cache_seqlens}, function)
-    lengths = infos["cache_seqlens"]
-    checks.lengths(lengths, None, function)
-    rows = scalars.integer("num_q_tokens_per_head_k", num_q_tokens_per_head_k, function)
-    h_kv = scalars.integer("num_heads_k", num_heads_k, function, least=1)
-    if num_heads_q is not None:
-        scalars.integer("num_heads_q", num_heads_q, function)
-    if framework.name == "jax":
-        from .traced import jax_op
-
-        return jax_op.metadata(cache_seqlens, rows, h_kv)
-    plan = metadata_plans.make(framework, lengths, rows, h_kv, _engine, key)
-    return plan(cache_seqlens, lengths.ptr)
+    if compiler is not None and compiler.is_dynamo_compiling():
+        return _make_metadata("torch", arrays, options)
+    return metadata.eager(arrays, options, _make_metadata)
 
 
 def flash_mla_with_kvcache(
@@ -137,182 +105,49 @@ def flash_mla_with_kvcache(
     number, a length or metadata that it had to refuse (that request's rows are NaN; see check()).
     """
     if is_fp8_kvcache is not False or indices is not None:
-        scalars.dense_only(DECODE, is_fp8_kvcache, indices=indices)
-    compiler = _modules.get("torch.compiler")
-    if compiler is not None and compiler.is_compiling():
-        from .traced import torch_op
-
-        return torch_op.traced_decode(
-            q,
-            k_cache,
-            block_table,
-            cache_seqlens,
-            head_dim_v,
-            tile_scheduler_metadata,
-            num_splits,
-            softmax_scale,
-            causal,
-            out,
-            lse,
-        )
+        scalars.dense_only(DECODE.function, is_fp8_kvcache, indices=indices)
     lazy: SchedMeta | None = None
     if type(tile_scheduler_metadata) is SchedMeta:
         lazy, tile_scheduler_metadata = tile_scheduler_metadata, None
-        if num_splits is not None:  # which a signature may not tell
+        if num_splits is not None:  # a call that was seen before would not look at it again
             checks.metadata_kind(None, num_splits, is_lazy=True)
     arrays = (
         q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, out, lse
     )  # fmt: skip
-    plan, pointers, key = plans.find(arrays, head_dim_v, softmax_scale, causal, lazy is not None)
-    if plan is None or not plan.accepts(pointers):
-        named = plans.Arrays(*arrays)
-        options = plans.Options(head_dim_v, softmax_scale, causal, lazy is not None)
-        results = routes.without_address(named, options, lazy, key)
-        if results is not None:
-            return results
-        plan, pointers = plans.make(named, options, key, _engine)
-    engine, framework = plan.engine, plan.framework
-    if engine is None:
-        _raise_host_violation()
-    else:
-        engine.raise_pending()
-    if plan.is_empty:
-        with framework.device_guard(plan.configuration.device):
-            return (
-                plan.new_out() if out is None else out,
-                plan.new_lse() if lse is None else lse,
-            )
-    if engine is None:
-        return _on_host(plan, plans.Arrays(*arrays), lazy)
-    guard = framework.device_guard(plan.configuration.device)
-    if lazy is not None:
-        with guard:
-            return _launch_lazy(engine, plan, pointers, out, lse, lazy)
-    if guard is HERE:  # the usual case; entering a context that does nothing takes time
-        return _launch(engine, plan, pointers, out, lse)
-    with guard:
-        return _launch(engine, plan, pointers, out, lse)
+    options = head_dim_v, softmax_scale, causal, lazy is not None
+    compiler = _modules.get("torch.compiler")
+    if compiler is not None and compiler.is_dynamo_compiling():  # of this thread: Dynamo says so
+        return _decode("torch", arrays, options, lazy)
+    return decode.eager(arrays, options, lazy, _decode)
 
 
-def check() -> None:
-    """Waits for the work queued so far; raises DeviceCheckError if a call since the last time had
-    to refuse a request, and then forgets it. The next call of flash_mla_with_kvcache() raises the
-    same, without waiting, as soon as the device has reported it."""
-    for engine in list(_engines.values()):
-        engine.check()
-    _raise_host_violation()
+Where = Literal["torch", "jax", "foreign"]
 
 
-def _launch(
-    engine: Engine,
-    plan: plans.Plan,
-    pointers: tuple[int, ...],
-    out: Any,
-    lse: Any,
-    new_splits: int = 0,
+def _decode(
+    where: Where, arrays: tuple[Any, ...], options: tuple[Any, ...], lazy: SchedMeta | None
 ) -> tuple[Any, Any]:
-    """Allocates what is missing and launches; nothing here waits for the device. new_splits: the
-    address of num_splits, if it and the metadata are yet to be made."""
-    framework = plan.framework
-    pointer = framework.pointer
-    q, k_cache, table, cache_seqlens, metadata, _splits, out_pointer, lse_pointer = pointers
-    if out is None and lse is None:
-        out, lse = plan.new_results()
-        out_pointer, lse_pointer = pointer(out), pointer(lse)
-    elif out is None:
-        out = plan.new_out()
-        out_pointer = pointer(out)
-    elif lse is None:
-        lse = plan.new_lse()
-        lse_pointer = pointer(lse)
-    scratch = 0
-    if plan.new_scratch is not None:  # freed at the end of this call, in the order of the stream
-        _room, scratch = plan.new_scratch()
-    cast("DecodeLaunch", plan.launch)(
-        framework.stream(plan.configuration.device),
-        Addresses(q, k_cache, metadata, cache_seqlens, table, out_pointer, lse_pointer, scratch),
-        plan.softmax_scale,
-        plan.causal,
-        new_splits,
-    )
-    return out, lse
+    results: tuple[Any, Any] = _traced(where).decode(arrays, options, lazy)
+    return results
 
 
-def _launch_lazy(
-    engine: Engine,
-    plan: plans.Plan,
-    pointers: tuple[int, ...],
-    out: Any,
-    lse: Any,
-    lazy: SchedMeta,
+def _make_metadata(
+    where: Where, arrays: tuple[Any, ...], options: tuple[Any, ...]
 ) -> tuple[Any, Any]:
-    """With the metadata of a SchedMeta: its first call makes it, and binds it."""
-    if lazy.bound is None:
-        with _bind_lock:  # to the end: the stream has to see this call before any other one
-            if lazy.bound is None:
-                made = cast("MetadataPlan", plan.schedule).new()
-                metadata, num_splits = map(plan.framework.pointer, made)
-                pointers = _with_metadata(pointers, metadata)
-                results = _launch(engine, plan, pointers, out, lse, num_splits)
-                lazy.bind(plan.configuration, *made, metadata)
-                return results
-    lazy.require(plan.configuration)
-    return _launch(engine, plan, _with_metadata(pointers, lazy.address), out, lse)
+    results: tuple[Any, Any] = _traced(where).metadata(arrays, options)
+    return results
 
 
-def _with_metadata(pointers: tuple[int, ...], metadata: int) -> tuple[int, ...]:
-    return (*pointers[:4], metadata, *pointers[5:])
+def _traced(where: Where) -> ModuleType:
+    """Who makes calls of arrays without an address. Imported when it is first needed."""
+    if where == "torch":
+        from .traced import torch_op
 
+        return torch_op
+    if where == "jax":
+        from .traced import jax_op
 
-def _on_host(plan: plans.Plan, arrays: plans.Arrays, lazy: SchedMeta | None) -> tuple[Any, Any]:
-    """The reference, on views of the arrays."""
-    view = plan.framework.to_numpy
-    if lazy is not None:
-        with _bind_lock:
-            if lazy.bound is None:
-                made = cast("MetadataPlan", plan.schedule)(arrays.cache_seqlens, 0)
-                lazy.bind(plan.configuration, *made, plan.framework.pointer(made[0]))
-        lazy.require(plan.configuration)
-    out = plan.new_out() if arrays.out is None else arrays.out
-    lse = plan.new_lse() if arrays.lse is None else arrays.lse
-    lengths = view(arrays.cache_seqlens)
-    metadata = arrays.tile_scheduler_metadata if lazy is None else lazy.tile_scheduler_metadata
-    result = reference.decode(
-        view(arrays.q),
-        view(arrays.k_cache),
-        view(arrays.block_table),
-        lengths,
-        plan.softmax_scale,
-        plan.causal,
-        stale=stale_requests(view(metadata), lengths),
-        out=view(out),
-        lse=view(lse),
-    )
-    report(result.violation)
-    return out, lse
+        return jax_op
+    from .traced import foreign
 
-
-def raise_pending() -> None:
-    """Raises what earlier calls are known to have refused, on any device; does not wait."""
-    for engine in list(_engines.values()):
-        engine.raise_pending()
-    _raise_host_violation()
-
-
-def report(violation: DeviceCheckError | None) -> None:
-    """Keeps what the reference refused, for the next call or check() to raise."""
-    if violation is not None:
-        _host_violations[:] = [violation]
-
-
-def _raise_host_violation() -> None:
-    if _host_violations:
-        raise _host_violations.pop()
-
-
-def _engine(device: int) -> Engine:
-    """The engine of a CUDA device, remembered for check()."""
-    from .gpu.engine import engine_of  # not needed, and so not imported, without a GPU
-
-    engine = _engines[device] = engine_of(device)
-    return engine
+    return foreign

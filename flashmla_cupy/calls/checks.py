@@ -7,7 +7,7 @@ what the kernels address: page sizes, head dimensions, and 31-bit token and row 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import (
@@ -23,29 +23,23 @@ from ..errors import (
     StaleMetadataError,
     StrideError,
 )
-from ..frameworks import HOST, ArrayInfo, Framework, framework_of
+from ..frameworks import HOST, Adapter, ArrayInfo, framework_of
 from ..schedule.split import MAX_BATCH
 from ..sizes import HEAD_DIM, METADATA_COLUMNS, PAGE_SIZES
-from .layouts import DECODE, TMA_BYTES, aligned, contiguous, kind, rank, rows, show, span, strides
+from .arguments import DECODE, Array, Table
+from .layouts import aligned, contiguous, latent_rows, span
 from .scalars import INT_LIMIT
+from .wording import kind, show, strides
 
-DTYPES = ("bfloat16", "float16")
-# Addresses are multiples of: 16 where the kernels move 16 bytes at a time, else the itemsize.
-ALIGNMENTS = {
-    "q": TMA_BYTES,
-    "k_cache": TMA_BYTES,
-    "block_table": 4,
-    "cache_seqlens": 4,
-    "tile_scheduler_metadata": 16,
-    "num_splits": 4,
-    "out": 16,
-    "lse": 4,
-}
 _FP8_BYTES = (655, 656, 657)  # FlashMLA's fp8 layout has 656 bytes a token
 _COLUMNS = f"a last axis of {HEAD_DIM} (512 latent and 64 rotary columns)"
+_PADDING = (
+    "Smaller parts can be padded with zeros, to 512 and 64 columns, in q and k_cache alike: pass"
+    " the model's softmax_scale then, and drop the padding of out."
+)
 
 
-def describe(arrays: Mapping[str, Any], function: str) -> tuple[Framework, dict[str, ArrayInfo]]:
+def describe(arrays: Mapping[str, Any], function: str) -> tuple[Adapter, dict[str, ArrayInfo]]:
     """The framework all arrays share, and what each array is. One framework, one device."""
     first, *_ = arrays
     infos: dict[str, ArrayInfo] = {}
@@ -81,26 +75,39 @@ def _place(device: int) -> str:
 # --- the inputs of flash_mla_with_kvcache ------------------------------------------------------
 
 
+_ADDS_AN_AXIS = {
+    "q": "q[:, None] adds an s_q of 1",
+    "k_cache": "k_cache[:, :, None] adds an h_kv of 1",
+}
+
+
+def four_axes(array: Array, shape: Sequence[Any], got: str) -> None:
+    """q and k_cache have four axes."""
+    if len(shape) != len(array.axes):
+        remedy = f"Give it four axes: {_ADDS_AN_AXIS[array.name]}."
+        raise ShapeError(array.name, f"four axes, {array.shape}", got, remedy)
+
+
 def query(q: ArrayInfo) -> None:
     """q [batch, s_q, h_q, 576] bfloat16 or float16."""
-    rank("q", q, "[batch, s_q, h_q, 576]", "Give it four axes: q[:, None] adds an s_q of 1.")
-    if q.dtype not in DTYPES:
+    four_axes(DECODE["q"], q.shape, show(q))
+    if q.dtype not in DECODE["q"].dtypes:
         remedy = "Convert q and k_cache to one of the two."
         raise DTypeError("q", "bfloat16 or float16", show(q), remedy)
     if q.shape[3] != HEAD_DIM:
-        remedy = "Concatenate the latent part and the rotary part of the query."
+        remedy = f"Concatenate the latent part and the rotary part of the query. {_PADDING}"
         raise ShapeError("q", _COLUMNS, show(q), remedy)
     if q.shape[0] * q.shape[1] * q.shape[2] > INT_LIMIT:
         raise ShapeError(
             "q", f"batch * s_q * h_q of at most {INT_LIMIT}", show(q), "Split the batch."
         )
-    rows("q", q)
+    latent_rows("q", q)
 
 
 def cache(k_cache: ArrayInfo, q: ArrayInfo) -> None:
     """k_cache [num_pages, page_size, h_kv, 576] of q's dtype; q has been checked."""
-    name, axes = "k_cache", "[num_pages, page_size, h_kv, 576]"
-    rank(name, k_cache, axes, "Give it four axes: k_cache[:, :, None] adds an h_kv of 1.")
+    name = "k_cache"
+    four_axes(DECODE[name], k_cache.shape, show(k_cache))
     num_pages, page_size, h_kv, head_dim = k_cache.shape
     got, dtype = show(k_cache), f"{q.dtype}, the dtype of q"
     if k_cache.dtype.startswith("float8") or head_dim in _FP8_BYTES:
@@ -110,11 +117,11 @@ def cache(k_cache: ArrayInfo, q: ArrayInfo) -> None:
         remedy = "Convert q to the dtype of k_cache, or make the cache in that of q."
         raise DTypeError(name, dtype, got, remedy)
     if head_dim != HEAD_DIM:
-        remedy = "Store the latent part and the rotary part of a token side by side."
+        remedy = f"Store the latent part and the rotary part of a token side by side. {_PADDING}"
         raise ShapeError(name, _COLUMNS, got, remedy)
     if page_size not in PAGE_SIZES:
         sizes = ", ".join(map(str, PAGE_SIZES))
-        remedy = "Make the cache with one of these page sizes."
+        remedy = f"Make the cache with one of these page sizes.{_smaller_pages(page_size)}"
         raise ShapeError(name, f"a page_size (second axis) of {sizes}", got, remedy)
     if h_kv < 1:
         remedy = "Make the cache with the kv heads of the model; DeepSeek's have one."
@@ -125,13 +132,26 @@ def cache(k_cache: ArrayInfo, q: ArrayInfo) -> None:
         raise ShapeError(name, expected, got, remedy)
     if num_pages < 1 and 0 not in q.shape:
         raise ShapeError(name, "at least one page", got, "Make the cache with num_pages >= 1.")
-    rows(name, k_cache)
+    latent_rows(name, k_cache)
+
+
+def _smaller_pages(page_size: int) -> str:
+    """What to do with pages that are a whole number of supported ones."""
+    fitting = [size for size in PAGE_SIZES if page_size and page_size % size == 0]
+    if not fitting:
+        return ""
+    size = fitting[-1]
+    return (
+        f" Pages of {page_size} tokens can be viewed as pages of {size}:"
+        f" k_cache.reshape(-1, {size}, *k_cache.shape[2:]), with {page_size // size} entries of"
+        f" block_table, {page_size // size} * page + i, for each page."
+    )
 
 
 def table(block_table: ArrayInfo, batch: int, page_size: int) -> None:
     """block_table [batch, max_pages] int32; rows may lie at any distance."""
     name, got = "block_table", show(block_table)
-    _int32(name, block_table, DECODE)
+    _int32(name, block_table)
     if len(block_table.shape) != 2:
         remedy = "Pass one row of page numbers a request: block_table.reshape(batch, -1)."
         raise ShapeError(name, f"two axes, ({batch}, max_pages)", got, remedy)
@@ -142,32 +162,32 @@ def table(block_table: ArrayInfo, batch: int, page_size: int) -> None:
     if width * page_size > INT_LIMIT:
         expected = f"at most {INT_LIMIT // page_size} columns, so that token numbers fit int32"
         raise ShapeError(name, expected, got, "Cut the unused columns off.")
-    if width > 1 and block_table.strides[1] != 1:
+    if batch and width > 1 and block_table.strides[1] != 1:
         raise StrideError(name, "a contiguous last axis (stride 1)", strides(block_table), copy)
     if batch > 1 and width and block_table.strides[0] < 0:
         raise StrideError(name, "a row stride of at least 0", strides(block_table), copy)
-    aligned(name, block_table, ALIGNMENTS[name])
+    aligned(name, block_table, DECODE[name].alignment)
 
 
-def lengths(cache_seqlens: ArrayInfo, batch: int | None, function: str) -> None:
+def lengths(cache_seqlens: ArrayInfo, batch: int | None) -> None:
     """cache_seqlens [batch] int32, contiguous; any batch if None."""
     name, shape = "cache_seqlens", cache_seqlens.shape
-    _int32(name, cache_seqlens, function)
+    _int32(name, cache_seqlens)
     if len(shape) != 1 or (batch is not None and shape[0] != batch):
         expected = f"shape ({'batch' if batch is None else batch},), one length a request"
         remedy = "Pass the number of tokens of each request, the new ones included."
-        raise ShapeError(name, expected, show(cache_seqlens), remedy, function)
+        raise ShapeError(name, expected, show(cache_seqlens), remedy)
     if shape[0] > MAX_BATCH:
         expected = f"at most {MAX_BATCH} requests"
-        raise ShapeError(name, expected, show(cache_seqlens), "Split the batch.", function)
-    contiguous(name, cache_seqlens, function)
-    aligned(name, cache_seqlens, ALIGNMENTS[name], function)
+        raise ShapeError(name, expected, show(cache_seqlens), "Split the batch.")
+    contiguous(name, cache_seqlens)
+    aligned(name, cache_seqlens, DECODE[name].alignment)
 
 
-def _int32(name: str, info: ArrayInfo, function: str = DECODE) -> None:
+def _int32(name: str, info: ArrayInfo) -> None:
     if info.dtype != "int32":
         remedy = f"Convert it with {name}.astype('int32'), or {name}.int() for a tensor."
-        raise DTypeError(name, "int32", show(info), remedy, function)
+        raise DTypeError(name, "int32", show(info), remedy)
 
 
 # --- scheduling metadata -----------------------------------------------------------------------
@@ -211,7 +231,7 @@ def metadata(
         got = f"{show(info)}, made for another configuration or GPU"
         raise StaleMetadataError(name, expected, got, again)
     contiguous(name, info)
-    aligned(name, info, ALIGNMENTS[name])
+    aligned(name, info, DECODE[name].alignment)
     name, info = "num_splits", num_splits
     _int32(name, info)
     if len(info.shape) != 1:
@@ -220,14 +240,14 @@ def metadata(
         got = f"{show(info)}, made for another batch size"
         raise StaleMetadataError(name, f"batch + 1 = {batch + 1} entries", got, again)
     contiguous(name, info)
-    aligned(name, info, ALIGNMENTS[name])
+    aligned(name, info, DECODE[name].alignment)
 
 
 # --- the outputs -------------------------------------------------------------------------------
 
 
 def output(name: str, info: ArrayInfo, shape: tuple[int, ...], dtype: str) -> None:
-    """A caller's out or lse: exactly this shape and dtype, contiguous, writable."""
+    """A caller's output: exactly this shape and dtype, contiguous, writable."""
     make = f"Allocate it with shape {shape} and dtype {dtype}, or leave {name} out."
     if info.shape != shape:
         raise ShapeError(name, f"shape {shape}", show(info), make)
@@ -236,16 +256,16 @@ def output(name: str, info: ArrayInfo, shape: tuple[int, ...], dtype: str) -> No
     if info.readonly:
         raise ReadOnlyError(name, "a writable array", "a read-only one", make)
     contiguous(name, info)
-    aligned(name, info, ALIGNMENTS[name])
+    aligned(name, info, DECODE[name].alignment)
 
 
-def aliasing(infos: Mapping[str, ArrayInfo]) -> None:
-    """out and lse share no byte with another argument. Compares byte spans, gaps included."""
+def aliasing(table: Table, infos: Mapping[str, ArrayInfo]) -> None:
+    """The outputs share no byte with another argument. Compares byte spans, gaps included."""
     spans = {}
     for name, info in infos.items():
         low, high = span(info)
         spans[name] = info.ptr + low, info.ptr + high
-    for written in ("out", "lse"):
+    for written in (array.name for array in table.having("output")):
         begin, end = spans.get(written, (0, 0))
         for name, (other_begin, other_end) in spans.items():
             if name != written and begin < other_end and other_begin < end:

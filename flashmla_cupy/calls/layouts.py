@@ -1,4 +1,4 @@
-"""Memory layouts: what the kernels can read and write, and the words errors use for them.
+"""Memory layouts: what the kernels can read and write.
 
 q and k_cache are read by the tensor memory accelerator (cuTensorMapEncodeTiled, CUDA driver API):
 the base address and every stride must be multiples of 16 bytes, strides below 2**40 bytes. A
@@ -7,23 +7,15 @@ stride of an axis of size 1 means nothing and may be anything.
 
 from __future__ import annotations
 
-from typing import Any
-
-from ..errors import AlignmentError, ShapeError, StrideError
+from ..errors import AlignmentError, StrideError
 from ..frameworks import ArrayInfo, numpy_dtype
+from .wording import strides
 
 TMA_BYTES = 16
 TMA_STRIDE_LIMIT = 2**40
-DECODE = "flash_mla_with_kvcache"
 
 
-def rank(name: str, info: ArrayInfo, axes: str, remedy: str) -> None:
-    """Four axes."""
-    if len(info.shape) != 4:
-        raise ShapeError(name, f"four axes, {axes}", show(info), remedy)
-
-
-def rows(name: str, info: ArrayInfo) -> None:
+def latent_rows(name: str, info: ArrayInfo) -> None:
     """[a, b, c, 576] that a tensor map can read, no element twice."""
     if 0 in info.shape:
         return
@@ -50,7 +42,7 @@ def rows(name: str, info: ArrayInfo) -> None:
     aligned(name, info, TMA_BYTES)
 
 
-def contiguous(name: str, info: ArrayInfo, function: str = DECODE) -> None:
+def contiguous(name: str, info: ArrayInfo) -> None:
     """C order without gaps."""
     if 0 in info.shape:
         return
@@ -60,11 +52,11 @@ def contiguous(name: str, info: ArrayInfo, function: str = DECODE) -> None:
             remedy = f"Pass a contiguous copy of {name}."
             if name in ("out", "lse"):
                 remedy = f"Allocate {name} as one contiguous array, or leave it out."
-            raise StrideError(name, "a C-contiguous array", strides(info), remedy, function)
+            raise StrideError(name, "a C-contiguous array", strides(info), remedy)
         expected *= length
 
 
-def aligned(name: str, info: ArrayInfo, alignment: int, function: str = DECODE) -> None:
+def aligned(name: str, info: ArrayInfo, alignment: int) -> None:
     """An address that is a multiple of `alignment` bytes."""
     if info.ptr % alignment and 0 not in info.shape:
         raise AlignmentError(
@@ -72,7 +64,6 @@ def aligned(name: str, info: ArrayInfo, alignment: int, function: str = DECODE) 
             f"an address that is a multiple of {alignment} bytes",
             f"{info.ptr:#x}",
             f"Pass a fresh copy of {name}, not a view that starts inside a row.",
-            function,
         )
 
 
@@ -100,22 +91,3 @@ def span(info: ArrayInfo) -> tuple[int, int]:
 def itemsize(info: ArrayInfo) -> int:
     """Bytes an element."""
     return numpy_dtype(info.dtype).itemsize
-
-
-def show(info: ArrayInfo) -> str:
-    """ "int64 (8, 16)" """
-    return f"{info.dtype} {tuple(info.shape)}"
-
-
-def strides(info: ArrayInfo) -> str:
-    """ "strides (16, 1) for int64 (8, 16)" """
-    return f"strides {tuple(info.strides)} for {show(info)}"
-
-
-def kind(value: Any) -> str:
-    """ "list", "float 0.5": the type of an object that is no array, and a number's value."""
-    of = type(value)
-    name = f"{of.__module__}.{of.__qualname__}".removeprefix("builtins.")
-    if value is None:
-        return "None"
-    return f"{name} {value!r}" if isinstance(value, (bool, int, float, complex, str)) else name

@@ -1,40 +1,40 @@
-"""get_mla_metadata() for arrays with an address: validated calls, and what follows from them.
-
-Like `plans`, for the smaller call that every decoding step makes: the checks run once for each
-signature, which is all of the arguments but the address of cache_seqlens. `interface` looks plans
-up and makes them; `plans` makes one for calls with a SchedMeta.
-"""
+"""get_mla_metadata() of arrays with an address: its checks, and what follows from them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from ..bounded import Bounded
-from ..frameworks import HERE, HOST, ArrayInfo, Framework, framework_of, pair_allocator
-from ..schedule import split as schedule
+from ..errors import ArgumentError
+from ..frameworks import HERE, HOST, Adapter, ArrayInfo, elsewhere
+from ..gpu.engine import engine_of
+from ..schedule import split
 from ..sizes import METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
+from . import checks, scalars
+from .arguments import METADATA
+from .signatures import Checked, Signatures, spans
 
 if TYPE_CHECKING:
     from ..gpu.engine import Engine
 
-MAX_PLANS = 1024
-_plans: Bounded[Any, MetadataPlan] = Bounded(MAX_PLANS)
+Results = tuple[Any, Any]
 
 
-class MetadataPlan(NamedTuple):
-    """A signature that passed the checks."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetadataCall(Checked):
+    """A signature that passed the checks, and what follows from it."""
 
-    framework: Framework
+    framework: Adapter
     engine: Engine | None  # None: arrays in host memory
     device: int
     batch: int
     parts: int
     rows: int
     h_kv: int
-    new: Callable[[], tuple[Any, Any]]
+    new: Callable[[], Results]
 
-    def __call__(self, cache_seqlens: Any, address: int) -> tuple[Any, Any]:
+    def __call__(self, cache_seqlens: Any, address: int) -> Results:
         """(tile_scheduler_metadata [parts, 8], num_splits [batch + 1]), int32, for cache_seqlens
         [batch] int32 at this address, beside it; queued on the current stream."""
         guard = self.framework.device_guard(self.device)
@@ -43,12 +43,12 @@ class MetadataPlan(NamedTuple):
         with guard:
             return self._queue(cache_seqlens, address)
 
-    def _queue(self, cache_seqlens: Any, address: int) -> tuple[Any, Any]:
+    def _queue(self, cache_seqlens: Any, address: int) -> Results:
         framework, engine, batch = self.framework, self.engine, self.batch
         metadata, num_splits = self.new()
         if engine is None:
             view = framework.to_numpy
-            view(metadata)[:], view(num_splits)[:] = schedule.plan(
+            view(metadata)[:], view(num_splits)[:] = split.plan(
                 view(cache_seqlens), self.parts, self.rows, self.h_kv
             )
         elif batch:
@@ -69,40 +69,63 @@ class MetadataPlan(NamedTuple):
         return metadata, num_splits
 
 
-def find(
-    cache_seqlens: Any, rows: Any, h_kv: Any, h_q: Any
-) -> tuple[MetadataPlan | None, int, Any]:
-    """(plan, address, key): the plan if this signature was seen; key None: it cannot be kept."""
-    # 1, 1.0 and True are equal as keys, so only the usual types may be keys.
-    usual = type(rows) is int and type(h_kv) is int and (h_q is None or type(h_q) is int)
-    if not usual:
-        return None, 0, None
+_calls: Signatures[MetadataCall] = Signatures(METADATA)
+
+
+def eager(
+    arrays: tuple[Any, ...],
+    options: tuple[Any, ...],
+    otherwise: Callable[..., Results] | None = None,
+) -> Results:
+    """get_mla_metadata() of the arrays and options of `arguments.METADATA`.
+
+    otherwise(where, arrays, options) makes the call if the arrays have no address to launch with,
+    where `frameworks.elsewhere` says."""
+    call, pointers, key = _calls.find(arrays, options)
+    if call is None or not call.accepts(pointers):
+        where = elsewhere(arrays)
+        if where and otherwise is not None:
+            return otherwise(where, arrays, options)
+        framework, lengths, rows, h_kv = validate(arrays, options)
+        call, pointers = make(framework, lengths, rows, h_kv), (lengths.ptr,)
+        _calls.keep(key, call)
+    return call(arrays[0], pointers[0])
+
+
+def validate(
+    arrays: tuple[Any, ...], options: tuple[Any, ...]
+) -> tuple[Adapter, ArrayInfo, int, int]:
+    """Every check: (framework, cache_seqlens, num_q_tokens_per_head_k, num_heads_k)."""
+    num_q_tokens_per_head_k, num_heads_k, num_heads_q = options
+    name = "cache_seqlens"
     try:
-        framework = framework_of(cache_seqlens, "cache_seqlens")
-        address, *facts = framework.describe(cache_seqlens)
-    except Exception:  # no array, or none with an address: the checks will say so
-        return None, 0, None
-    key = framework, *facts, rows, h_kv, h_q
-    plan = _plans.get(key)
-    return (None if address & 3 else plan), address, key
+        framework, infos = checks.describe({name: arrays[0]}, METADATA.function)
+        checks.lengths(infos[name], None)
+    except ArgumentError as error:
+        raise error.of(METADATA.function) from error.__cause__
+    integer = scalars.integer
+    rows = integer("num_q_tokens_per_head_k", num_q_tokens_per_head_k, METADATA.function, least=1)
+    h_kv = integer("num_heads_k", num_heads_k, METADATA.function, least=1)
+    if num_heads_q is not None:
+        integer("num_heads_q", num_heads_q, METADATA.function, least=1)
+    return framework, infos[name], rows, h_kv
 
 
-def make(
-    framework: Framework,
-    lengths: ArrayInfo,
-    rows: int,
-    h_kv: int,
-    engine_of: Callable[[int], Engine],
-    key: Any = None,
-) -> MetadataPlan:
-    """The plan for checked arguments, which is kept under the key."""
+def make(framework: Adapter, lengths: ArrayInfo, rows: int, h_kv: int) -> MetadataCall:
+    """The call for checked arguments."""
     device, batch, rows = lengths.device, lengths.shape[0], max(1, rows)
     engine = None if device == HOST else engine_of(device)
     parts = num_sm_parts(NUM_SMS_CPU if engine is None else engine.num_sms, rows, h_kv)
-
     shapes = (parts, METADATA_COLUMNS), (batch + 1,)
-    new = pair_allocator(framework, shapes, ("int32", "int32"), device)
-    plan = MetadataPlan(framework, engine, device, batch, parts, rows, h_kv, new)
-    if key is not None:
-        _plans[key] = plan
-    return plan
+    return MetadataCall(
+        table=METADATA,
+        spans=spans(METADATA, {"cache_seqlens": lengths}),
+        framework=framework,
+        engine=engine,
+        device=device,
+        batch=batch,
+        parts=parts,
+        rows=rows,
+        h_kv=h_kv,
+        new=framework.pair_allocator(shapes, ("int32", "int32"), device),
+    )

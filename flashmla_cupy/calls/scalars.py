@@ -11,7 +11,8 @@ import numpy as np
 
 from ..errors import ArgTypeError, OptionError, ScalarError, ShapeError
 from ..sizes import HEAD_DIM, HEAD_DIM_V
-from .layouts import DECODE, kind
+from .arguments import DECODE
+from .wording import kind
 
 INT_LIMIT = 2**31 - 1
 _FLOAT32 = np.finfo(np.float32)
@@ -19,7 +20,7 @@ _FLOAT32 = np.finfo(np.float32)
 
 def head_dim_v(value: Any) -> None:
     """512, the width of V."""
-    if integer("head_dim_v", value, DECODE) != HEAD_DIM_V:
+    if integer("head_dim_v", value, DECODE.function) != HEAD_DIM_V:
         raise ShapeError(
             "head_dim_v",
             f"{HEAD_DIM_V}",

@@ -2,6 +2,7 @@
 
     framework_of(x)    its adapter: NumPy, CuPy, PyTorch or JAX
     is_foreign(x)      whether it is of another framework, which DLPack can import (see `dlpack`)
+    elsewhere(arrays)  who makes a call whose arrays have no address to launch with
 
 The adapter is found by the type of x among the frameworks that are imported already, so nothing is
 imported that the caller has not imported. An adapter describes an array (pointer, shape, strides,
@@ -12,26 +13,25 @@ attributes and carries no bfloat16 into NumPy.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from ..errors import ArgTypeError, FrameworkMismatchError
-from .base import HERE, HOST, ArrayInfo, Framework, numpy_dtype
+from .base import HERE, HOST, Adapter, ArrayInfo, numpy_dtype
 
 __all__ = [
     "HERE",
     "HOST",
+    "Adapter",
     "ArrayInfo",
-    "Framework",
-    "allocator",
+    "elsewhere",
     "framework",
     "framework_of",
     "is_foreign",
+    "name_of",
     "numpy_dtype",
-    "pair_allocator",
 ]
 
 _ADAPTERS = {  # name: (class of its arrays, module and class of the adapter)
@@ -41,11 +41,11 @@ _ADAPTERS = {  # name: (class of its arrays, module and class of the adapter)
     "jax": ("Array", "jax_arrays", "Jax"),
 }
 _EXPECTED = "a NumPy array, a CuPy array, a torch.Tensor or a JAX array"
-_instances: dict[str, Framework] = {}
-_by_type: dict[type, Framework] = {}
+_instances: dict[str, Adapter] = {}
+_by_type: dict[type, Adapter] = {}
 
 
-def framework(name: str) -> Framework:
+def framework(name: str) -> Adapter:
     """The adapter called "numpy", "cupy", "torch" or "jax"."""
     if name not in _instances:
         _, module, adapter = _ADAPTERS[name]
@@ -53,49 +53,34 @@ def framework(name: str) -> Framework:
     return _instances[name]
 
 
-def framework_of(x: Any, argument: str) -> Framework:
+def framework_of(x: Any, argument: str) -> Adapter:
     """The adapter for array x. Raises ArgTypeError or FrameworkMismatchError, naming the argument,
     for anything that is not an array of one of the four."""
     found = _by_type.get(type(x))
     return found if found is not None else _find(x, argument)
 
 
-def allocator(
-    framework: Framework, shape: tuple[int, ...], dtype: str, device: int
-) -> Callable[[], Any]:
-    """A function that makes such an array: the adapter's own, or empty() with these arguments."""
-    own = getattr(framework, "allocator", None)
-    if own is None:
-        return functools.partial(framework.empty, shape, dtype, device)
-    made: Callable[[], Any] = own(shape, dtype, device)
-    return made
-
-
-def pair_allocator(
-    framework: Framework,
-    shapes: tuple[tuple[int, ...], tuple[int, ...]],
-    dtypes: tuple[str, str],
-    device: int,
-) -> Callable[[], tuple[Any, Any]]:
-    """The same for two arrays that come together."""
-    own = getattr(framework, "pair_allocator", None)
-    if own is None:
-        first, second = (
-            allocator(framework, shape, dtype, device)
-            for shape, dtype in zip(shapes, dtypes, strict=True)
-        )
-        return lambda: (first(), second())
-    made: Callable[[], tuple[Any, Any]] = own(shapes, dtypes, device)
-    return made
-
-
 def is_foreign(x: Any) -> bool:
     """Whether x is an array of none of the four frameworks that speaks DLPack."""
     kind = type(x)
-    return kind not in _by_type and hasattr(kind, "__dlpack__") and not _adapter_name(x)
+    return kind not in _by_type and hasattr(kind, "__dlpack__") and not name_of(x)
 
 
-def _adapter_name(x: Any) -> str:
+def elsewhere(arrays: Iterable[Any]) -> Literal["torch", "foreign", "jax", ""]:
+    """Who makes a call with such arrays: "torch" if tensors are fake or are being traced, "foreign"
+    if one has to be imported through DLPack, "jax" for JAX arrays and tracers. "": they have
+    addresses to launch with, or are no arrays, which the checks will say."""
+    given = [x for x in arrays if x is not None]
+    names = [name_of(x) for x in given]
+    if "torch" in names and any(map(framework("torch").is_traced, given)):
+        return "torch"
+    if any(map(is_foreign, given)):
+        return "foreign"
+    return "jax" if names[:1] == ["jax"] else ""
+
+
+def name_of(x: Any) -> str:
+    """The name of the adapter for x, of a trace too; "" if it is no array of the four."""
     for name, (array_class, _, _) in _ADAPTERS.items():
         module = sys.modules.get(name)
         if module is not None and isinstance(x, getattr(module, array_class, ())):
@@ -103,13 +88,16 @@ def _adapter_name(x: Any) -> str:
     return ""
 
 
-def _find(x: Any, argument: str) -> Framework:
-    name = _adapter_name(x)
+def _find(x: Any, argument: str) -> Adapter:
+    name = name_of(x)
     kind = type(x)
     shown = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-    if name == "torch" and kind.__name__ == "FakeTensor":  # whose address is not to be asked for
-        remedy = "Fake tensors give fake results, if q is one."
+    if name and framework(name).is_fake(x):  # its address is not to be asked for
+        remedy = "Pass tensors that all have memory, or all of one trace."
         raise ArgTypeError(argument, "a tensor with memory of its own", shown, remedy)
+    if name == "numpy" and hasattr(x, "mask"):
+        remedy = "Pass numpy.ma.getdata(x), or x.filled(value): a mask cannot be kept."
+        raise ArgTypeError(argument, "an array without a mask", shown, remedy)
     if name:
         found = _by_type[kind] = framework(name)
         return found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -26,40 +28,80 @@ class ArrayInfo(NamedTuple):
     readonly: bool = False
 
 
-class Framework(Protocol):
-    """An adapter. Nothing here copies, and nothing waits for the device.
+class Adapter:
+    """A framework. Nothing here copies, and nothing waits for the device.
 
-    An adapter whose allocator does not know of CUDA graphs has scratch_allocator(floats, device):
-    a function without arguments that makes float32 scratch for one call, and returns what keeps it
-    alive and its address.
-
-    For calls that were seen before an adapter may have methods more, faster ways to the same:
-    signature(*arrays) -> (facts, pointers), of all arrays of a call, None for one it lacks, where
-    arrays that differ in anything but their pointers have different facts;
-    allocator(shape, dtype, device) -> a function without arguments that does what empty() does; and
-    pair_allocator(shapes, dtypes, device) -> one that makes two arrays.
-    """
+    An adapter has to say `describe`, and where the library computes on its arrays also `empty`,
+    `pointer`, and what differs of the rest from NumPy's ways. It may know faster ways to do the
+    others for calls that were seen before."""
 
     name: str
 
     def describe(self, x: Any, argument: str = "array") -> ArrayInfo:
         """The facts of array x. Raises an ArgumentError, naming the argument, when x is not a
         dense array in host memory or on a CUDA device that the kernels may read."""
+        raise NotImplementedError
+
+    def signature(self, arrays: tuple[Any, ...]) -> tuple[Any, tuple[int, ...]]:
+        """(facts, addresses) of the arrays of a call, None for one it lacks, with 0 for its
+        address. Arrays that differ in anything but their addresses have different facts. Raises
+        anything for arrays that the checks may not pass."""
+        infos = [None if x is None else self.describe(x) for x in arrays]
+        facts = self, *[None if info is None else info[1:] for info in infos]
+        return facts, tuple([0 if info is None else info[0] for info in infos])
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
         """A new contiguous array from the framework's caching allocator, on its current stream."""
+        raise NotImplementedError
+
+    def allocator(self, shape: tuple[int, ...], dtype: str, device: int) -> Callable[[], Any]:
+        """A function that does what empty() does with these arguments."""
+        return functools.partial(self.empty, shape, dtype, device)
+
+    def pair_allocator(
+        self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], device: int
+    ) -> Callable[[], tuple[Any, Any]]:
+        """The same for two arrays that come together."""
+        first, second = (
+            self.allocator(shape, dtype, device)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        )
+        return lambda: (first(), second())
+
+    def scratch_allocator(self, floats: int, device: int) -> Callable[[], tuple[Any, int]]:
+        """A function that makes float32 scratch for one call: what keeps it alive, and its
+        address. Scratch is freed at the end of the call, in the order of the stream."""
+        make, pointer = self.allocator((floats,), "float32", device), self.pointer
+
+        def scratch() -> tuple[Any, int]:
+            room = make()
+            return room, pointer(room)
+
+        return scratch
+
+    def is_fake(self, x: Any) -> bool:
+        """Whether x only stands for an array, and has no memory."""
+        return False
+
+    def is_traced(self, x: Any) -> bool:
+        """Whether a call with x has to become part of a trace."""
+        return False
 
     def pointer(self, x: Any) -> int:
         """The address of element 0."""
+        raise NotImplementedError
 
     def stream(self, device: int) -> int:
         """The CUstream that is current for this thread on this device."""
+        return 0
 
     def device_guard(self, device: int) -> AbstractContextManager[Any]:
         """Makes the device current inside a with block."""
+        return HERE
 
     def to_numpy(self, x: Any) -> np.ndarray:
         """A view (never a copy) of an array in host memory."""
+        raise NotImplementedError
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -87,6 +129,9 @@ class _ElementStrides(dict[tuple[tuple[int, ...], int], tuple[int, ...]]):
             self[key] = elements
         return elements
 
+
+# 0 for each of the arrays that a call lacks behind its last one.
+NO_ADDRESSES = tuple((0,) * n for n in range(32))
 
 dtype_names = _DtypeNames()
 element_strides = _ElementStrides()

@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 
 from ..gpu.driver import NEVER_CAPTURED, capture_id
-from .base import HERE, ArrayInfo, dtype_names, element_strides, no_whole_strides, numpy_dtype
+from .base import (
+    HERE,
+    NO_ADDRESSES,
+    Adapter,
+    ArrayInfo,
+    dtype_names,
+    element_strides,
+    no_whole_strides,
+    numpy_dtype,
+)
 
 ALIGNMENT = 512  # of an array, as of allocations in CuPy's pool
 
@@ -21,7 +30,7 @@ _facts = operator.attrgetter("shape", "strides", "dtype", "data.device_id")
 _pointer = operator.attrgetter("data.ptr")
 
 
-class CuPy:
+class CuPy(Adapter):
     name = "cupy"
 
     def __init__(self) -> None:
@@ -43,20 +52,17 @@ class CuPy:
             raise no_whole_strides(x, argument)
         return ArrayInfo(data.ptr, x.shape, strides, dtype_names[dtype], data.device_id)
 
-    def signature(self, *arrays: Any) -> tuple[Any, tuple[int, ...]]:
-        inputs, out, lse = arrays[:6], arrays[6], arrays[7]
-        if inputs[5] is not None:  # most calls
-            if out is None and lse is None:
-                return (self, *map(_facts, inputs)), (*map(_pointer, inputs), 0, 0)
-            if out is not None and lse is not None:
-                return (self, *map(_facts, arrays)), (*map(_pointer, arrays),)
-        given = [x for x in arrays if x is not None]
-        absent = tuple([x is None for x in arrays])
-        pointers = map(_pointer, given)
-        return (
-            (self, absent, *map(_facts, given)),
-            tuple([0 if no else next(pointers) for no in absent]),
-        )
+    def signature(self, arrays: tuple[Any, ...]) -> tuple[Any, tuple[int, ...]]:
+        size = len(arrays)
+        while arrays[-1] is None:  # most calls lack the last ones only
+            arrays = arrays[:-1]
+        none = NO_ADDRESSES[size - len(arrays)]
+        try:
+            return (self, *map(_facts, arrays)), (*map(_pointer, arrays), *none)
+        except AttributeError:
+            facts = [None if x is None else _facts(x) for x in arrays]
+            pointers = [0 if x is None else _pointer(x) for x in arrays]
+            return (self, *facts), (*pointers, *none)
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
         return self._empty(shape, numpy_dtype(dtype))

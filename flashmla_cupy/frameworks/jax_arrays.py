@@ -8,15 +8,12 @@ mixed frameworks be named.
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
-
-from .base import HOST, ArrayInfo, dtype_names
+from .base import HOST, Adapter, ArrayInfo, dtype_names
 
 
-class Jax:
+class Jax(Adapter):
     name = "jax"
 
     def __init__(self) -> None:
@@ -33,20 +30,5 @@ class Jax:
             strides[axis - 1] = strides[axis] * shape[axis]
         return ArrayInfo(0, shape, tuple(strides), dtype_names[x.dtype], HOST)
 
-    def _never(self) -> NoReturn:
+    def signature(self, arrays: tuple[Any, ...]) -> tuple[Any, tuple[int, ...]]:
         raise TypeError("The memory of a JAX array belongs to XLA.")
-
-    def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
-        self._never()
-
-    def pointer(self, x: Any) -> int:
-        self._never()
-
-    def stream(self, device: int) -> int:
-        self._never()
-
-    def device_guard(self, device: int) -> AbstractContextManager[Any]:
-        self._never()
-
-    def to_numpy(self, x: Any) -> np.ndarray:
-        self._never()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from .base import (
-    HERE,
     HOST,
+    Adapter,
     ArrayInfo,
     dtype_names,
     element_strides,
@@ -18,7 +17,7 @@ from .base import (
 )
 
 
-class NumPy:
+class NumPy(Adapter):
     name = "numpy"
 
     def describe(self, x: Any, argument: str = "array") -> ArrayInfo:
@@ -35,12 +34,6 @@ class NumPy:
 
     def pointer(self, x: Any) -> int:
         return int(x.ctypes.data)
-
-    def stream(self, device: int) -> int:
-        return 0
-
-    def device_guard(self, device: int) -> AbstractContextManager[Any]:
-        return HERE
 
     def to_numpy(self, x: Any) -> np.ndarray:
         return np.asarray(x)

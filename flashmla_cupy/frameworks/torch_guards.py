@@ -27,26 +27,32 @@ class Facts:
 
 
 class Guards:
-    """The facts of the tensors of a call, for each set of arguments that calls have had.
+    """The facts of the tensors of a call, for each number of tensors that calls have had.
 
     They are remembered when two calls in a row have had them: making a guard takes as long as
     reading the facts some times."""
 
-    def __init__(self, make: Callable[..., Any] | None) -> None:
-        """`make` is PyTorch's TensorGuards, None if it has none."""
-        self._make = make
+    def __init__(self, make: Callable[..., Any] | None, is_nested: Callable[[Any], bool]) -> None:
+        """`make` is PyTorch's TensorGuards, None if it has none. `is_nested` tells of a tensor
+        whether it is a nested one: a guard ends the process when it is asked about such a one."""
+        self._make, self._is_nested = make, is_nested
         self._found: dict[int, tuple[Callable[..., bool], Facts]] = {}
         self._last: Facts | None = None
 
-    def find(self, arguments: int, tensors: Sequence[Any]) -> Facts | None:
+    def find(self, tensors: Sequence[Any]) -> Facts | None:
         """The facts, if these tensors have those of remembered ones."""
-        found = self._found.get(arguments)
-        if found is not None and found[0](*tensors):
-            self._last = None  # so two misses in a row are none with a hit between them
-            return found[1]
-        return None
+        found = self._found.get(len(tensors))
+        if found is None:
+            return None
+        try:
+            if any(map(self._is_nested, tensors)) or not found[0](*tensors):
+                return None
+        except TypeError:  # not all of them are tensors
+            return None
+        self._last = None  # so two misses in a row are none with a hit between them
+        return found[1]
 
-    def remember(self, arguments: int, tensors: Sequence[Any], facts: Facts) -> None:
+    def remember(self, tensors: Sequence[Any], facts: Facts) -> None:
         """Not for tensors that require a gradient, as the guard is blind to the mode."""
         if facts != self._last or self._make is None:
             self._last = facts
@@ -61,4 +67,4 @@ class Guards:
         except Exception:  # of another PyTorch
             self._make = None
         else:
-            self._found[arguments] = guard.check, facts
+            self._found[len(tensors)] = guard.check, facts

@@ -17,15 +17,13 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import ArgTypeError, ArgumentError, DeviceMismatchError, OptionError
-from .base import HERE, HOST, ArrayInfo
+from .base import HERE, HOST, NO_ADDRESSES, Adapter, ArrayInfo
 from .torch_guards import Facts, Guards
 
-# What absent arguments add to the addresses of a call's tensors, for the sets of arguments that
-# most calls have: with a SchedMeta; with metadata; with out and lse as well.
-_ABSENT = {0: (0,) * 4, 1: (0,) * 2, 7: ()}
+_FAKE = ("FakeTensor", "FunctionalTensor")  # subclasses that traces are made of
 
 
-class Torch:
+class Torch(Adapter):
     name = "torch"
 
     def __init__(self) -> None:
@@ -44,7 +42,11 @@ class Torch:
         self._torch_device = torch.device
         compiled_code = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
         self._empty_strided = getattr(compiled_code, "_empty_strided_cuda", None)
-        self._guards = Guards(getattr(compiled_code, "TensorGuards", None))
+        self._guards = Guards(
+            getattr(compiled_code, "TensorGuards", None), torch.Tensor.is_nested.__get__
+        )
+        # Dispatch modes of this thread: FakeTensorMode, make_fx, a profiler of operations, ...
+        self._modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _no_modes)
         self._grad_enabled: Callable[[], bool] = torch.is_grad_enabled
         # The public current_stream() builds an object and takes 3.5 us; this one takes 0.1 us.
         self._raw_stream: Callable[[int], int] = getattr(
@@ -56,6 +58,8 @@ class Torch:
 
     def describe(self, x: Any, argument: str = "array") -> ArrayInfo:
         try:
+            if x.is_nested:  # one tensor of several, which has no strides
+                raise _no_memory(x, argument, "nested")
             dtype = x.dtype
             name = self._names.get(dtype) or str(dtype).removeprefix("torch.")
             if dtype is not self._int32:
@@ -74,72 +78,48 @@ class Torch:
             "Move it with .cuda().",
         )
 
-    def signature(
-        self,
-        q: Any,
-        k_cache: Any,
-        table: Any,
-        lengths: Any,
-        metadata: Any,
-        splits: Any,
-        out: Any,
-        lse: Any,
-    ) -> tuple[Any, tuple[int, ...]]:
-        """Facts that are cheap to read. Devices are numbers, but for q's: no build of torch has
-        two kinds of GPU. Arrays that have to be contiguous need no strides."""
-        tensors: tuple[Any, ...] = (q, k_cache, table, lengths)
-        arguments = 0
-        if metadata is not None:
-            tensors, arguments = (q, k_cache, table, lengths, metadata, splits), 1
-        if out is not None:
-            tensors, arguments = (*tensors, out), arguments | 2
-        if lse is not None:
-            tensors, arguments = (*tensors, lse), arguments | 4
-        known = self._guards.find(arguments, tensors)
+    def signature(self, arrays: tuple[Any, ...]) -> tuple[Any, tuple[int, ...]]:
+        """Facts that are cheap to read. Devices are numbers, but for the first one's: no build of
+        torch has two kinds of GPU."""
+        if self._modes():  # of a trace, or of anything else that has to see the call
+            raise ValueError("a dispatch mode is active")
+        size = len(arrays)
+        while arrays[-1] is None:  # most calls lack the last ones only
+            arrays = arrays[:-1]
+        none = NO_ADDRESSES[size - len(arrays)]
+        known = self._guards.find(arrays)
         if known is not None:
-            addresses = tuple(map(self._address_of, tensors))
+            addresses = tuple(map(self._address_of, arrays))
             if 0 not in addresses:
-                return known, addresses + _ABSENT[arguments]
-        if (q.requires_grad or k_cache.requires_grad) and self._grad_enabled():
-            raise needs_gradient("q")
-        facts: tuple[Any, ...] = (
-            self, q.device,
-            q.shape, q.stride(), q.dtype,
-            k_cache.shape, k_cache.stride(), k_cache.dtype, k_cache.get_device(),
-            table.shape, table.stride(), table.dtype, table.get_device(),
-            lengths.shape, lengths.is_contiguous(), lengths.dtype, lengths.get_device(),
-        )  # fmt: skip
-        q_pointer, k_pointer = q.data_ptr(), k_cache.data_ptr()
-        t_pointer, n_pointer = table.data_ptr(), lengths.data_ptr()
-        m_pointer = s_pointer = out_pointer = lse_pointer = 0
-        some = q_pointer and k_pointer and t_pointer and n_pointer
-        if metadata is not None:
-            facts += (
-                metadata.shape, metadata.is_contiguous(), metadata.dtype, metadata.get_device(),
-                splits.shape, splits.is_contiguous(), splits.dtype, splits.get_device(),
-            )  # fmt: skip
-            m_pointer, s_pointer = metadata.data_ptr(), splits.data_ptr()
-            some = some and m_pointer and s_pointer
-        if out is not None:
-            self._refuse_gradient(out, "out")
-            facts += ("out", out.shape, out.stride(), out.dtype, out.get_device())
-            out_pointer = out.data_ptr()
-            some = some and out_pointer
-        if lse is not None:
-            self._refuse_gradient(lse, "lse")
-            facts += ("lse", lse.shape, lse.stride(), lse.dtype, lse.get_device())
-            lse_pointer = lse.data_ptr()
-            some = some and lse_pointer
-        if not some:  # empty, or a wrapper without memory: `describe` tells which
-            raise ValueError("a tensor without an address")
-        pointers = (
-            q_pointer, k_pointer, t_pointer, n_pointer,
-            m_pointer, s_pointer, out_pointer, lse_pointer,
-        )  # fmt: skip
+                return known, addresses + none
+        facts: tuple[Any, ...] = (self, arrays[0].device)
+        pointers = []
+        complete = True
+        for x in arrays:
+            if x is None:
+                facts, complete = (*facts, None), False
+                pointers.append(0)
+                continue
+            if x.requires_grad:
+                if self._grad_enabled():
+                    raise ValueError("a tensor that needs a gradient")
+                complete = False  # a guard is blind to the mode
+            facts += (x.shape, x.stride(), x.dtype, x.get_device())
+            pointers.append(x.data_ptr() or self._no_address())
         found = Facts(facts)
-        if arguments in _ABSENT and not any(x.requires_grad for x in tensors):
-            self._guards.remember(arguments, tensors, found)
-        return found, pointers
+        if complete:
+            self._guards.remember(arrays, found)
+        return found, (*pointers, *none)
+
+    def is_fake(self, x: Any) -> bool:
+        return type(x).__name__ in _FAKE
+
+    def is_traced(self, x: Any) -> bool:
+        return self.is_fake(x) or self._modes() > 0
+
+    def _no_address(self) -> int:
+        """Of an empty tensor, or of a wrapper without memory: `describe` tells which."""
+        raise ValueError("a tensor without an address")
 
     def _refuse_gradient(self, x: Any, argument: str) -> None:
         if x.requires_grad and self._grad_enabled():
@@ -189,6 +169,10 @@ class Torch:
             return bits.view(ml_dtypes.bfloat16)
         view: np.ndarray = x.numpy()
         return view
+
+
+def _no_modes() -> int:
+    return 0
 
 
 def needs_gradient(argument: str) -> ArgumentError:

@@ -35,13 +35,12 @@ class SchedMeta:
     the layers of one decoding step. Make a new one, with get_mla_metadata(), for the next step.
     """
 
-    __slots__ = ("address", "bound", "num_splits", "tile_scheduler_metadata")
+    __slots__ = ("bound", "num_splits", "tile_scheduler_metadata")
 
     def __init__(self) -> None:
         self.bound: Configuration | None = None
         self.tile_scheduler_metadata: Any = None  # int32 [num_sm_parts, 8]
         self.num_splits: Any = None  # int32 [batch + 1]
-        self.address = 0  # of tile_scheduler_metadata
 
     @property
     def have_initialized(self) -> bool:
@@ -52,15 +51,10 @@ class SchedMeta:
         return f"SchedMeta({self.bound or 'made at the first call'})"
 
     def bind(
-        self,
-        configuration: Configuration,
-        tile_scheduler_metadata: Any,
-        num_splits: Any,
-        address: int,
+        self, configuration: Configuration, tile_scheduler_metadata: Any, num_splits: Any
     ) -> None:
-        """Takes the metadata that was just made for this configuration, and its address."""
+        """Takes the metadata that was just made for this configuration."""
         self.tile_scheduler_metadata, self.num_splits = tile_scheduler_metadata, num_splits
-        self.address = address
         self.bound = configuration  # last: another thread may be looking
 
     def require(self, configuration: Configuration) -> None:

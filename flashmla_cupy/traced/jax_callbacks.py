@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .. import interface, reference
+from .. import reference
+from ..calls.refusals import report
+from ..gpu.engine import engine_of
 from ..gpu.geometry import Addresses, Geometry
-from ..schedule import split as schedule
+from ..schedule import split
 from ..schedule.sched_meta import stale_requests
 
 if TYPE_CHECKING:
     from ..gpu.decode_launch import DecodeLaunch
-    from ..gpu.engine import Engine
 
 _CPU = 1  # kDLCPU
 
@@ -32,7 +33,12 @@ class Config(NamedTuple):
     softmax_scale: float
     causal: bool
     on_gpu: bool
-    with_metadata: bool  # False: the op makes its own schedule
+    operands: tuple[str, ...]  # names of the arrays, in their order
+
+    @property
+    def has_metadata(self) -> bool:
+        """False: the op makes its own schedule."""
+        return "tile_scheduler_metadata" in self.operands
 
 
 @contextmanager
@@ -49,24 +55,28 @@ def device_guard(ordinal: int) -> Iterator[None]:
             runtime.setDevice(before)
 
 
-def engine_of(ordinal: int) -> Engine:
-    """The engine of a CUDA device; made, if it is new, at trace time."""
-    return interface._engines.get(ordinal) or interface._engine(ordinal)
-
-
-@functools.cache
-def launch_of(engine: Engine, geometry: Geometry) -> DecodeLaunch:
-    """What launches such a call on an engine's device; made, if it is new, at trace time."""
-    return engine.prepare(geometry)
-
-
 def _pointer(buffer: Any) -> int:
     return int(buffer.__cuda_array_interface__["data"][0])
 
 
-@functools.cache  # one object a configuration: JAX compiles again for another callback
-def decode_callback(config: Config, geometry: Geometry) -> Callable[..., None]:
-    def flashmla_decode(ctx: Any, results: Any, *operands: Any) -> None:
+class DecodeCallback:
+    """What XLA calls for flash_mla_with_kvcache() of one configuration and geometry."""
+
+    __name__ = "flashmla_decode"  # what profiles show
+
+    def __init__(self, config: Config, geometry: Geometry) -> None:
+        self._config, self._geometry = config, geometry
+        self._launches: dict[int, DecodeLaunch] = {}
+
+    def prepare(self, ordinals: Iterable[int]) -> int:
+        """Makes the launch ready on these GPUs; the scratch that it needs, in float32."""
+        for ordinal in ordinals:
+            if ordinal not in self._launches:
+                self._launches[ordinal] = engine_of(ordinal).prepare(self._geometry)
+        return max(launch.scratch_floats for launch in self._launches.values())
+
+    def __call__(self, ctx: Any, results: Any, *operands: Any) -> None:
+        config = self._config
         kind, ordinal = map(int, operands[0].__dlpack_device__())
         if kind == _CPU:
             _decode_on_host(
@@ -78,31 +88,38 @@ def decode_callback(config: Config, geometry: Geometry) -> Callable[..., None]:
                 "A call that was traced for the CPU runs on a GPU. Make the GPU JAX's default"
                 " backend: put cuda first in JAX_PLATFORMS, or leave it unset."
             )
-        launch, stream = launch_of(engine_of(ordinal), geometry), ctx.stream
+        self.prepare([ordinal])
         out, lse, scratch, *made = map(_pointer, results)
-        q, k_cache, table, lengths, *given = map(_pointer, operands)
-        metadata, num_splits = made or (given[0], 0)
-        addresses = Addresses(q, k_cache, metadata, lengths, table, out, lse, scratch)
+        at = dict(zip(config.operands, map(_pointer, operands), strict=True))
+        metadata, num_splits = made or (at["tile_scheduler_metadata"], 0)
+        inputs = at["q"], at["k_cache"], metadata, at["cache_seqlens"], at["block_table"]
+        addresses = Addresses(*inputs, out, lse, scratch)
         with device_guard(ordinal):
-            launch(stream, addresses, config.softmax_scale, config.causal, num_splits)
+            self._launches[ordinal](
+                ctx.stream, addresses, config.softmax_scale, config.causal, num_splits
+            )
 
-    return flashmla_decode
+
+@functools.cache  # one object a configuration: JAX compiles again for another callback
+def decode_callback(config: Config, geometry: Geometry) -> DecodeCallback:
+    return DecodeCallback(config, geometry)
 
 
 def _decode_on_host(config: Config, operands: list[Any], out: Any, lse: Any) -> None:
-    q, k_cache, table, lengths, *given = operands
+    named = dict(zip(config.operands, operands, strict=True))
+    schedule, lengths = named.get("tile_scheduler_metadata"), named["cache_seqlens"]
     result = reference.decode(
-        q,
-        k_cache,
-        table,
+        named["q"],
+        named["k_cache"],
+        named["block_table"],
         lengths,
         config.softmax_scale,
         config.causal,
-        stale=stale_requests(given[0], lengths) if given else None,
+        stale=None if schedule is None else stale_requests(schedule, lengths),
         out=out,
         lse=lse,
     )
-    interface.report(result.violation)
+    report(result.violation)
 
 
 @functools.cache
@@ -111,7 +128,7 @@ def metadata_callback(parts: int, rows: int, h_kv: int) -> Callable[..., None]:
         kind, ordinal = map(int, cache_seqlens.__dlpack_device__())
         if kind == _CPU:
             views = map(np.asarray, results)
-            made = schedule.plan(np.asarray(cache_seqlens), parts, rows, h_kv)
+            made = split.plan(np.asarray(cache_seqlens), parts, rows, h_kv)
             for view, array in zip(views, made, strict=True):
                 view[...] = array
             return

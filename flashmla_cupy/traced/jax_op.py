@@ -17,16 +17,19 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .. import interface
 from ..bounded import Bounded
-from ..calls import checks, layouts
-from ..calls import decode as plans
+from ..calls import refusals
+from ..calls.arguments import DECODE, METADATA
+from ..calls.decode import validate
+from ..calls.metadata import validate as validate_metadata
+from ..calls.wording import kind
 from ..errors import DeviceMismatchError, OptionError
-from ..frameworks import ArrayInfo, framework
+from ..frameworks import framework
+from ..gpu.engine import engine_of
 from ..gpu.geometry import Geometry
 from ..schedule.sched_meta import SchedMeta
 from ..sizes import HEAD_DIM_V, METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
-from .jax_callbacks import Config, decode_callback, engine_of, launch_of, metadata_callback
+from .jax_callbacks import Config, decode_callback, metadata_callback
 
 jax: Any = importlib.import_module("jax")
 jnp: Any = importlib.import_module("jax.numpy")
@@ -40,6 +43,7 @@ class _Call(NamedTuple):
     """A signature that passed the checks."""
 
     run: Callable[..., tuple[Any, Any]]
+    operands: tuple[int, ...]  # positions of the arrays that it takes
     is_empty: bool
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...]
@@ -50,65 +54,76 @@ _calls: Bounded[Any, _Call] = Bounded(MAX_CALLS)
 
 
 def decode(
-    arrays: plans.Arrays, options: plans.Options, lazy: SchedMeta | None, key: Any
+    arrays: tuple[Any, ...], options: tuple[Any, ...], lazy: SchedMeta | None
 ) -> tuple[Any, Any]:
     """flash_mla_with_kvcache() of JAX arrays or tracers. A SchedMeta is not bound: a tracer must
     not outlive its trace, so each such call makes its own schedule."""
-    on_gpu = _placed({k: v for k, v in arrays._asdict().items() if v is not None}, layouts.DECODE)
-    signature = None if key is None else (key, on_gpu)
+    on_gpu = _placed(dict(zip(DECODE.names, arrays, strict=True)), DECODE.function)
+    signature = _signature(arrays, options, on_gpu)
     call = _calls.get(signature)
     if call is None:
         call = _checked(arrays, options, on_gpu)
         if signature is not None:
             _calls[signature] = call
-    if not isinstance(arrays.q, jax.core.Tracer):
-        interface.raise_pending()
+    if not isinstance(arrays[0], jax.core.Tracer):
+        refusals.raise_pending()
     if call.is_empty:  # a callback that launches nothing would make an empty graph
         return jnp.zeros(call.out_shape, call.dtype), jnp.full(call.lse_shape, jnp.inf)
-    operands = arrays[:4] if lazy is not None else arrays[:6]
-    return call.run(*operands)
+    return call.run(*[arrays[i] for i in call.operands])
 
 
-def metadata(cache_seqlens: Any, rows: int, h_kv: int) -> tuple[Any, Any]:
-    """get_mla_metadata() of checked lengths: int32 [num_sm_parts, 8] and [batch + 1]."""
-    on_gpu = _placed({"cache_seqlens": cache_seqlens}, interface.METADATA)
-    rows = max(1, rows)
+def metadata(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, Any]:
+    """get_mla_metadata(): int32 [num_sm_parts, 8] and [batch + 1]."""
+    _, lengths, rows, h_kv = validate_metadata(arrays, options)
+    on_gpu = _placed({"cache_seqlens": arrays[0]}, METADATA.function)
     parts = num_sm_parts(_num_sms(on_gpu), rows, h_kv)
-    if cache_seqlens.shape[0] == 0:
+    if lengths.shape[0] == 0:
         return jnp.zeros((parts, METADATA_COLUMNS), jnp.int32), jnp.zeros(1, jnp.int32)
-    return _metadata_op(parts, rows, h_kv)(cache_seqlens)
+    return _metadata_op(parts, rows, h_kv)(arrays[0])
 
 
 # --- trace time --------------------------------------------------------------------------------
 
 
-def _checked(arrays: plans.Arrays, options: plans.Options, on_gpu: bool) -> _Call:
+def _signature(arrays: tuple[Any, ...], options: tuple[Any, ...], on_gpu: bool) -> Any:
+    """What the checks look at; None where something is no JAX array, or an unusual option."""
+    if tuple(map(type, options)) not in DECODE.usual_types:
+        return None
+    describe = framework("jax").describe
+    try:
+        return *[None if x is None else describe(x) for x in arrays], options, on_gpu
+    except Exception:  # the checks will say what it is
+        return None
+
+
+def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...], on_gpu: bool) -> _Call:
     """Every check, on shapes and dtypes alone."""
-    for name in ("out", "lse"):
-        if getattr(arrays, name) is not None:
+    for i in DECODE.outputs:
+        if arrays[i] is not None:
+            name = DECODE.names[i]
             raise OptionError(
                 name,
                 "None, since JAX arrays cannot be written",
-                layouts.kind(getattr(arrays, name)),
+                kind(arrays[i]),
                 f"Leave {name} out; inside jax.jit XLA reuses the memory of donated arguments.",
             )
-    valid = plans.validate(arrays, options)
-    infos = valid.infos
-    q = infos["q"]
-    parts = _parts(q, infos["k_cache"], on_gpu)
-    if not options.is_lazy:
-        checks.metadata(infos["tile_scheduler_metadata"], infos["num_splits"], q.shape[0], parts)
+    valid = validate(arrays, options)
+    operands = [i for i, x in enumerate(arrays) if x is not None]
+    with_metadata = "tile_scheduler_metadata" in valid.infos
+    if with_metadata:
+        valid.require_metadata(valid.parts(_num_sms(on_gpu)))
+    names = tuple(DECODE.names[i] for i in operands)
     config = Config(
-        valid.softmax_scale, valid.causal and q.shape[1] > 1, on_gpu, not options.is_lazy
+        valid.softmax_scale, valid.causal and valid.infos["q"].shape[1] > 1, on_gpu, names
     )
-    is_empty = 0 in valid.out_shape
-    return _Call(_decode_op(config), is_empty, valid.out_shape, valid.lse_shape, q.dtype)
-
-
-def _parts(q: ArrayInfo, k_cache: ArrayInfo, on_gpu: bool) -> int:
-    _, s_q, h_q, _ = q.shape
-    h_kv = k_cache.shape[2]
-    return num_sm_parts(_num_sms(on_gpu), max(1, s_q * h_q // h_kv), h_kv)
+    return _Call(
+        _decode_op(config),
+        tuple(operands),
+        0 in valid.out_shape,
+        valid.out_shape,
+        valid.lse_shape,
+        valid.infos["q"].dtype,
+    )
 
 
 def _gpus() -> list[int]:
@@ -166,27 +181,31 @@ def _show(devices: Any) -> str:
 
 @functools.cache
 def _decode_op(config: Config) -> Callable[..., tuple[Any, Any]]:
-    """(q, k_cache, block_table, cache_seqlens[, metadata, num_splits]) -> (out, lse)."""
+    """(the arrays of config.operands) -> (out, lse)."""
 
     def flashmla_decode(*operands: Any) -> Any:  # what profiles and HLO dumps show
         return one_batch(*operands)
 
-    def fold(n: int, mapped: Any, q: Any, k_cache: Any, table: Any, lengths: Any, *_: Any) -> Any:
+    def fold(n: int, mapped: Any, *operands: Any) -> Any:
         # The mapped axis joins the batch. The metadata of each single batch is of no use then.
-        if mapped[1]:
-            raise OptionError(
-                "k_cache",
-                "one pool that all mapped requests share",
-                "a k_cache that jax.vmap maps over",
-                "Pass in_axes=None for k_cache: map q, block_table and cache_seqlens, and keep the"
-                " pages of all requests in one pool.",
-            )
-        batch = []
-        for x, is_mapped in zip((q, table, lengths), (mapped[0], *mapped[2:4]), strict=True):
-            x = x if is_mapped else jnp.broadcast_to(x, (n, *x.shape))
-            batch.append(x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]))
-        q, table, lengths = batch
-        out, lse = _decode_op(config._replace(with_metadata=False))(q, k_cache, table, lengths)
+        batch, names = [], []
+        for name, x, is_mapped in zip(config.operands, operands, mapped, strict=True):
+            if DECODE[name].role == "schedule":
+                continue
+            if DECODE[name].is_batched:
+                x = x if is_mapped else jnp.broadcast_to(x, (n, *x.shape))
+                x = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+            elif is_mapped:
+                raise OptionError(
+                    name,
+                    "one pool that all mapped requests share",
+                    f"a {name} that jax.vmap maps over",
+                    f"Pass in_axes=None for {name}: map q, block_table and cache_seqlens, and keep"
+                    " the pages of all requests in one pool.",
+                )
+            batch.append(x)
+            names.append(name)
+        out, lse = _decode_op(config._replace(operands=tuple(names)))(*batch)
         results = (out.reshape(n, -1, *out.shape[1:]), lse.reshape(n, -1, *lse.shape[1:]))
         return results, (True, True)
 
@@ -206,32 +225,26 @@ def _decode_op(config: Config) -> Callable[..., tuple[Any, Any]]:
     return op
 
 
-def _call_back(
-    config: Config, q: Any, k_cache: Any, table: Any, lengths: Any, *metadata: Any
-) -> tuple[Any, Any]:
+def _call_back(config: Config, *operands: Any) -> tuple[Any, Any]:
     """The custom call: the results, and as further outputs what the kernels need besides."""
-    batch, s_q, h_q, _ = q.shape
-    q_info, k_info, t_info = map(framework("jax").describe, (q, k_cache, table))
-    parts = _parts(q_info, k_info, config.on_gpu)
-    geometry = Geometry.of(q_info, k_info, t_info, parts)
-    results = [
-        jax.ShapeDtypeStruct((batch, s_q, h_q, HEAD_DIM_V), q.dtype),
-        jax.ShapeDtypeStruct((batch, h_q, s_q), jnp.float32),
-        jax.ShapeDtypeStruct((_prepared(geometry) if config.on_gpu else 1,), jnp.float32),
-    ]
-    if not metadata:
-        results += _metadata_shapes(batch, parts)
+    describe = framework("jax").describe
+    infos = dict(zip(config.operands, map(describe, operands), strict=True))
+    (batch, s_q, h_q, _), h_kv = infos["q"].shape, infos["k_cache"].shape[2]
+    parts = num_sm_parts(_num_sms(config.on_gpu), max(1, s_q * h_q // h_kv), h_kv)
+    geometry = Geometry.of(infos["q"], infos["k_cache"], infos["block_table"], parts)
     callback = decode_callback(config, geometry)
+    # Compiled and loaded on every GPU that may run the call, since capture allows neither.
+    floats = callback.prepare(_gpus()) if config.on_gpu else 0
+    results = [
+        jax.ShapeDtypeStruct((batch, s_q, h_q, HEAD_DIM_V), infos["q"].dtype),
+        jax.ShapeDtypeStruct((batch, h_q, s_q), jnp.float32),
+        jax.ShapeDtypeStruct((max(1, floats),), jnp.float32),
+    ]
+    if not config.has_metadata:
+        results += _metadata_shapes(batch, parts)
     call = buffers.buffer_callback(callback, tuple(results), command_buffer_compatible=True)
-    out, lse, *_ = call(q, k_cache, table, lengths, *metadata)
+    out, lse, *_ = call(*operands)
     return out, lse
-
-
-def _prepared(geometry: Geometry) -> int:
-    """Compiles and loads the kernels on every GPU that may run the call, since capture allows
-    neither; the scratch that they need, in floats."""
-    floats = [launch_of(engine_of(ordinal), geometry).scratch_floats for ordinal in _gpus()]
-    return max(1, *floats)
 
 
 def _metadata_shapes(batch: int, parts: int) -> list[Any]:

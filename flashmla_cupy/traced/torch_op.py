@@ -1,14 +1,15 @@
-"""The calls under torch.compile and torch.export: ops that the compiler sees as one node each.
+"""The calls under torch.compile, torch.export and fake tensors: ops, each one node to a compiler.
 
 Eager calls do not come this way, since the dispatcher takes longer than the launch. What the ops
-run is the eager call, so the results are its results, bit for bit. The ops are registered when a
-compiler first traces a call:
+run is the eager call, so the results are its results, bit for bit. The ops are registered when this
+file is imported, at the first traced call or by `register_torch_ops()`:
 
     flashmla_cupy::metadata     cache_seqlens -> (tile_scheduler_metadata, num_splits)
     flashmla_cupy::decode       returns new out and lse
     flashmla_cupy::decode_out   writes into the caller's
 
-Shapes and lengths may be dynamic. There is no backward: it raises.
+Their arguments follow from `arguments`. Shapes and lengths may be dynamic. There is no backward: it
+raises.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .. import interface
+from ..calls import checks, scalars
+from ..calls.arguments import DECODE, METADATA
+from ..calls.decode import eager as eager_decode
+from ..calls.metadata import eager as eager_metadata
 from ..errors import ShapeError
 from ..frameworks.torch_tensors import needs_gradient
 from ..schedule.sched_meta import SchedMeta
@@ -24,10 +28,6 @@ from ..sizes import HEAD_DIM, HEAD_DIM_V, METADATA_COLUMNS, NUM_SMS_CPU, num_sm_
 
 torch: Any = importlib.import_module("torch")
 
-_INPUTS = (
-    "Tensor q, Tensor k_cache, Tensor block_table, Tensor cache_seqlens,"
-    " Tensor tile_scheduler_metadata, Tensor num_splits, float softmax_scale, bool causal"
-)
 _library: Any = torch.library.Library("flashmla_cupy", "DEF")  # the ops live as long as it does
 # Strides are part of the contract: a compiler that copied the cache to change them would cost more
 # than the call.
@@ -36,47 +36,50 @@ _TAGS = tuple(
     for name in ("needs_exact_strides", "pt2_compliant_tag")
     if hasattr(torch.Tag, name)
 )
+# Positions among the arrays of the call. Compilers trace what uses them, so they are made here.
+_POSITIONS = {name: i for i, name in enumerate(DECODE.names)}
+_TENSORS = tuple(_POSITIONS[array.name] for array in DECODE.having("input", "schedule"))
+_OPTIONAL = tuple(_POSITIONS[array.name] for array in DECODE.having("optional"))
+_RANKS = tuple((array.name, len(array.axes), array.shape) for array in DECODE.arrays)
+_METADATA, _SPLITS = _POSITIONS["tile_scheduler_metadata"], _POSITIONS["num_splits"]
+_OUT, _LSE = DECODE.outputs
 
 
 # --- what the compiler traces ------------------------------------------------------------------
 
 
-def traced_metadata(cache_seqlens: Any, rows: int, h_kv: int) -> tuple[Any, Any]:
-    """get_mla_metadata() with arguments, as an op."""
-    made: tuple[Any, Any] = torch.ops.flashmla_cupy.metadata(cache_seqlens, rows, h_kv)
+def metadata(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, Any]:
+    """get_mla_metadata() as an op."""
+    rows, h_kv, _ = options
+    made: tuple[Any, Any] = torch.ops.flashmla_cupy.metadata(arrays[0], rows, h_kv)
     return made
 
 
-def traced_decode(
-    q: Any,
-    k_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    head_dim_v: int,
-    tile_scheduler_metadata: Any,
-    num_splits: Any,
-    softmax_scale: float | None,
-    causal: bool,
-    out: Any,
-    lse: Any,
+def decode(
+    arrays: tuple[Any, ...], options: tuple[Any, ...], lazy: SchedMeta | None
 ) -> tuple[Any, Any]:
     """flash_mla_with_kvcache() as an op. The first layer that uses a SchedMeta makes it, for the
     others too; it stays unbound, so that an eager call would make it again."""
-    if head_dim_v != HEAD_DIM_V:
-        remedy = f"V is the first {HEAD_DIM_V} columns of k_cache; pass {HEAD_DIM_V}."
-        raise ShapeError("head_dim_v", f"{HEAD_DIM_V}", f"{head_dim_v}", remedy)
-    if type(tile_scheduler_metadata) is SchedMeta:
-        lazy = tile_scheduler_metadata
+    head_dim_v, softmax_scale, causal, is_lazy = options
+    scalars.head_dim_v(head_dim_v)
+    scale = scalars.softmax_scale(softmax_scale)
+    scalars.causal(causal)
+    tensors = list(arrays)
+    checks.metadata_kind(tensors[_METADATA], tensors[_SPLITS], is_lazy)
+    for x, (name, rank, shape) in zip(tensors, _RANKS, strict=True):
+        if x is not None and x.dim() != rank:
+            remedy = "See flash_mla_with_kvcache() for the shapes."
+            raise ShapeError(name, f"shape {shape}", f"{tuple(x.shape)}", remedy)
+    q, k_cache = tensors[0], tensors[1]
+    if lazy is not None:
         if lazy.tile_scheduler_metadata is None:
             h_kv = k_cache.shape[2]
             rows = q.shape[1] * q.shape[2] // h_kv
-            made = torch.ops.flashmla_cupy.metadata(cache_seqlens, rows, h_kv)
+            made = torch.ops.flashmla_cupy.metadata(tensors[3], rows, h_kv)
             lazy.tile_scheduler_metadata, lazy.num_splits = made
-        tile_scheduler_metadata, num_splits = lazy.tile_scheduler_metadata, lazy.num_splits
-    scale = HEAD_DIM**-0.5 if softmax_scale is None else softmax_scale
-    inputs = (
-        q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, scale, causal
-    )  # fmt: skip
+        tensors[_METADATA], tensors[_SPLITS] = lazy.tile_scheduler_metadata, lazy.num_splits
+    inputs = *[tensors[i] for i in _TENSORS], scale, causal, *[tensors[i] for i in _OPTIONAL]
+    out, lse = tensors[_OUT], tensors[_LSE]
     if out is None and lse is None:
         results: tuple[Any, Any] = torch.ops.flashmla_cupy.decode(*inputs)
         return results
@@ -93,34 +96,19 @@ def traced_decode(
 
 
 def _metadata(cache_seqlens: Any, rows: int, h_kv: int) -> tuple[Any, Any]:
-    return interface.get_mla_metadata(cache_seqlens, rows, h_kv)
+    return eager_metadata((cache_seqlens,), (max(1, rows), h_kv, None))
 
 
-def _decode(
-    q: Any,
-    k_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    metadata: Any,
-    num_splits: Any,
-    scale: float,
-    causal: bool,
-    out: Any = None,
-    lse: Any = None,
-) -> tuple[Any, Any]:
-    return interface.flash_mla_with_kvcache(
-        q,
-        k_cache,
-        block_table,
-        cache_seqlens,
-        HEAD_DIM_V,
-        metadata,
-        num_splits,
-        scale,
-        causal,
-        out=out,
-        lse=lse,
-    )
+def _decode(*inputs: Any) -> tuple[Any, Any]:
+    """Inputs in the order of the schema, with or without the outputs."""
+    arrays: list[Any] = [None] * len(DECODE.arrays)
+    rest = list(inputs)
+    for i in _TENSORS:
+        arrays[i] = rest.pop(0)
+    scale, causal = rest.pop(0), rest.pop(0)
+    for i in (*_OPTIONAL, *DECODE.outputs):
+        arrays[i] = rest.pop(0) if rest else None
+    return eager_decode(tuple(arrays), (HEAD_DIM_V, scale, causal, False))
 
 
 def _decode_out(*inputs: Any) -> None:
@@ -143,16 +131,7 @@ def _fake_metadata(cache_seqlens: Any, rows: int, h_kv: int) -> tuple[Any, Any]:
     )
 
 
-def _fake_decode(
-    q: Any,
-    k_cache: Any,
-    block_table: Any,
-    cache_seqlens: Any,
-    metadata: Any,
-    num_splits: Any,
-    scale: float,
-    causal: bool,
-) -> tuple[Any, Any]:
+def _fake_decode(q: Any, k_cache: Any, *inputs: Any) -> tuple[Any, Any]:
     for name, x in (("q", q), ("k_cache", k_cache)):
         if x.dim() != 4 or x.shape[3] != HEAD_DIM:
             expected = f"four axes, the last of {HEAD_DIM}"
@@ -174,11 +153,12 @@ def _no_backward(ctx: Any, *gradients: Any) -> Any:
 
 
 def _register() -> None:
-    _library.define(
-        "metadata(Tensor cache_seqlens, SymInt rows, int h_kv) -> (Tensor, Tensor)", tags=_TAGS
-    )
-    _library.define(f"decode({_INPUTS}) -> (Tensor, Tensor)", tags=_TAGS)
-    _library.define(f"decode_out({_INPUTS}, Tensor(a!) out, Tensor(b!) lse) -> ()", tags=_TAGS)
+    arguments = METADATA.schema(with_outputs=False)
+    _library.define(f"metadata({arguments}) -> (Tensor, Tensor)", tags=_TAGS)
+    arguments = DECODE.schema(with_outputs=False)
+    _library.define(f"decode({arguments}) -> (Tensor, Tensor)", tags=_TAGS)
+    arguments = DECODE.schema(with_outputs=True)
+    _library.define(f"decode_out({arguments}) -> ()", tags=_TAGS)
     implementations: dict[str, tuple[Any, Any]] = {
         "metadata": (_metadata, _fake_metadata),
         "decode": (_decode, _fake_decode),

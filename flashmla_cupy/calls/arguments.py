@@ -1,0 +1,130 @@
+"""The arguments of every call that computes, in one table a call.
+
+Whatever handles the arrays of a call follows from its table: the order of its tuples of arrays and
+of addresses, the alignment of each, which are written, the schema of the PyTorch op, the operands
+of the JAX op and which of them jax.vmap may map. A new array is a row here, its check in `checks`
+and its use.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from types import NoneType
+from typing import Literal
+
+from ..sizes import HEAD_DIM, HEAD_DIM_V, METADATA_COLUMNS
+
+# input: every call has it. schedule: the call makes it if it was given a SchedMeta. optional: calls
+# may lack it. output: written; the call makes it unless the caller gave one.
+Role = Literal["input", "schedule", "optional", "output"]
+
+FLOATS = ("bfloat16", "float16")
+INT32 = ("int32",)
+
+
+@dataclass(frozen=True)
+class Array:
+    """An array of a call."""
+
+    name: str
+    axes: tuple[str | int, ...]  # what each axis counts, or how long it is
+    dtypes: tuple[str, ...]  # those it may have
+    alignment: int  # of its address, in bytes: 16 where a kernel moves 16 bytes at a time
+    role: Role = "input"
+
+    @property
+    def shape(self) -> str:
+        """For people: "[batch, s_q, h_q, 576]"."""
+        return f"[{', '.join(map(str, self.axes))}]"
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether its first axis is the batch, so that jax.vmap may fold another axis into it."""
+        return self.axes[0] == "batch"
+
+
+@dataclass(frozen=True)
+class Option:
+    """An argument that is no array."""
+
+    name: str
+    types: tuple[type, ...]  # the usual ones: 1, 1.0 and True are equal, and no key together
+    schema: str = ""  # its type in the PyTorch op; "": the op does without
+
+
+@dataclass(frozen=True)
+class Table:
+    """The arguments of one public function."""
+
+    function: str
+    arrays: tuple[Array, ...]
+    options: tuple[Option, ...]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(array.name for array in self.arrays)
+
+    @cached_property
+    def alignments(self) -> tuple[int, ...]:
+        return tuple(array.alignment for array in self.arrays)
+
+    @cached_property
+    def outputs(self) -> tuple[int, ...]:
+        """The positions of the outputs."""
+        return tuple(i for i, array in enumerate(self.arrays) if array.role == "output")
+
+    @cached_property
+    def usual_types(self) -> frozenset[tuple[type, ...]]:
+        """The types of options that may be kept in a key."""
+        return frozenset(itertools.product(*(option.types for option in self.options)))
+
+    def __getitem__(self, name: str) -> Array:
+        return self.arrays[self.names.index(name)]
+
+    def having(self, *roles: Role) -> tuple[Array, ...]:
+        """The arrays of these roles."""
+        return tuple(array for array in self.arrays if array.role in roles)
+
+    def schema(self, *, with_outputs: bool) -> str:
+        """The arguments of the PyTorch op: what every call has, the options, then what calls may
+        lack and, if they are given to the op, the outputs."""
+        arguments = [f"Tensor {array.name}" for array in self.having("input", "schedule")]
+        arguments += [f"{option.schema} {option.name}" for option in self.options if option.schema]
+        arguments += [f"Tensor? {array.name}=None" for array in self.having("optional")]
+        if with_outputs:
+            written = zip("abcdefgh", self.having("output"), strict=False)
+            arguments += [f"Tensor({letter}!) {array.name}" for letter, array in written]
+        return ", ".join(arguments)
+
+
+DECODE = Table(
+    "flash_mla_with_kvcache",
+    (
+        Array("q", ("batch", "s_q", "h_q", HEAD_DIM), FLOATS, 16),
+        Array("k_cache", ("num_pages", "page_size", "h_kv", HEAD_DIM), FLOATS, 16),
+        Array("block_table", ("batch", "max_pages"), INT32, 4),
+        Array("cache_seqlens", ("batch",), INT32, 4),
+        Array("tile_scheduler_metadata", ("num_sm_parts", METADATA_COLUMNS), INT32, 16, "schedule"),
+        Array("num_splits", ("batch + 1",), INT32, 4, "schedule"),
+        Array("out", ("batch", "s_q", "h_q", HEAD_DIM_V), FLOATS, 16, "output"),
+        Array("lse", ("batch", "h_q", "s_q"), ("float32",), 4, "output"),
+    ),
+    (
+        Option("head_dim_v", (int,)),
+        Option("softmax_scale", (NoneType, float), "float"),
+        Option("causal", (bool,), "bool"),
+        Option("is_lazy", (bool,)),  # the metadata is a SchedMeta, and not among the arrays
+    ),
+)
+
+METADATA = Table(
+    "get_mla_metadata",
+    (DECODE["cache_seqlens"],),
+    (
+        Option("num_q_tokens_per_head_k", (int,), "SymInt"),
+        Option("num_heads_k", (int,), "int"),
+        Option("num_heads_q", (NoneType, int)),
+    ),
+)
