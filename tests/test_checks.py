@@ -13,11 +13,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from support.bad_arrays import BAD_ARRAYS, BF16, arguments, offset_bytes, read_only, with_gap
-from support.fake_device import FakeArray, install
+from support.fake_device import FakeArray, forget_calls, install
 
 import flashmla_cupy
-from flashmla_cupy import interface, reference
-from flashmla_cupy.calls import decode as plans
+from flashmla_cupy import reference
+from flashmla_cupy.calls import refusals
 from flashmla_cupy.errors import (
     AliasingError,
     AlignmentError,
@@ -147,8 +147,8 @@ def assert_sentence(error: ArgumentError, argument: str, words: str) -> None:
 @pytest.fixture
 def computed(monkeypatch):
     """What the host backend was asked to do, from here on."""
-    monkeypatch.setattr(plans, "_plans", {})
-    monkeypatch.setattr(interface, "_host_violations", [])
+    forget_calls(monkeypatch)
+    monkeypatch.setattr(refusals, "_on_host", [])
     calls = []
     decode = reference.decode
     monkeypatch.setattr(reference, "decode", lambda *a, **k: calls.append(a) or decode(*a, **k))

@@ -14,11 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from support.every_framework import decode, get, put, same_bits
-from support.fake_device import FakeEngine
+from support.fake_device import FakeEngine, forget_calls
 from support.problems import make_problem
 
-from flashmla_cupy import flash_mla_with_kvcache, frameworks, get_mla_metadata, interface
-from flashmla_cupy.calls import decode as plans
+from flashmla_cupy import flash_mla_with_kvcache, frameworks, get_mla_metadata
 from flashmla_cupy.errors import (
     ArgTypeError,
     DeviceMismatchError,
@@ -29,6 +28,7 @@ from flashmla_cupy.errors import (
     StrideError,
 )
 from flashmla_cupy.frameworks import HOST, cupy_arrays, framework, framework_of, is_foreign
+from flashmla_cupy.gpu import engine as engine_module
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 PROBLEM = make_problem([70, 5, 0], s_q=2, h_q=4, causal=True)
@@ -168,13 +168,13 @@ def cupy(monkeypatch):
     monkeypatch.setattr(frameworks, "_instances", dict(frameworks._instances))
     monkeypatch.setattr(frameworks, "_by_type", dict(frameworks._by_type))
     frameworks._instances.pop("cupy", None)
-    monkeypatch.setattr(plans, "_plans", {})
+    forget_calls(monkeypatch)
     return fake
 
 
 def test_cupy_calls_run_on_the_device_and_the_stream_that_is_current_there(cupy, monkeypatch):
     engine = FakeEngine()
-    monkeypatch.setattr(interface, "_engine", {1: engine}.__getitem__)
+    monkeypatch.setattr(engine_module, "_engines", {1: engine})
     arrays = [cupy.ndarray(x.shape, x.dtype) for x in PROBLEM.arrays()]
     metadata, num_splits = get_mla_metadata(arrays[3], PROBLEM.rows, 1)
     for given in ({}, {}, {"out": cupy.ndarray((3, 2, 4, 512), BF16)}):

@@ -11,7 +11,7 @@ from support.problems import make_problem
 
 import flashmla_cupy
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata, interface
-from flashmla_cupy.calls import decode as plans
+from flashmla_cupy.calls import decode as decode_calls
 from flashmla_cupy.errors import (
     AlignmentError,
     ArgumentError,
@@ -156,8 +156,8 @@ def test_missing_outputs_are_allocated_on_the_device(gpu):
 
 def test_a_seen_signature_is_not_checked_again(gpu, monkeypatch):
     flash_mla_with_kvcache(**gpu.arguments())
-    monkeypatch.setattr(plans, "make", None)
-    monkeypatch.setattr(interface.routes, "without_address", None)
+    monkeypatch.setattr(decode_calls, "_make", None)
+    monkeypatch.setattr(decode_calls, "elsewhere", None)
     flash_mla_with_kvcache(**gpu.arguments())  # other addresses
     assert len(gpu.launches) == 2
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..calls.layouts import kind
+from ..calls.wording import kind
 from ..errors import ArgTypeError, FlashMLAError, OutOfPagesError, SequenceError
 
 Int32 = npt.NDArray[np.int32]

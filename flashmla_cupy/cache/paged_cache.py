@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..calls import checks, layouts, scalars
+from ..calls import checks, scalars
+from ..calls.wording import kind as kind_of
+from ..calls.wording import show
 from ..errors import ArgTypeError, DTypeError, SequenceError, ShapeError
 from ..frameworks import HOST, framework_of
 from ..interface import flash_mla_with_kvcache
@@ -211,7 +213,7 @@ class PagedKVCache:
         if info.shape[0] != len(handles):
             expected = f"a first axis of {len(handles)}, the number of sequences"
             remedy = "Pass the queries of seqs[i] as q[i]; without seqs, of cache.sequences[i]."
-            raise ShapeError("q", expected, layouts.show(info), remedy, function)
+            raise ShapeError("q", expected, show(info), remedy, function)
         batch = self._export(handles, function)
         kind = (tuple(info.shape), scalars.causal(causal))
         metadata = batch.metadata.get(kind)
@@ -284,4 +286,4 @@ def _handles(seqs: Any, function: str) -> tuple[Any, ...]:
         return tuple(seqs)
     except TypeError:
         expected, remedy = "a list of sequence handles", "Put a single one into a list: [seq]."
-        raise ArgTypeError("seqs", expected, layouts.kind(seqs), remedy, function) from None
+        raise ArgTypeError("seqs", expected, kind_of(seqs), remedy, function) from None

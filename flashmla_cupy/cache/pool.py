@@ -10,7 +10,8 @@ import importlib
 from typing import Any
 
 from ..calls import layouts, scalars
-from ..calls.checks import DTYPES
+from ..calls.arguments import FLOATS as DTYPES
+from ..calls.wording import show
 from ..errors import (
     ArgumentError,
     DTypeError,
@@ -61,7 +62,7 @@ def adopt(storage: Any, function: str) -> Any:
             remedy = "Pass cupy.from_dlpack(storage), which shares the memory."
             raise FrameworkMismatchError(name, expected, got, remedy)
         info = found.describe(storage, name)
-        got = layouts.show(info)
+        got = show(info)
         # Dtypes, not their names: a byte-swapped float16 has the same name.
         if storage.dtype not in [numpy_dtype(dtype) for dtype in DTYPES]:
             remedy = "Make it of one of the two, in native byte order."
@@ -75,7 +76,7 @@ def adopt(storage: Any, function: str) -> Any:
         if info.readonly:
             remedy = "Pass an array that the cache may write."
             raise ReadOnlyError(name, "a writable array", "a read-only one", remedy)
-        layouts.rows(name, info)
+        layouts.latent_rows(name, info)
     except ArgumentError as error:
         raise error.of(function) from None
     _fits_int32(info.shape[0], info.shape[1], function)

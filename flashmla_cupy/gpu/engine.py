@@ -44,6 +44,11 @@ def engine_of(device: int) -> Engine:
     return found
 
 
+def engines() -> list[Engine]:
+    """Those made so far."""
+    return list(_engines.values())
+
+
 class Engine:
     """The kernels of one GPU. It must be the current device of the thread for launches."""
 

@@ -22,11 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from support.fake_device import forget_calls
 
-from flashmla_cupy import frameworks, interface
+from flashmla_cupy import frameworks
 from flashmla_cupy.build import compiler
-from flashmla_cupy.calls import decode as plans
-from flashmla_cupy.calls import metadata as metadata_plans
 from flashmla_cupy.frameworks import HOST, numpy_arrays
 from flashmla_cupy.gpu import driver, launch_graph
 from flashmla_cupy.gpu import engine as engine_module
@@ -291,7 +290,5 @@ def install(monkeypatch, kernels: Kernels, num_sms: int) -> Emulator:
     )
     monkeypatch.setitem(sys.modules, "cupy", _cuda(num_sms))
     monkeypatch.setitem(frameworks._by_type, np.ndarray, emulator.framework)
-    monkeypatch.setattr(interface, "_engines", {})
-    monkeypatch.setattr(plans, "_plans", {})
-    monkeypatch.setattr(metadata_plans, "_plans", {})
+    forget_calls(monkeypatch)
     return emulator

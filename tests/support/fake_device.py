@@ -10,7 +10,10 @@ import itertools
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from flashmla_cupy.frameworks import ArrayInfo, numpy_dtype
+from flashmla_cupy.calls import arguments, decode, metadata
+from flashmla_cupy.calls.signatures import Signatures
+from flashmla_cupy.frameworks import Adapter, ArrayInfo, numpy_dtype
+from flashmla_cupy.gpu import engine
 
 STREAM = 0x5EA
 _addresses = itertools.count(1)
@@ -45,7 +48,7 @@ class FakeArray:
         self.filled = value
 
 
-class FakeFramework:
+class FakeFramework(Adapter):
     """Describes FakeArrays, and keeps a list of what it allocated and on which device."""
 
     name = "fake"
@@ -148,16 +151,18 @@ class FakeDevice:
         }
 
 
+def forget_calls(monkeypatch) -> None:
+    """No signature was seen before."""
+    monkeypatch.setattr(decode, "_calls", Signatures(arguments.DECODE))
+    monkeypatch.setattr(metadata, "_calls", Signatures(arguments.METADATA))
+
+
 def install(monkeypatch) -> FakeDevice:
     """Makes FakeArrays arrays of a framework with engines for devices 0 and 1."""
-    from flashmla_cupy import frameworks, interface
-    from flashmla_cupy.calls import decode as plans
-    from flashmla_cupy.calls import metadata as metadata_plans
+    from flashmla_cupy import frameworks
 
     fake = FakeDevice(FakeFramework(), {0: FakeEngine(), 1: FakeEngine()})
     monkeypatch.setitem(frameworks._by_type, FakeArray, fake.framework)
-    monkeypatch.setattr(interface, "_engines", dict(fake.engines))
-    monkeypatch.setattr(interface, "_engine", fake.engines.__getitem__)
-    monkeypatch.setattr(plans, "_plans", {})
-    monkeypatch.setattr(metadata_plans, "_plans", {})
+    monkeypatch.setattr(engine, "_engines", dict(fake.engines))
+    forget_calls(monkeypatch)
     return fake
