@@ -206,6 +206,7 @@ def _add_bench(commands: _Commands) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     from .bench import cases as bench
     from .bench import plot as scaling
+    from .bench import run as bench_run
 
     if arguments.plot:
         if arguments.cases or arguments.page_size or arguments.list or arguments.peers:
@@ -226,7 +227,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         from .bench.peers import Peers
 
         peers = Peers()
-    bench.run(cases, arguments.json, peers)
+    bench_run.run(cases, arguments.json, peers)
 
 
 # ---- clear-cache -------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ BAD_METADATA = [
         {"num_q_tokens_per_head_k": -1},
         ScalarError,
         "num_q_tokens_per_head_k",
-        "from 0",
+        "from 1",
     ),
     (
         "rows-array",

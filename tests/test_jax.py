@@ -21,6 +21,7 @@ from support.problems import make_problem
 
 import flashmla_cupy
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata, reference
+from flashmla_cupy.calls.arguments import DECODE
 from flashmla_cupy.errors import (
     DeviceCheckError,
     DeviceMismatchError,
@@ -369,7 +370,7 @@ def test_tracing_for_gpus_prepares_all_of_them_and_asks_for_scratch(gpu, monkeyp
 def test_the_callback_launches_on_the_stream_and_device_it_is_called_for(gpu, with_metadata):
     info = flashmla_cupy.frameworks.framework("jax").describe
     geometry = jax_op.Geometry.of(*map(info, ARRAYS[:3]), parts=7)
-    config = jax_op.Config(0.5, True, True, with_metadata)
+    config = jax_op.Config(0.5, True, True, DECODE.names[: 6 if with_metadata else 4])
     callback = jax_op.decode_callback(config, geometry)
     operands = [device_buffer(i, (8,), 1) for i in range(100, 106 if with_metadata else 104)]
     results = [device_buffer(i, (8,), 1) for i in range(200, 203 if with_metadata else 205)]
@@ -394,7 +395,7 @@ def test_a_gpu_that_the_trace_did_not_expect_is_refused():
     """The scratch of a call that was traced for the CPU is too small."""
     info = flashmla_cupy.frameworks.framework("jax").describe
     geometry = jax_op.Geometry.of(*map(info, ARRAYS[:3]), parts=7)
-    callback = jax_op.decode_callback(jax_op.Config(0.5, True, False, True), geometry)
+    callback = jax_op.decode_callback(jax_op.Config(0.5, True, False, DECODE.names[:6]), geometry)
     operands = [device_buffer(i, (8,), 1) for i in range(6)]
     with pytest.raises(RuntimeError, match="traced for the CPU"):
         callback(SimpleNamespace(stream=77), (), *operands)

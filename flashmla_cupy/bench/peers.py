@@ -11,15 +11,13 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..errors import OptionError
 from ..sizes import HEAD_DIM, HEAD_DIM_V, ceil_div
-
-if TYPE_CHECKING:
-    from .timer import Problem
+from .problem import Problem
 
 ATOL, RTOL = 8e-3, 2.01 / 128  # of results in bfloat16, as in examples/quickstart.py
 WORKSPACE_BYTES = 256 << 20  # what FlashInfer's examples give it, twice

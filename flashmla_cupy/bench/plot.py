@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from ..errors import MissingDependencyError, OptionError
 from ..sizes import PAGE_SIZES
-from . import cases as bench
+from . import run as bench_run
 from .cases import Case
 
 CLIFF = 2.3
@@ -91,11 +91,11 @@ def verdict(us_of: dict[str, float]) -> list[str]:
 def run(path: str, json_path: str | None = None) -> None:
     """Times the sweeps, draws them into the file at `path` and tells of cliffs.
 
-    As bench.run; also raises OptionError for another format than .png, .svg and .pdf."""
+    As bench_run.run; also raises OptionError for another format than .png, .svg and .pdf."""
     figure_type = _figure_for(path)
-    bench.current_gpu()  # raises before the file is made
+    bench_run.current_gpu()  # raises before the file is made
     with open(path, "wb") as file:
-        report = bench.run(CASES, json_path)
+        report = bench_run.run(CASES, json_path)
         draw(figure_type, report, file, Path(path).suffix)
     for line in verdict({row["case"]: row["us"] for row in report["cases"]}):
         print(line)

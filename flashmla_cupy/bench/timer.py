@@ -11,18 +11,16 @@ import importlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from .. import interface
 from ..sizes import HEAD_DIM, HEAD_DIM_V, ceil_div
-
-if TYPE_CHECKING:
-    from .cases import Case
-    from .peers import Peers
+from .cases import Case
+from .peers import Peers
+from .problem import Problem
 
 WARM_SECONDS, SAMPLE_SECONDS, SAMPLES = 0.1, 0.03, 7
 COLD_BYTES = 400_000_000  # of all caches that the calls rotate over: eight times the L2 cache
@@ -47,19 +45,6 @@ extern "C" __global__ void read_all(const uint4* data, unsigned long long n, uns
     if (sum == 0x9e3779b9u) *sink = sum;
 }
 """
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The arrays of a case. One block table for each cache of the pool that k_cache holds."""
-
-    case: Case
-    q: Any
-    k_cache: Any
-    block_tables: list[Any]
-    cache_seqlens: Any
-    out: Any
-    lse: Any
 
 
 class GPUTimer:

@@ -102,7 +102,7 @@ class Torch(Adapter):
                 continue
             if x.requires_grad:
                 if self._grad_enabled():
-                    raise ValueError("a tensor that needs a gradient")
+                    raise needs_gradient("a tensor")
                 complete = False  # a guard is blind to the mode
             facts += (x.shape, x.stride(), x.dtype, x.get_device())
             pointers.append(x.data_ptr() or self._no_address())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashmla_cupy.bench import cases as bench
+from flashmla_cupy.bench import run as bench_run
 from flashmla_cupy.bench import timer as bench_gpu
 from flashmla_cupy.build import nvrtc
 
@@ -32,7 +32,7 @@ def install(monkeypatch) -> type[Timer]:
     """Makes `bench` use a class of its own, which is returned: a test may change it."""
     kind = type("Timer", (Timer,), {})
     facts = {"name": b"H200", "multiProcessorCount": 132}
-    monkeypatch.setattr(bench, "current_gpu", lambda: facts)
+    monkeypatch.setattr(bench_run, "current_gpu", lambda: facts)
     monkeypatch.setattr(bench_gpu, "GPUTimer", kind)
     monkeypatch.setattr(nvrtc, "build", lambda: "13.0")
     return kind
