@@ -19,6 +19,7 @@ with NumPy at a smaller one.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 
@@ -33,17 +34,24 @@ LATENT, ROPE, D_QK = 512, 64, 576  # what the cache holds of a token: [latent, r
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of the layer; the defaults are DeepSeek-V3's."""
+    """Sizes of the layer, and what its softmax needs; the defaults are DeepSeek-V3's."""
 
     hidden: int = 7168
     heads: int = 128
     q_rank: int = 1536  # the query is projected through a low rank as well
     nope: int = 128  # columns of a head's query and key without a position
     value: int = 128  # columns of a head's value
+    yarn_factor: float = 40.0  # rope_scaling of the checkpoint's config.json: "factor"
+    yarn_mscale: float = 1.0  # and "mscale_all_dim"
 
     @property
     def softmax_scale(self) -> float:
-        return (self.nope + ROPE) ** -0.5
+        """0.1352 for DeepSeek-V3: 192 ** -0.5, times the square of YaRN's magnitude scale.
+
+        A head has 192 columns before absorption; 576 ** -0.5, the default of the library, is no
+        model's. Source: the attention class of DeepSeek-V3's own inference/model.py."""
+        mscale = 0.1 * self.yarn_mscale * math.log(self.yarn_factor) + 1
+        return (self.nope + ROPE) ** -0.5 * mscale * mscale
 
 
 class MLALayer:

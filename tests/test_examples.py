@@ -1,0 +1,20 @@
+"""The examples: what is a fact of DeepSeek's checkpoints in them. `.ci/run` runs them as a whole."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+import flashmla_cupy
+
+EXAMPLES = Path(flashmla_cupy.__file__).resolve().parents[1] / "examples"
+if not EXAMPLES.exists():
+    pytest.skip("the package is not in its checkout", allow_module_level=True)
+
+
+def test_mla_layer_has_the_softmax_scale_of_deepseek_v3():
+    """YaRN's factor of 40 with mscale_all_dim 1.0: without it attention is wrong in silence."""
+    config = runpy.run_path(str(EXAMPLES / "mla_layer.py"))["Config"]()
+    assert config.softmax_scale == pytest.approx(0.13523377, rel=1e-6)
