@@ -1,4 +1,4 @@
-"""The examples: what is a fact of DeepSeek's checkpoints in them. `.ci/run` runs them as a whole."""
+"""The examples: facts of DeepSeek's checkpoints in them. `.ci/run` runs the programs themselves."""
 
 from __future__ import annotations
 
