@@ -7,13 +7,11 @@ without a Hopper GPU.
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
-from support import hopper_gpu
+from support.pages import Page
 
 import flashmla_cupy
 from flashmla_cupy.__main__ import main
@@ -21,59 +19,30 @@ from flashmla_cupy.gpu.kernels import all_variants
 
 PACKAGE = Path(flashmla_cupy.__file__).resolve().parent
 ROOT = PACKAGE.parent
-README = ROOT / "README.md"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
 if not README.exists():
     pytest.skip("the package is not in its checkout", allow_module_level=True)
-TEXT = README.read_text()
-
-_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks(language: str) -> list[tuple[int, str]]:
-    """(line number, text) of each block of the language."""
-    return [
-        (TEXT[: match.start(2)].count("\n") + 1, match[2])
-        for match in _FENCE.finditer(TEXT)
-        if match[1] == language
-    ]
+PAGE = Page(README)
+TEXT = PAGE.text
+PYTHON = PAGE.python
 
 
-def frameworks(code: str) -> list[str]:
-    """The frameworks that a block imports at its top level."""
-    found = set()
-    for node in ast.parse(code).body:
-        if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.partition(".")[0])
-    return sorted(found & {"cupy", "torch", "jax"})
-
-
-PYTHON = blocks("python")
-
-
-@pytest.mark.parametrize("number", range(len(PYTHON)), ids=[f"line{line}" for line, _ in PYTHON])
+@pytest.mark.parametrize(
+    "number", range(len(PYTHON)), ids=[f"line{block.line}" for block in PYTHON]
+)
 def test_python_block(number):
-    line, code = PYTHON[number]
-    for name in frameworks(code):
-        if importlib.util.find_spec(name) is None:
-            pytest.skip(f"{name} is not installed")
-        if name == "cupy" and (reason := hopper_gpu.missing()):
-            pytest.skip(f"needs a Hopper GPU: {reason}")
-    names: dict[str, object] = {"__name__": f"readme_line{line}"}
-    for earlier_line, earlier in PYTHON[:number]:
-        if not frameworks(earlier):
-            run(earlier, earlier_line, names)
-    run(code, line, names)
-
-
-def run(code: str, line: int, names: dict[str, object]) -> None:
-    """Executes a block; tracebacks show its lines in README.md."""
-    exec(compile("\n" * (line - 1) + code, str(README), "exec"), names)
+    block = PYTHON[number]
+    if block.missing is not None:
+        pytest.skip(block.missing)
+    names: dict[str, object] = {"__name__": f"readme_line{block.line}"}
+    for earlier in PYTHON[:number]:
+        if not earlier.frameworks:
+            PAGE.execute(earlier, names)
+    PAGE.execute(block, names)
 
 
 def test_there_are_blocks_to_run():
-    assert len([code for _, code in PYTHON if not frameworks(code)]) >= 4
+    assert len([block for block in PYTHON if not block.frameworks]) >= 4
 
 
 def test_links():
@@ -82,7 +51,7 @@ def test_links():
 
 
 def test_commands_name_what_exists():
-    commands = "".join(code for _, code in blocks("sh"))
+    commands = "".join(block.code for block in PAGE.blocks("sh"))
     project = (ROOT / "pyproject.toml").read_text()
     extras = set(re.findall(r"^(\w+) = \[", project.partition("optional-dependencies]")[2], re.M))
     used = {extra for group in re.findall(r"\[([\w,]+)\]", commands) for extra in group.split(",")}

@@ -1,0 +1,98 @@
+"""Markdown pages as tests read them: their code blocks, their links, and how to run a block."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+from support import hopper_gpu
+
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: the number of its first line in the page, and its text."""
+
+    line: int
+    code: str
+
+    @property
+    def frameworks(self) -> list[str]:
+        """The frameworks that a Python block imports at its top level."""
+        found = set()
+        for node in ast.parse(self.code).body:
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.partition(".")[0])
+        return sorted(found & {"cupy", "torch", "jax"})
+
+    @property
+    def missing(self) -> str | None:
+        """Why a Python block cannot run here; None if it can."""
+        for name in self.frameworks:
+            if importlib.util.find_spec(name) is None:
+                return f"{name} is not installed"
+            if name == "cupy" and (reason := hopper_gpu.missing()):
+                return f"needs a Hopper GPU: {reason}"
+        return None
+
+
+@dataclass
+class Page:
+    """A Markdown file. `run` executes its Python blocks in one namespace, in their order."""
+
+    path: Path
+    names: dict[str, object] = field(default_factory=dict)
+    done: int = 0  # how many of the Python blocks have been run or passed over
+
+    @cached_property
+    def text(self) -> str:
+        return self.path.read_text()
+
+    def blocks(self, language: str) -> list[Block]:
+        return [
+            Block(self.text[: match.start(2)].count("\n") + 1, match[2])
+            for match in _FENCE.finditer(self.text)
+            if match[1] == language
+        ]
+
+    @cached_property
+    def python(self) -> list[Block]:
+        return self.blocks("python")
+
+    @property
+    def links(self) -> list[str]:
+        """The targets of links and pictures outside of code blocks, without what follows a #."""
+        prose = _FENCE.sub("", self.text)
+        return [target.partition("#")[0] for target in _LINK.findall(prose)]
+
+    def section(self, heading: str) -> str:
+        """What stands below a heading, up to the next one of its level."""
+        level = heading.partition(" ")[0]
+        assert f"{heading}\n" in self.text, f"{self.path.name} has no {heading!r}"
+        return self.text.partition(f"{heading}\n")[2].partition(f"\n{level} ")[0]
+
+    def execute(self, block: Block, names: dict[str, object]) -> None:
+        """Runs a block; tracebacks show its lines in the page."""
+        exec(compile("\n" * (block.line - 1) + block.code, str(self.path), "exec"), names)
+
+    def run(self, number: int) -> None:
+        """Runs a Python block after those before it that can run here; skips if it cannot."""
+        self.names.setdefault("__name__", self.path.stem)
+        for earlier in self.python[self.done : number]:
+            if earlier.missing is None:
+                self.execute(earlier, self.names)
+        self.done = number + 1
+        block = self.python[number]
+        if block.missing is not None:
+            pytest.skip(block.missing)
+        self.execute(block, self.names)
