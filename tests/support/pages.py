@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import pytest
-
 from support import hopper_gpu
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
