@@ -203,11 +203,12 @@ def timeline() -> Canvas:
     c.paragraph(
         24,
         250,
-        "If the next tile has arrived, its S is issued first, and P V of this tile is released 8 of"
-        " the 36 steps before the end of that S: so the tensor cores go from S to P V and back, and"
-        " P is computed meanwhile. Otherwise P V is released at once. K3 waits for a stage: its half"
-        " 0 until matrix half 0 has read tile 0, its half 1 until both have, since P lies there. Each"
-        " matrix warpgroup holds O, 64 rows by 256 columns, in 128 of a thread's 160 registers.",
+        "If the next tile has arrived, its S is issued first, and P V of this tile is released"
+        " 8 of the 36 steps before the end of that S: so the tensor cores go from S to P V and"
+        " back, and P is computed meanwhile. Otherwise P V is released at once. K3 waits for a"
+        " stage: its half 0 until matrix half 0 has read tile 0, its half 1 until both have,"
+        " since P lies there. Each matrix warpgroup holds O, 64 rows by 256 columns, in 128 of a"
+        " thread's 160 registers.",
     )
     return c
 

@@ -1,0 +1,110 @@
+"""docs/: the Python blocks of every page run, links lead somewhere, drawings and tables are current.
+
+The blocks of a page run in their order, in one namespace; one that imports a framework that is not
+installed skips, and so does one that imports CuPy at its top without a Hopper GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+from support.pages import Page
+
+import flashmla_cupy
+from flashmla_cupy import errors
+from flashmla_cupy.__main__ import main
+from flashmla_cupy.build import compiler
+
+PACKAGE = Path(flashmla_cupy.__file__).resolve().parent
+ROOT = PACKAGE.parent
+DOCS = ROOT / "docs"
+if not DOCS.exists():
+    pytest.skip("the package is not in its checkout", allow_module_level=True)
+
+PAGES = {path.relative_to(DOCS).as_posix(): Page(path) for path in sorted(DOCS.rglob("*.md"))}
+BLOCKS = [(name, number) for name, page in PAGES.items() for number in range(len(page.python))]
+
+
+def label(name: str, number: int) -> str:
+    return f"{name}:{PAGES[name].python[number].line}"
+
+
+@pytest.mark.parametrize(("name", "number"), BLOCKS, ids=[label(*block) for block in BLOCKS])
+def test_python_block(name, number, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    PAGES[name].run(number)
+
+
+def test_there_are_pages_and_blocks():
+    assert len(PAGES) >= 9
+    for name in ("semantics.md", "cache.md", "checkpoints.md", "sizes.md", "errors.md"):
+        assert any(not block.frameworks for block in PAGES[name].python), name
+    for framework in ("numpy", "cupy", "pytorch", "jax", "dlpack"):
+        assert PAGES[f"frameworks/{framework}.md"].python, framework
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links(name):
+    page = PAGES[name]
+    for target in page.links:
+        assert target.startswith("https://") or (page.path.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_site():
+    listed = re.findall(r"^ +- ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(PAGES)
+
+
+def test_drawings_are_current():
+    drawings = runpy.run_path(str(DOCS / "drawings" / "draw.py"))["DRAWINGS"]
+    assert {path.stem for path in (DOCS / "drawings").glob("*.svg")} == set(drawings)
+    for name, draw in drawings.items():
+        made = (DOCS / "drawings" / f"{name}.svg").read_text()
+        assert made == draw().svg, f"{name}.svg: run docs/drawings/draw.py"
+
+
+def test_commands_name_what_exists():
+    commands = "".join(block.code for page in PAGES.values() for block in page.blocks("sh"))
+    project = (ROOT / "pyproject.toml").read_text()
+    table = project.partition("optional-dependencies]")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^([\w-]+) = \[", table, re.MULTILINE))
+    used = {extra for group in re.findall(r"\.\[([\w,-]+)\]", commands) for extra in group.split(",")}
+    assert used
+    assert used <= extras
+    described = set(re.findall(r"^\| `([\w-]+)`", PAGES["getting-started.md"].text, re.MULTILINE))
+    assert described == extras
+    for path in re.findall(r"python (\S+\.py)", commands):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_environment_variable_is_there():
+    pattern = re.compile(r"FLASHMLA_CUPY_[A-Z_]+")
+    code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    section = PAGES["command-line.md"].section("## Environment variables")
+    assert set(pattern.findall(section)) == set(pattern.findall(code))
+
+
+def test_every_command_is_there(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    commands = re.findall(r"^    ([a-z-]+)(?: |$)", capsys.readouterr().out, re.MULTILINE)
+    assert commands
+    section = PAGES["command-line.md"].section("## Commands")
+    assert re.findall(r"^\| `([a-z-]+)`", section, re.MULTILINE) == commands
+
+
+def test_every_kernel_is_there():
+    text = PAGES["kernels.md"].text
+    for source in {variant.source for variant in compiler.all_variants()}:
+        assert f"[{source}](../cuda_src/{source})" in text
+
+
+def test_every_public_name_is_in_the_reference():
+    """Functions and classes in api.md, errors in errors.md, which shows a whole module."""
+    reference = set(re.findall(r"^::: flashmla_cupy\.(\w+)$", PAGES["api.md"].text, re.MULTILINE))
+    public = set(flashmla_cupy.__all__)
+    assert reference == public - set(vars(errors))
+    assert "::: flashmla_cupy.errors" in PAGES["errors.md"].text
