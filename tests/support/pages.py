@@ -68,11 +68,30 @@ class Page:
     def python(self) -> list[Block]:
         return self.blocks("python")
 
+    @cached_property
+    def anchors(self) -> set[str]:
+        """What a link to a heading of this page has after its #, by the rule of MkDocs."""
+        headings = re.findall(r"^#+ (.+)$", _FENCE.sub("", self.text), re.MULTILINE)
+        words = (re.sub(r"[^\w\s-]", "", heading).strip().lower() for heading in headings)
+        return {re.sub(r"[-\s]+", "-", heading) for heading in words}
+
     @property
     def links(self) -> list[str]:
-        """The targets of links and pictures outside of code blocks, without what follows a #."""
-        prose = _FENCE.sub("", self.text)
-        return [target.partition("#")[0] for target in _LINK.findall(prose)]
+        """The targets of links and pictures outside of code blocks."""
+        targets: list[str] = _LINK.findall(_FENCE.sub("", self.text))
+        return targets
+
+    def broken(self) -> list[str]:
+        """The links to files that do not exist, or to headings that their page does not have."""
+        found = []
+        for target in self.links:
+            path, _, anchor = target.partition("#")
+            there = self.path.parent / path if path else self.path
+            if target.startswith("https://"):
+                continue
+            if not there.exists() or (anchor and anchor not in Page(there).anchors):
+                found.append(target)
+        return found
 
     def section(self, heading: str) -> str:
         """What stands below a heading, up to the next one of its level."""
