@@ -1,4 +1,4 @@
-"""docs/: the Python blocks of every page run, links lead somewhere, drawings and tables are current.
+"""docs/: Python blocks of every page run, links lead somewhere, drawings and tables are current.
 
 The blocks of a page run in their order, in one namespace; one that imports a framework that is not
 installed skips, and so does one that imports CuPy at its top without a Hopper GPU.
@@ -52,7 +52,9 @@ def test_links(name):
 
 
 def test_every_page_is_in_the_site():
-    listed = re.findall(r"^ +- ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    listed = re.findall(
+        r"^ +- (?:[\w ]+: )?([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE
+    )
     assert sorted(listed) == sorted(PAGES)
 
 
@@ -69,7 +71,8 @@ def test_commands_name_what_exists():
     project = (ROOT / "pyproject.toml").read_text()
     table = project.partition("optional-dependencies]")[2].partition("\n[")[0]
     extras = set(re.findall(r"^([\w-]+) = \[", table, re.MULTILINE))
-    used = {extra for group in re.findall(r"\.\[([\w,-]+)\]", commands) for extra in group.split(",")}
+    groups = re.findall(r"\.\[([\w,-]+)\]", commands)
+    used = {extra for group in groups for extra in group.split(",")}
     assert used
     assert used <= extras
     described = set(re.findall(r"^\| `([\w-]+)`", PAGES["getting-started.md"].text, re.MULTILINE))
