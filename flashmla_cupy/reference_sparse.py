@@ -9,13 +9,14 @@ are page * page_size + offset. For query head h:
     key_j   = the token in slot list_j, d_qk columns: the format of the pool says which values
     score_j = softmax_scale * <q[b, i, h], key_j>
     lse     = log sum_{j seen} exp(score_j)                                     natural logarithm
-    out     = sum_{j seen} exp(score_j - lse) * key_j[:512] * exp(lse) / (exp(lse) + exp(attn_sink[h]))
+    out     = sink * sum_{j seen} exp(score_j - lse) * key_j[:512]
+    sink    = exp(lse) / (exp(lse) + exp(attn_sink[h]));  1 without attn_sink
 
-The last factor is 1 without attn_sink: a sink takes a share of the weights and adds no value, and
-lse is without it. A query that sees no token gives out = 0 and lse = +inf. Causality is the matter
-of whoever chose the tokens. An entry beyond the length of a list is not looked at; a slot outside
-the pool other than -1, or a length below 0 or above topk, makes the rows of that query token NaN and
-is reported (see `violation`); other tokens are left alone.
+So a sink takes a share of the weights and adds no value, and lse is without it. A query that sees no
+token gives out = 0 and lse = +inf. Causality is the matter of whoever chose the tokens. An entry
+beyond the length of a list is not looked at; a slot outside the pool other than -1, or a length
+below 0 or above topk, makes the rows of that query token NaN and is reported (see `violation`);
+other tokens are left alone.
 
 Prefill is the same for tokens that are not in pages, with two differences: every index outside
 [0, s_kv) is no token, and max_logits = max_{j seen} score_j comes with the result, -inf if no token

@@ -1,4 +1,4 @@
-"""The values of some tokens of a cache in host memory, exactly: what the reference computes with."""
+"""The exact values of some tokens of a cache in host memory: what the reference computes with."""
 
 from __future__ import annotations
 
