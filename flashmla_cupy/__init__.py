@@ -46,6 +46,9 @@ from .errors import (
 
 if TYPE_CHECKING:
     from .cache.paged_cache import PagedKVCache
+    from .formats.cache_format import CacheFormat
+    from .formats.quantize import dequantize_kv, quantize_kv
+    from .formats.write import write_kv
     from .interface import check, flash_mla_with_kvcache, get_mla_metadata
     from .partials import merge_partials
     from .schedule.sched_meta import SchedMeta
@@ -56,6 +59,7 @@ __all__ = [
     "AlignmentError",
     "ArgTypeError",
     "ArgumentError",
+    "CacheFormat",
     "DTypeError",
     "DeviceCheckError",
     "DeviceMismatchError",
@@ -83,9 +87,12 @@ __all__ = [
     "StrideError",
     "UnsupportedArchError",
     "check",
+    "dequantize_kv",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
     "merge_partials",
+    "quantize_kv",
+    "write_kv",
 ]
 
 # The module of each name that is imported when it is first asked for: these need NumPy.
@@ -96,6 +103,10 @@ _LAZY = {
     "SchedMeta": "schedule.sched_meta",
     "PagedKVCache": "cache.paged_cache",
     "merge_partials": "partials",
+    "CacheFormat": "formats.cache_format",
+    "dequantize_kv": "formats.quantize",
+    "quantize_kv": "formats.quantize",
+    "write_kv": "formats.write",
     "Schedule": "schedule.view",
 }
 

@@ -12,7 +12,7 @@ are page * page_size + offset. For query head h:
     out     = sink * sum_{j seen} exp(score_j - lse) * key_j[:512]
     sink    = exp(lse) / (exp(lse) + exp(attn_sink[h]));  1 without attn_sink
 
-So a sink takes a share of the weights and adds no value, and lse is without it. A query that sees no
+So a sink takes a share of the weights and adds no value; lse is without it. A query that sees no
 token gives out = 0 and lse = +inf. Causality is the matter of whoever chose the tokens. An entry
 beyond the length of a list is not looked at; a slot outside the pool other than -1, or a length
 below 0 or above topk, makes the rows of that query token NaN and is reported (see `violation`);
@@ -35,10 +35,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import DeviceCheckError
-from .formats.cache_format import HEAD_DIM_V
 from .formats.gather import TokenValues
 from .frameworks import numpy_dtype
 from .reference import Result
+from .sizes import HEAD_DIM_V
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]

@@ -29,7 +29,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-HEAD_DIM_V = 512  # columns of V, in every format
+from ..sizes import HEAD_DIM_V
+
 BYTES = ("uint8", "int8", "float8_e4m3fn")  # dtypes of a cache of bytes
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1, "float8_e8m0fnu": 1}
 

@@ -13,6 +13,7 @@ become 0x7f, so that they show.
 from __future__ import annotations
 
 import importlib
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,10 @@ class Codes:
         self.name, self.xp = name, xp
         self.uint8: Any = np.dtype(np.uint8)
         self.float32: Any = np.dtype(np.float32)
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        """NumPy warns of what overflows, which here is foreseen."""
+        return np.errstate(all="ignore")
 
     def contiguous(self, x: Any) -> Any:
         return self.xp.ascontiguousarray(x)
@@ -147,6 +152,9 @@ class TorchCodes(Codes):
         self.name, self.xp = name, xp
         self.uint8, self.float32 = xp.uint8, xp.float32
 
+    def quiet(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
     def contiguous(self, x: Any) -> Any:
         return x.contiguous()
 
@@ -224,6 +232,9 @@ class JaxCodes(Codes):
     def __init__(self, name: str, xp: Any) -> None:
         self.name, self.xp = name, xp
         self.uint8, self.float32 = xp.dtype("uint8"), xp.dtype("float32")
+
+    def quiet(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def contiguous(self, x: Any) -> Any:
         return x

@@ -52,7 +52,8 @@ def quantize_kv(
     codes = values("kv", kv, format, "[num_pages, page_size, h_kv, d_qk]", function)
     pow2(pow2_scales, format, function)
     divisor = descale(descale_k, format, codes, function)
-    row, tail = encoded(codes, kv, format, pow2_scales, divisor)
+    with codes.quiet():
+        row, tail = encoded(codes, kv, format, pow2_scales, divisor)
     return new_cache(codes, format, row, tail)
 
 
@@ -80,7 +81,8 @@ def dequantize_kv(
         remedy = "Pass one of these names."
         raise DTypeError("dtype", ", ".join(VALUES), f"{dtype!r}", remedy, function)
     row, tail = rows_and_tail(codes, k_cache, format)
-    return decoded(codes, row, tail, format, factor, dtype)
+    with codes.quiet():
+        return decoded(codes, row, tail, format, factor, dtype)
 
 
 def encoded(

@@ -51,7 +51,8 @@ def write_kv(
         _check_strides(codes, k_cache, function)
     if 0 in kv.shape or 0 in k_cache.shape:
         return k_cache
-    new_rows, new_tails = encoded(codes, kv, format, pow2_scales, divisor)
+    with codes.quiet():
+        new_rows, new_tails = encoded(codes, kv, format, pow2_scales, divisor)
     rows, tails = rows_and_tail(codes, k_cache, format)
     where = _places(codes, slot_mapping, *k_cache.shape[:2])
     rows = _scatter(codes, rows, new_rows, where)
@@ -69,7 +70,7 @@ class _Places(NamedTuple):
     page: Any
     offset: Any
     source: Any  # None: all of them, in order
-    is_any: Any  # whether there is a slot at all; if not, what lies at (page, offset) stays
+    is_any: Any  # [1]: whether there is a slot at all; if not, what lies at (page, offset) stays
 
 
 def _places(codes: Codes, slots: Any, num_pages: int, page_size: int) -> _Places:
@@ -83,7 +84,7 @@ def _places(codes: Codes, slots: Any, num_pages: int, page_size: int) -> _Places
     if codes.name == "numpy":
         kept = slots[fits]
         return _Places(kept // page_size, kept % page_size, fits, True)
-    first = xp.argmax(codes.as_int32(fits))
+    first = xp.argmax(codes.as_int32(fits)).reshape(1)
     is_any = fits[first]
     order = codes.arange(slots.shape[0], slots)
     source = xp.where(fits, order, first)
@@ -99,7 +100,7 @@ def _scatter(codes: Codes, into: Any, new: Any, where: _Places) -> Any:
     bits = codes.plain_bits
     into, new = bits(into), bits(new)[where.source]
     if codes.name != "numpy":
-        new = codes.xp.where(where.is_any, new, into[where.page, where.offset])
+        new = codes.xp.where(where.is_any[:, None, None], new, into[where.page, where.offset])
     into[where.page, where.offset] = new
     return into
 

@@ -1,0 +1,121 @@
+"""The float64 oracle of sparse MLA attention, and how far a right result may lie from it.
+
+Written apart from `flashmla_cupy.reference_sparse`, in another way: bytes of tokens are decoded by
+ml_dtypes and struct-like views, every query token looks at the whole pool, and how often a list
+names a slot is a weight of that slot; logaddexp instead of a maximum; the sink is one more logit.
+
+The bound is that of `oracle`, for fp32 accumulation and any split, with one more cause of error:
+
+    u   unit round-off of the result's dtype; p of P, before the second product; k of a key's value
+        as the kernel holds it (0 where every value is held exactly)
+    delta     = (d_qk * 2^-23 + k) * scale * max_j sum_c |q_c k_jc|            scores; exp amplifies
+    out_bound = u |o| + (p + k + 2 delta + n_blk 2^-23 + 2^-20) sum_j w_j |v_j| + tiny
+    lse_bound = delta + 2^-20 max(1, |lse|) + n_blk 2^-23
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+from support.oracle import TINY, UNIT_ROUNDOFF, Oracle
+from support.sparse_problems import Pool, SparseProblem
+
+E4M3, E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu)
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def pool_values(k_cache: np.ndarray, format: str, descale_k: float = 1.0) -> np.ndarray:
+    """All tokens of a cache, slot by slot: [num_pages * page_size, d_qk] float64."""
+    num_pages, page_size, h_kv, width = k_cache.shape
+    assert h_kv == 1
+    if format.startswith(("bfloat16", "float16")):
+        return k_cache.reshape(-1, width).astype(np.float64)
+    raw = np.ascontiguousarray(k_cache).view(np.uint8)
+    if format == "e4m3":
+        return raw.reshape(-1, 576).view(E4M3).astype(np.float64) * descale_k
+    if format == "v32":
+        rows = raw.reshape(-1, 656)
+        scale = rows[:, 512:528].copy().view("<f4").astype(np.float64)
+        latent = rows[:, :512].view(E4M3).astype(np.float64) * np.repeat(scale, 128, axis=1)
+        rotary = rows[:, 528:].copy().view(BFLOAT16).astype(np.float64)
+        return np.hstack([latent, rotary])
+    assert format == "v4"
+    found = []
+    for page in raw.reshape(num_pages, -1):
+        rows = page[: page_size * 576].reshape(page_size, 576)
+        tails = page[page_size * 576 : page_size * 584].reshape(page_size, 8)
+        scale = tails[:, :7].copy().view(E8M0).astype(np.float64)
+        latent = rows[:, :448].copy().view(E4M3).astype(np.float64) * np.repeat(scale, 64, axis=1)
+        rotary = rows[:, 448:].copy().view(BFLOAT16).astype(np.float64)
+        found.append(np.hstack([latent, rotary]))
+    return np.concatenate(found)
+
+
+def times_seen(pool: Pool, b: int, i: int, slots: int) -> np.ndarray:
+    """How often query token i of request b sees each slot: [slots]."""
+    length = pool.topk_length
+    listed = pool.indices[b, i].astype(np.int64)
+    if length is not None:
+        listed = listed[: int(length[b] if length.ndim == 1 else length[b, i])]
+    return np.bincount(listed[listed >= 0], minlength=slots)
+
+
+def sparse_oracle(
+    problem: SparseProblem, *, p: float | None = None, k: float = 0.0, out_dtype: str = ""
+) -> Oracle:
+    """Expected results and bounds. p: by default that of the dtype of q; k: 0."""
+    q = problem.q
+    batch, s_q, h_q, d_qk = q.shape
+    name = out_dtype or (q.dtype.name if q.dtype.itemsize > 1 else "bfloat16")
+    u, tiny = UNIT_ROUNDOFF[name], TINY[name]
+    p = u if p is None else p
+    scale = d_qk**-0.5 if problem.softmax_scale is None else problem.softmax_scale
+    descale_k = 1.0 if problem.descale_k is None else float(problem.descale_k[0])
+    factor = 1.0 if problem.descale_q is None else float(problem.descale_q[0])
+    pools = [problem.pool] + ([] if problem.extra is None else [problem.extra])
+    values = np.concatenate([pool_values(x.k_cache, problem.format, descale_k) for x in pools])
+    out = np.zeros((batch, s_q, h_q, 512))
+    lse = np.full((batch, h_q, s_q), np.inf)
+    out_bound, lse_bound = np.zeros_like(out), np.zeros_like(lse)
+    for b, i in np.ndindex(batch, s_q):
+        counts = [times_seen(x, b, i, x.k_cache.shape[0] * x.k_cache.shape[1]) for x in pools]
+        count = np.concatenate(counts)
+        if not count.any():
+            continue
+        keys = np.where(count[:, None] > 0, values, 0.0)
+        with np.errstate(divide="ignore"):
+            many = np.log(count.astype(np.float64))
+        query = q[b, i].astype(np.float64) * factor
+        logits = scale * np.einsum("hd,nd->hn", query, keys) + many
+        total = np.logaddexp.reduce(logits, axis=1)
+        weight = np.exp(logits - total[:, None])
+        size = scale * np.einsum("hd,nd->hn", np.abs(query), np.abs(keys))
+        delta = (d_qk * 2.0**-23 + k) * size.max(axis=1)
+        sums = -(-int(count.sum()) // 64) * 2.0**-23
+        share = np.ones(h_q)
+        if problem.attn_sink is not None:
+            sink = problem.attn_sink.astype(np.float64)
+            share = np.where(np.isposinf(sink), 0.0, np.exp(total - np.logaddexp(total, sink)))
+        mean = np.einsum("hn,nd->hd", weight, keys[:, :512])
+        spread = np.einsum("hn,nd->hd", weight, np.abs(keys[:, :512])) * share[:, None]
+        relative = p + k + 2 * delta + sums + 2.0**-20
+        out[b, i] = mean * share[:, None]
+        out_bound[b, i] = u * np.abs(out[b, i]) + relative[:, None] * spread + tiny
+        lse[b, :, i] = total
+        lse_bound[b, :, i] = delta + 2.0**-20 * np.maximum(1, np.abs(total)) + sums
+    return Oracle(out, lse, out_bound, lse_bound)
+
+
+def flashmla_allclose(got, want, abs_tol: float, rel_tol: float, cos_tol: float) -> None:
+    """FlashMLA's own measure (tests/kernelkit/compare.py): positions of inf and NaN equal, each
+    element near by either tolerance, and the two almost parallel as one vector."""
+    got, want = np.asarray(got).astype(np.float64), np.asarray(want).astype(np.float64)
+    for is_special in (np.isposinf, np.isneginf, np.isnan):
+        assert np.array_equal(is_special(got), is_special(want))
+    finite = np.isfinite(want)
+    got, want = got[finite], want[finite]
+    error = np.abs(got - want)
+    assert ((error < abs_tol) | (error / (np.abs(want) + 1e-6) < rel_tol)).all(), error.max()
+    norm = (got**2 + want**2).sum()
+    if norm >= 1e-12:
+        assert 1 - 2 * (got * want).sum() / norm <= cos_tol
