@@ -190,7 +190,7 @@ class _OfThread:
             )
         q, k_cache, *parameters, scratch = addresses
         q_maps, k_maps = self._maps = of.q_maps[q], of.k_maps[k_cache]
-        arguments.set_maps(*q_maps.addresses, *k_maps.addresses)
+        arguments.set_maps(q_maps.addresses, k_maps.addresses)
         _CALL.pack_into(
             arguments.buffer,
             _CALL.offset,

@@ -79,6 +79,8 @@ class Arguments:
             letter, offset = self._own[name]
             struct.pack_into(letter, self.buffer, offset, value)
 
-    def set_maps(self, *addresses: int) -> None:
-        """Where the tensor maps are, all of them."""
-        self._pointers[: len(addresses)] = list(addresses)
+    def set_maps(self, first: tuple[int, int], second: tuple[int, int]) -> None:
+        """Where four tensor maps are: two of one array, two of another."""
+        pointers = self._pointers
+        pointers[0], pointers[1] = first
+        pointers[2], pointers[3] = second
