@@ -81,8 +81,7 @@ def _module_version(name: str) -> str:
 
 def _runtime() -> Any:
     """CuPy's binding of the CUDA runtime."""
-    nvrtc.binding()  # says how to install CuPy
-    return importlib.import_module("cupy.cuda").runtime
+    return nvrtc.cupy_cuda().runtime
 
 
 def _gpus() -> list[str]:
@@ -116,7 +115,7 @@ def _driver() -> str:
 
 
 def _nvrtc() -> str:
-    return f"{nvrtc.build()}, {_or_reason(lambda: nvrtc.library_path('libnvrtc'))}"
+    return f"{nvrtc.build()}, {nvrtc.library().path}"
 
 
 def _kernels() -> list[str]:

@@ -21,7 +21,6 @@ With peers (peers.py), each is timed in the same way after ours, over 12 caches 
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -127,8 +126,7 @@ def _beside(us: float, theirs: float | str) -> str:
 
 def current_gpu() -> dict[str, Any]:
     """The properties of the current GPU, which must be one that the kernels run on."""
-    nvrtc.binding()
-    cuda: Any = importlib.import_module("cupy.cuda")
+    cuda = nvrtc.cupy_cuda()
     if not cuda.is_available():
         raise NoDeviceError("bench needs a Hopper GPU, and CUDA finds no GPU on this machine.")
     facts: dict[str, Any] = cuda.runtime.getDeviceProperties(cuda.Device().id)

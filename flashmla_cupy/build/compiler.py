@@ -203,8 +203,7 @@ def _build(variant: Variant, options: tuple[str, ...], sources: Mapping[str, byt
             # NVRTC's own cache may return a cubin without the log of the compilation.
             return _build(variant, (*options, "--no-cache"), sources)
         raise KernelCompileError(f"{variant.source} holds no kernel {variant.entry}.", log)
-    # CuPy takes the last byte of a cubin for a terminator and drops it; disassemblers miss it.
-    return Compiled(variant, cubin + b"\0", log, resources, seconds, cached=False)
+    return Compiled(variant, cubin, log, resources, seconds, cached=False)
 
 
 def _from_entry(variant: Variant, entry: cubin_cache.Entry) -> Compiled:

@@ -68,6 +68,16 @@ def library() -> ctypes.CDLL:
         ) from error
 
 
+def version() -> int:
+    """CUDA version that the driver supports, such as 12040; 0 without a driver."""
+    number = ctypes.c_int()
+    try:
+        failed = library().cuDriverGetVersion(ctypes.byref(number))
+    except NoDeviceError:
+        return 0
+    return 0 if failed else number.value
+
+
 def message(code: int) -> str:
     """What an error code of the driver means."""
     text = ctypes.c_char_p()

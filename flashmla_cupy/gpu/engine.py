@@ -7,7 +7,6 @@ the first launch of a kind, because a graph capture forbids it. What they make o
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import os
 import random
@@ -15,7 +14,7 @@ import threading
 from typing import Any
 
 from ..build.compiler import Compiled, compile_variant, compile_variants
-from ..build.nvrtc import binding
+from ..build.nvrtc import cupy_cuda
 from ..errors import KernelLoadError, NoDeviceError, UnsupportedArchError
 from ..schedule.split import launch_sizes
 from . import arch
@@ -53,8 +52,7 @@ class Engine:
     """The kernels of one GPU. It must be the current device of the thread for launches."""
 
     def __init__(self, device: int) -> None:
-        binding()  # says what to install if CuPy is missing
-        self._cuda: Any = importlib.import_module("cupy").cuda
+        self._cuda: Any = cupy_cuda()
         self.device = device
         properties = self._properties()
         self.arch = _arch_of(device, properties)

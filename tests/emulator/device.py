@@ -16,7 +16,6 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -244,8 +243,8 @@ class _Framework(numpy_arrays.NumPy):
         return made
 
 
-def _cuda(num_sms: int) -> types.ModuleType:
-    """As much of `cupy` as engine.py asks for."""
+def _cuda(num_sms: int) -> types.SimpleNamespace:
+    """As much of `cupy.cuda` as engine.py asks for."""
     keep = []
 
     def malloc(size):
@@ -264,21 +263,19 @@ def _cuda(num_sms: int) -> types.ModuleType:
         memcpyAsync=lambda to, source, size, kind, stream: ctypes.memmove(to, source, size),
         deviceSynchronize=lambda: None,
     )
-    cupy = types.ModuleType("cupy")
-    cupy.cuda = types.SimpleNamespace(
+    return types.SimpleNamespace(
         runtime=runtime,
         Device=Device,
         Stream=lambda non_blocking: types.SimpleNamespace(ptr=0, synchronize=lambda: None),
         alloc_pinned_memory=lambda size: types.SimpleNamespace(ptr=malloc(size)),
     )
-    return cupy
 
 
 def install(monkeypatch, kernels: Kernels, num_sms: int) -> Emulator:
     """From now on, NumPy arrays are arrays of an emulated GPU of that size."""
     emulator = Emulator(kernels)
     monkeypatch.setattr(driver, "library", lambda: emulator)
-    monkeypatch.setattr(engine_module, "binding", lambda: None)
+    monkeypatch.setattr(engine_module, "cupy_cuda", lambda: _cuda(num_sms))
     monkeypatch.setattr(engine_module, "_engines", {})
     monkeypatch.setattr(
         engine_module,
@@ -288,7 +285,6 @@ def install(monkeypatch, kernels: Kernels, num_sms: int) -> Emulator:
             for variant in wanted
         ],
     )
-    monkeypatch.setitem(sys.modules, "cupy", _cuda(num_sms))
     monkeypatch.setitem(frameworks._by_type, np.ndarray, emulator.framework)
     forget_calls(monkeypatch)
     return emulator
