@@ -58,10 +58,10 @@ def no_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setitem(sys.modules, "cupy.cuda", None)
-    nvrtc.version.cache_clear()
+    nvrtc._chosen.cache_clear()
     nvrtc.build.cache_clear()
     yield
-    nvrtc.version.cache_clear()
+    nvrtc._chosen.cache_clear()
     nvrtc.build.cache_clear()
 
 

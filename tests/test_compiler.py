@@ -6,6 +6,7 @@ test_sass.py compiles. No GPU is needed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ import sys
 import threading
 import types
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ from flashmla_cupy.errors import (
 from flashmla_cupy.gpu import kernels
 from flashmla_cupy.gpu.kernels import KERNELS, Kernel, Variant, all_variants
 from flashmla_cupy.gpu.parameters import Parameters
+from flashmla_cupy.locks import Lock
 
 ROOT = Path(compiler.__file__).resolve().parents[2]
 SMALL = {
@@ -401,10 +403,46 @@ def test_threads_share_a_failure_and_the_next_call_tries_again(compilations, sou
     assert compile_variant(SCHEDULE).cubin
 
 
+def interrupted_at(line: int, code: types.CodeType, call) -> None:
+    """Calls, and lets Ctrl-C come when that line of the code is reached."""
+
+    def interrupt(frame, event, argument):
+        if frame.f_code is not code:
+            return None
+        if event == "line" and frame.f_lineno == line:
+            raise KeyboardInterrupt
+        return interrupt
+
+    sys.settrace(interrupt)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            call()
+    finally:
+        sys.settrace(None)
+
+
+def test_an_interrupt_between_any_two_lines_leaves_nobody_waiting(compilations, monkeypatch):
+    """Whoever calls next compiles it, in whichever thread."""
+    code = compile_variant.__code__
+    lines = sorted({line for *_, line in code.co_lines() if line})
+    assert len(lines) > 8
+    for line in lines:
+        forget(monkeypatch)
+        interrupted_at(line, code, lambda: compile_variant(SCHEDULE))
+        made: list[compiler.Compiled] = []
+        other = threading.Thread(
+            target=lambda made=made: made.append(compile_variant(SCHEDULE)), daemon=True
+        )
+        other.start()
+        other.join(20)
+        assert made, f"an interrupt at line {line} of compiler.py"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_forked_child_does_not_wait_for_its_parent(sources):
-    compiler._memo[SCHEDULE] = Future()  # a thread of the parent is compiling this
-    with compiler._memo_lock, warnings.catch_warnings():
+    compiler._locks[SCHEDULE] = Lock()
+    held = compiler._locks[SCHEDULE].held()  # a thread of the parent is compiling this
+    with held, compiler._locks_lock.held(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # fork in a process with threads
         child = os.fork()
         if child == 0:

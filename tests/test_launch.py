@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from flashmla_cupy import sizes
+from flashmla_cupy import locks, sizes
 from flashmla_cupy.build import compiler
 from flashmla_cupy.errors import ForkedProcessError
 from flashmla_cupy.frameworks import ArrayInfo
@@ -442,7 +442,7 @@ def test_kernels_are_loaded_on_the_device_of_their_arrays(monkeypatch):
     engine.device, engine.num_sms, engine.arch = 1, 132, "sm_90a"
     engine._cuda = types.SimpleNamespace(Device=Device)
     engine._kernels = {Variant("schedule"): function("schedule", 32)}
-    engine._load_lock, engine._reports = threading.Lock(), reporting()
+    engine._load_lock, engine._reports = locks.Lock(), reporting()
     engine._programmatic, engine._epochs = True, iter(())
 
     def compile_variants(wanted):

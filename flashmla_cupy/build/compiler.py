@@ -18,25 +18,26 @@ import logging
 import os
 import re
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .._version import __version__
 from ..errors import KernelCacheError, KernelCacheWarning, KernelCompileError
 from ..gpu.kernels import Variant
+from ..locks import Lock
 from . import cubin_cache, nvrtc
 
 _BASE_OPTIONS = ("--std=c++17", "--ptxas-options=-v")
 _KEY_SCHEMA = 1  # raise it when the meaning of an entry changes
 
 _logger = logging.getLogger("flashmla_cupy")
-_memo: dict[Variant, Future[Compiled]] = {}
-_memo_lock = threading.Lock()
+_memo: dict[Variant, Compiled] = {}
+_locks: dict[Variant, Lock] = {}  # of those that are or were being compiled
+_locks_lock = Lock()
 
 
 @dataclass(frozen=True)
@@ -79,22 +80,15 @@ def compile_variant(
         built = _build(variant, (*_options(variant), *options), _sources())
         _announce(built, "not cached")
         return built
-    future: Future[Compiled] = Future()
-    with _memo_lock:
-        if refresh:
-            _memo.pop(variant, None)
-        first = _memo.setdefault(variant, future)
-    if first is not future:
-        return first.result()
-    try:
-        future.set_result(_load_or_build(variant, refresh))
-    except BaseException as error:
-        with _memo_lock:  # the next call tries again
-            if _memo.get(variant) is future:
-                del _memo[variant]
-        future.set_exception(error)
-        raise
-    return future.result()
+    with _locks_lock.held():
+        lock = _locks.setdefault(variant, Lock())
+    # One thread compiles it and the others wait. Whatever ends that, an error or Ctrl-C, lets the
+    # next one try.
+    with lock.held():
+        found = None if refresh else _memo.get(variant)
+        if found is None:
+            found = _memo[variant] = _load_or_build(variant, refresh)
+        return found
 
 
 def compile_variants(variants: Iterable[Variant]) -> list[Compiled]:
@@ -102,17 +96,6 @@ def compile_variants(variants: Iterable[Variant]) -> list[Compiled]:
     wanted = list(variants)
     with ThreadPoolExecutor(max(1, min(len(wanted), os.cpu_count() or 1))) as pool:
         return list(pool.map(compile_variant, wanted))
-
-
-def _forget_parent() -> None:
-    """A forked child must not wait for a compilation that a thread of its parent was running."""
-    global _memo_lock
-    _memo_lock = threading.Lock()
-    _memo.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_parent)
 
 
 def cached_variant(variant: Variant) -> Compiled | None:

@@ -28,13 +28,13 @@ import re
 import secrets
 import stat
 import struct
-import threading
 import time
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from ..errors import KernelCacheError, KernelCacheWarning
+from ..locks import Lock
 
 DIRECTORY_VARIABLE = "FLASHMLA_CUPY_CACHE_DIR"
 STALE_SECONDS = 3600.0  # a temporary file older than this has lost its writer
@@ -49,7 +49,7 @@ _TEMPORARY_NAME = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}\.tmp")
 _OPEN_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 _warned: set[type[Warning]] = set()
-_warned_lock = threading.Lock()
+_warned_lock = Lock()
 
 
 class Entry(NamedTuple):
@@ -226,7 +226,7 @@ def _failures_warn(action: str) -> Iterator[None]:
 
 
 def _warn_once(category: type[Warning], message: str) -> None:
-    with _warned_lock:
+    with _warned_lock.held():
         if category in _warned:
             return
         _warned.add(category)

@@ -16,6 +16,7 @@ from typing import Any
 from ..build.compiler import Compiled, compile_variant, compile_variants
 from ..build.nvrtc import cupy_cuda
 from ..errors import KernelLoadError, NoDeviceError, UnsupportedArchError
+from ..locks import Lock
 from ..schedule.split import launch_sizes
 from . import arch
 from .decode_launch import DecodeKernels, DecodeLaunch
@@ -26,7 +27,7 @@ from .reports import Reports
 from .schedule_launch import ScheduleLaunch
 
 _engines: dict[int, Engine] = {}
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def engine_of(device: int) -> Engine:
@@ -36,7 +37,7 @@ def engine_of(device: int) -> Engine:
     KernelCompileError, KernelLoadError, ForkedProcessError."""
     found = _engines.get(device)
     if found is None:
-        with _lock:
+        with _lock.held():
             found = _engines.get(device)
             if found is None:
                 found = _engines[device] = Engine(device)
@@ -58,7 +59,7 @@ class Engine:
         self.arch = _arch_of(device, properties)
         self._programmatic = arch.launches_programmatically(properties)
         self._kernels: dict[Variant, Function] = {}
-        self._load_lock = threading.Lock()
+        self._load_lock = Lock()
         self._own = threading.local()
         with self._cuda.Device(device):
             self._cuda.runtime.free(0)  # makes the context
@@ -89,7 +90,7 @@ class Engine:
 
         Raises what compile_variant raises, KernelLoadError, ForkedProcessError."""
         self._reports.require_unforked()
-        with self._load_lock, RelaxedCapture(), self._cuda.Device(self.device):
+        with self._load_lock.held(), RelaxedCapture(), self._cuda.Device(self.device):
             missing = [variant for variant in variants if variant not in self._kernels]
             for compiled in compile_variants(missing):
                 try:
@@ -150,8 +151,6 @@ def _arch_of(device: int, properties: dict[str, Any]) -> str:
 
 
 def _after_fork() -> None:
-    global _lock
-    _lock = threading.Lock()
     for engine in _engines.values():
         engine._reports.after_fork()
 
