@@ -122,7 +122,7 @@ def test_variant_that_does_not_exist(arguments, says):
 
 def new_row(**of):
     """A kernel that is not there."""
-    row = Kernel("fresh", "fresh.cu", ("sm_90a", "sm_100a"), 64, Parameters("pointer out"), **of)
+    row = Kernel("fresh", "fresh.cu", ("sm_90a", "sm_90"), 64, Parameters("pointer out"), **of)
     return (*KERNELS, row)
 
 
@@ -135,9 +135,9 @@ def test_a_variant_is_a_row(monkeypatch, fresh, has_nvrtc, capsys):
         "_sources",
         lambda: {"fresh.cu": b'extern "C" __global__ void fresh(int* out) { *out = PAGE_SIZE; }'},
     )
-    names = [f"fresh_fp16_{page}{arch}" for arch in ("", "_sm_100a") for page in ("p64", "p8")]
+    names = [f"fresh_fp16_{page}{arch}" for arch in ("", "_sm_90") for page in ("p64", "p8")]
     assert [variant.name for variant in all_variants()] == names
-    assert kernels.select.__wrapped__("fresh", "sm_100a", "float16", 256).name == names[2]
+    assert kernels.select.__wrapped__("fresh", "sm_90", "float16", 256).name == names[2]
     assert kernels.select.__wrapped__("fresh", "sm_90a", "float16", 8).name == names[1]
     assert __main__.main(["warmup", "--page-size", "128", "--dtype", "float16"]) == 0
     found = capsys.readouterr().out
