@@ -10,8 +10,10 @@ own, which are linear in the latent vector:
     q_h . k_h = (W_uk_h^T q_nope_h) . c + q_rope_h . k_rope
 
 So W_uk is absorbed into the query and W_uv into the output, and the kernel attends to the latent
-vectors themselves: 128 query heads over one kv head. This example runs some decoding steps that
-way and compares them with the definition, heads unabsorbed, in float64.
+vectors themselves: 128 query heads over one kv head. flashmla_cupy.deepseek has these steps as
+functions. This example runs some decoding steps that way, with the softmax scale and the rotary
+frequencies of V3's configuration and random weights, and compares them with the definition, heads
+unabsorbed, in float64.
 
 Runs with CuPy on a Hopper GPU at full size (the projections need cuBLAS: nvidia-cublas-cu12), else
 with NumPy at a smaller one.
@@ -19,130 +21,105 @@ with NumPy at a smaller one.
 
 from __future__ import annotations
 
-import math
 import sys
-from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 
-from flashmla_cupy import PagedKVCache
+from flashmla_cupy import PagedKVCache, deepseek
 
 BF16 = ml_dtypes.bfloat16
 LATENT, ROPE, D_QK = 512, 64, 576  # what the cache holds of a token: [latent, rotary key]
 
-
-@dataclass(frozen=True)
-class Config:
-    """Sizes of the layer, and what its softmax needs; the defaults are DeepSeek-V3's."""
-
-    hidden: int = 7168
-    heads: int = 128
-    q_rank: int = 1536  # the query is projected through a low rank as well
-    nope: int = 128  # columns of a head's query and key without a position
-    value: int = 128  # columns of a head's value
-    yarn_factor: float = 40.0  # rope_scaling of the checkpoint's config.json: "factor"
-    yarn_mscale: float = 1.0  # and "mscale_all_dim"
-
-    @property
-    def softmax_scale(self) -> float:
-        """0.1352 for DeepSeek-V3: 192 ** -0.5, times the square of YaRN's magnitude scale.
-
-        A head has 192 columns before absorption; 576 ** -0.5, the default of the library, is no
-        model's. Source: the attention class of DeepSeek-V3's own inference/model.py."""
-        mscale = 0.1 * self.yarn_mscale * math.log(self.yarn_factor) + 1
-        return (self.nope + ROPE) ** -0.5 * mscale * mscale
+# What the layer needs of DeepSeek-V3's config.json.
+V3 = {
+    "hidden_size": 7168,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,  # the query is projected through a low rank as well
+    "kv_lora_rank": LATENT,
+    "qk_nope_head_dim": 128,  # columns of a head's query and key without a position
+    "qk_rope_head_dim": ROPE,
+    "v_head_dim": 128,
+    "rope_theta": 10000,
+    "rope_scaling": {
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+}
 
 
 class MLALayer:
     """The weights, and one decoding step. Activations are bfloat16, as the model's are."""
 
-    def __init__(self, xp, config: Config, seed: int = 0) -> None:
-        c, rng = config, np.random.default_rng(seed)
+    def __init__(self, xp, config: dict, max_tokens: int, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
 
         def weight(*shape):
             """[..., out, in], scaled so that activations keep their size."""
             w = rng.standard_normal(shape, np.float32) * shape[-1] ** -0.5
             return xp.asarray(w.astype(BF16).astype(np.float32))
 
-        self.xp, self.config = xp, c
-        self.w_dq = weight(c.q_rank, c.hidden)
-        self.w_uq = weight(c.heads * (c.nope + ROPE), c.q_rank)
-        self.w_dkv = weight(LATENT + ROPE, c.hidden)
-        self.w_uk = weight(c.heads, c.nope, LATENT)
-        self.w_uv = weight(c.heads, c.value, LATENT)
-        self.w_o = weight(c.hidden, c.heads * c.value)
+        self.xp, self.scale = xp, deepseek.softmax_scale(config)
+        hidden, q_rank = config["hidden_size"], config["q_lora_rank"]
+        self.heads = heads = config["num_attention_heads"]
+        self.nope, self.value = config["qk_nope_head_dim"], config["v_head_dim"]
+        self.q_a = weight(q_rank, hidden)
+        self.q_b = weight(heads * (self.nope + ROPE), q_rank)
+        self.kv_a = weight(LATENT + ROPE, hidden)
+        kv_b = weight(heads * (self.nope + self.value), LATENT)
+        self.w_uk, self.w_uv = deepseek.split_kv_b_proj(kv_b, config)
+        self.o = weight(hidden, heads * self.value)
+        self.q_norm = xp.ones(q_rank, BF16)
+        self.kv_norm = xp.ones(LATENT, BF16)
+        self.cos, self.sin = map(xp.asarray, deepseek.rotary_tables(config, max_tokens))
 
     def latent(self, x, position):
         """What the cache holds of tokens x [..., hidden]: [..., 576]."""
-        down = linear(x, self.w_dkv)
-        c = rms_norm(self.xp, down[..., :LATENT])
-        k_rope = rope(self.xp, down[..., LATENT:], position)
-        return self.xp.concatenate([c, k_rope], axis=-1)
+        kv = linear(x, self.kv_a)
+        return deepseek.latent_rows(kv, self.kv_norm, self.cos[position], self.sin[position])
 
-    def query(self, x, position):
-        """(q_nope [batch, heads, 128], q_rope [batch, heads, 64]) of x [batch, hidden]."""
-        c = self.config
-        up = linear(rms_norm(self.xp, linear(x, self.w_dq)), self.w_uq)
-        q = up.reshape(len(x), c.heads, c.nope + ROPE)
-        return q[..., : c.nope], rope(self.xp, q[..., c.nope :], position[:, None])
+    def query(self, x):
+        """Queries of x [batch, hidden] by heads: [batch, heads, 128 + 64], not yet rotated."""
+        low = deepseek.rms_norm(linear(x, self.q_a), self.q_norm)
+        return linear(low, self.q_b).reshape(len(x), self.heads, self.nope + ROPE)
 
     def step(self, x, cache: PagedKVCache, seqs):
         """The layer's output [batch, hidden] for the next token x [batch, hidden] of each
         sequence, which is appended to the cache."""
-        xp, c = self.xp, self.config
-        position = xp.asarray([cache.seqlen(seq) for seq in seqs])
+        position = self.xp.asarray([cache.seqlen(seq) for seq in seqs])
         cache.append_batch(seqs, self.latent(x, position)[:, None])
-        q_nope, q_rope = self.query(x, position)
-        # Absorb: [batch, heads, 128] x [heads, 128, 512] -> [batch, heads, 512]
-        q_latent = per_head(xp, q_nope, self.w_uk.swapaxes(1, 2))
-        q = xp.concatenate([q_latent, q_rope], axis=-1)[:, None]  # [batch, 1, heads, 576]
-        out, _ = cache.attend(q, seqs, softmax_scale=c.softmax_scale)
-        value = per_head(xp, out[:, 0], self.w_uv)  # [batch, heads, 128]
-        return linear(value.reshape(len(x), -1), self.w_o)
+        cos, sin = self.cos[position], self.sin[position]
+        q = deepseek.absorbed_query(self.query(x), self.w_uk, cos, sin)  # [batch, heads, 576]
+        out, _ = cache.attend(q[:, None], seqs, softmax_scale=self.scale)
+        return linear(deepseek.expanded_output(out[:, 0], self.w_uv), self.o)
 
     def definition(self, x, latents):
         """The same output [hidden] for one sequence, by multi-head attention in float64: keys and
         values of every head from the cached latents [tokens, 576]; x [hidden] is the last token."""
-        xp, c = self.xp, self.config
-        q_nope, q_rope = self.query(x[None], xp.asarray([len(latents) - 1]))
-        q = xp.concatenate([q_nope, q_rope], axis=-1)[0].astype(np.float64)  # [heads, 192]
+        xp, position = self.xp, len(latents) - 1
+        q = self.query(x[None])[0]  # [heads, 192]
+        q_rope = deepseek.rotate(q[:, self.nope :], self.cos[position], self.sin[position])
+        q = xp.concatenate([q[:, : self.nope], q_rope], axis=-1).astype(np.float64)
         latents = latents.astype(np.float64)
-        wide = [w.astype(np.float64) for w in (self.w_uk, self.w_uv, self.w_o)]
-        w_uk, w_uv, w_o = wide
+        w_uk, w_uv, o = (w.astype(np.float64) for w in (self.w_uk, self.w_uv, self.o))
         heads = []
-        for h in range(c.heads):
+        for h in range(self.heads):
             key = xp.concatenate([latents[:, :LATENT] @ w_uk[h].T, latents[:, LATENT:]], axis=1)
             value = latents[:, :LATENT] @ w_uv[h].T
-            score = key @ q[h] * c.softmax_scale
+            score = key @ q[h] * self.scale
             weight = xp.exp(score - score.max())
             heads.append(weight / weight.sum() @ value)
-        return w_o @ xp.concatenate(heads)
+        return o @ xp.concatenate(heads)
 
 
 def linear(x, w):
     """x [..., in], w [out, in] -> [..., out], accumulated in float32."""
     return (x.astype(np.float32) @ w.T).astype(BF16)
-
-
-def per_head(xp, x, w):
-    """x [batch, heads, in], w [heads, out, in] -> [batch, heads, out]."""
-    y = xp.matmul(x.astype(np.float32).swapaxes(0, 1), w.swapaxes(1, 2))
-    return y.swapaxes(0, 1).astype(BF16)
-
-
-def rms_norm(xp, x):
-    wide = x.astype(np.float32)
-    return (wide / xp.sqrt((wide * wide).mean(axis=-1, keepdims=True) + 1e-6)).astype(BF16)
-
-
-def rope(xp, x, position, base: float = 10000.0):
-    """Rotates the pairs (x[2i], x[2i + 1]) by position * base ** (-2i / 64)."""
-    angle = position[..., None] * xp.asarray(base ** (-np.arange(0, ROPE, 2) / ROPE))
-    cos, sin = xp.cos(angle).astype(np.float32), xp.sin(angle).astype(np.float32)
-    even, odd = x[..., 0::2].astype(np.float32), x[..., 1::2].astype(np.float32)
-    turned = xp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x.shape).astype(BF16)
 
 
 def main() -> int:
@@ -151,23 +128,24 @@ def main() -> int:
     if on_gpu:
         import cupy as xp
 
-        config, batch, longest, steps = Config(), 32, 4096, 4
+        config, batch, longest, steps = V3, 32, 4096, 4
     else:
         xp = np
-        config, batch, longest, steps = Config(hidden=512, heads=16, q_rank=128), 3, 150, 2
+        config = {**V3, "hidden_size": 512, "num_attention_heads": 16, "q_lora_rank": 128}
+        batch, longest, steps = 3, 150, 2
         print("No Hopper GPU found: computing with NumPy, a smaller layer.")
-    layer = MLALayer(xp, config)
+    layer = MLALayer(xp, config, longest + steps)
 
     # Prompts: their latents are all that attention will ever need of them.
     rng = np.random.default_rng(1)
     lengths = rng.integers(1, longest, batch, endpoint=True)
     seqs = []
     for n in lengths:
-        x = xp.asarray(rng.standard_normal((n, config.hidden), np.float32).astype(BF16))
+        x = xp.asarray(rng.standard_normal((n, config["hidden_size"]), np.float32).astype(BF16))
         seqs.append(cache.add(layer.latent(x, xp.arange(n))))
 
     # Decode: each step's output is the next step's token, as a residual stream would carry it.
-    x = xp.asarray(rng.standard_normal((batch, config.hidden), np.float32).astype(BF16))
+    x = xp.asarray(rng.standard_normal((batch, config["hidden_size"]), np.float32).astype(BF16))
     worst = 0.0
     for _ in range(steps):
         y = layer.step(x, cache, seqs)
@@ -177,11 +155,12 @@ def main() -> int:
             worst = max(worst, float(error / xp.linalg.norm(expected)))
         x = (x.astype(np.float32) + y.astype(np.float32)).astype(BF16)
 
-    print(f"layer     {config}")
+    heads, hidden = layer.heads, config["hidden_size"]
+    print(f"layer     {heads} heads, {hidden} hidden columns, softmax_scale {layer.scale:.4f}")
     print(f"cache     {cache}")
     print(f"absorbed against multi-head formula: relative error {worst:.1e}", end=" ")
     print("(bfloat16 rounds by 2.0e-03 on its own)")
-    compare(config, int(lengths.max()))
+    compare(layer, int(lengths.max()))
     ok = worst < 2e-2
     print("PASS" if ok else "FAIL")
     return 0 if ok else 1
@@ -193,13 +172,14 @@ def latents_of(cache: PagedKVCache, seq):
     return cache.storage[table[0]].reshape(-1, D_QK)[: int(lengths[0])]
 
 
-def compare(c: Config, tokens: int) -> None:
+def compare(layer: MLALayer, tokens: int) -> None:
     """What the two forms of the same attention cost, for one query token and each cached one."""
-    head = c.nope + ROPE + c.value  # columns of a head's key and value
+    heads, nope, value = layer.heads, layer.nope, layer.value
+    head = nope + ROPE + value  # columns of a head's key and value
     forms = {
-        "MHA, K and V cached": (2 * c.heads * head, 2 * c.heads * head),
-        "MLA, K and V remade": (2 * D_QK, 2 * c.heads * (head + LATENT * (c.nope + c.value))),
-        "MLA, absorbed": (2 * D_QK, 2 * c.heads * (D_QK + LATENT)),
+        "MHA, K and V cached": (2 * heads * head, 2 * heads * head),
+        "MLA, K and V remade": (2 * D_QK, 2 * heads * (head + LATENT * (nope + value))),
+        "MLA, absorbed": (2 * D_QK, 2 * heads * (D_QK + LATENT)),
     }
     print(f"{'a token of the cache':24}{'bytes':>10}{'FLOPs':>14}{'FLOPs/byte':>12}")
     for name, (size, flops) in forms.items():

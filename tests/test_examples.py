@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import flashmla_cupy
@@ -16,5 +17,7 @@ if not EXAMPLES.exists():
 
 def test_mla_layer_has_the_softmax_scale_of_deepseek_v3():
     """YaRN's factor of 40 with mscale_all_dim 1.0: without it attention is wrong in silence."""
-    config = runpy.run_path(str(EXAMPLES / "mla_layer.py"))["Config"]()
-    assert config.softmax_scale == pytest.approx(0.13523377, rel=1e-6)
+    example = runpy.run_path(str(EXAMPLES / "mla_layer.py"))
+    config = {**example["V3"], "hidden_size": 8, "num_attention_heads": 2, "q_lora_rank": 8}
+    layer = example["MLALayer"](np, config, max_tokens=4)
+    assert layer.scale == pytest.approx(0.13523377, rel=1e-6)
