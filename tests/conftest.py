@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support import hopper_gpu
 
-from flashmla_cupy.build import compiler, cubin_cache, nvrtc
+from flashmla_cupy.build import cache_folder, compiler, nvrtc
 from flashmla_cupy.errors import NVRTCNotFoundError
 
 
@@ -53,6 +53,6 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FLASHMLA_CUPY_CACHE_DIR", str(tmp_path / "cubins"))
     monkeypatch.delenv("FLASHMLA_CUPY_CACHE_VERIFY", raising=False)
     monkeypatch.delenv("FLASHMLA_CUPY_VERBOSE", raising=False)
-    monkeypatch.setattr(cubin_cache, "_warned", set())
+    monkeypatch.setattr(cache_folder, "_warned", set())
     monkeypatch.setattr(compiler, "_memo", {})
     return tmp_path / "cubins"

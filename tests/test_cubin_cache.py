@@ -9,13 +9,14 @@ import shutil
 import signal
 import socket
 import stat
+import tempfile
 import time
 import warnings
 from pathlib import Path
 
 import pytest
 
-from flashmla_cupy.build import cubin_cache
+from flashmla_cupy.build import cache_folder, cubin_cache
 from flashmla_cupy.errors import KernelCacheError, KernelCacheWarning
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the cache needs a POSIX system")
@@ -32,7 +33,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tmp_path.chmod(0o700)
     path = tmp_path / "home" / "cache"
     monkeypatch.setenv("FLASHMLA_CUPY_CACHE_DIR", str(path))
-    monkeypatch.setattr(cubin_cache, "_warned", set())
+    monkeypatch.setattr(cache_folder, "_warned", set())
     return path
 
 
@@ -87,6 +88,22 @@ def test_entries_and_clear(folder, entry):
     assert names(folder) == [f"{'b' * 64}.cubin", "notes.txt"]
     (folder / f"{'b' * 64}.cubin").rmdir()
     assert cubin_cache.clear() == (0, 0)
+
+
+def test_clear_leaves_what_only_has_such_a_name(folder, entry):
+    """Other programs name files after a SHA-256 as well. What is damaged behind its beginning, or
+    of another version, is ours."""
+    theirs = folder / f"{OTHER_KEY}.cubin"
+    theirs.write_bytes(b"\x7fELF" + CUBIN)
+    (folder / f"{'b' * 64}.cubin").write_bytes(b"")
+    old = bytearray(entry.read_bytes())
+    old[8] += 1
+    (folder / f"{'c' * 64}.cubin").write_bytes(old[:-1])
+    assert cubin_cache.require_usable() == 2
+    files, _ = cubin_cache.clear()
+    assert files == 2
+    assert names(folder) == sorted([theirs.name, f"{'b' * 64}.cubin"])
+    assert cubin_cache.require_usable() == 0
 
 
 def test_clear_without_a_directory(folder):
@@ -198,6 +215,10 @@ def world_writable_parent(entry):
     entry.parent.parent.chmod(0o777)
 
 
+def group_writable_parent(entry):
+    entry.parent.parent.chmod(0o770)
+
+
 def symbolic_link_as_directory(entry):
     elsewhere = entry.parent.with_name("elsewhere")
     entry.parent.rename(elsewhere)
@@ -270,6 +291,7 @@ PLANTED = [
     world_writable_directory,
     sticky_world_writable_directory,
     world_writable_parent,
+    group_writable_parent,
     symbolic_link_as_directory,
     parent_linked_into_an_open_directory,
     symbolic_link_as_entry,
@@ -353,7 +375,116 @@ def test_cache_filled_by_root_needs_the_variable(entry, monkeypatch):
         assert cubin_cache.load(KEY) is None
 
 
+def test_entries_are_as_readable_as_their_directory(folder):
+    """A directory that an administrator made for all serves all."""
+    folder.mkdir(parents=True)
+    for mode, expected in ((0o755, 0o644), (0o750, 0o640), (0o700, 0o600)):
+        folder.chmod(mode)
+        path = cubin_cache.store(KEY, METADATA, CUBIN)
+        assert stat.S_IMODE(os.stat(path).st_mode) == expected
+
+
+def test_a_cache_that_root_filled_serves_other_users(folder, monkeypatch):
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    # Every directory above it must let other users pass; pytest's own do not.
+    top = Path(tempfile.mkdtemp(dir="/var"))
+    try:
+        top.chmod(0o755)
+        (top / "kernels").mkdir(mode=0o755)
+        monkeypatch.setenv("FLASHMLA_CUPY_CACHE_DIR", str(top / "kernels"))
+        cubin_cache.store(KEY, METADATA, CUBIN)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # fork in a process with threads
+            child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.setuid(65534)
+                status = 0 if cubin_cache.load(KEY) == (KEY, METADATA, CUBIN) else 2
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        shutil.rmtree(top)
+
+
+@pytest.mark.parametrize(
+    ("step", "owner", "temporary", "remedy"),
+    [
+        ("/home/me/open", 12345, "/tmp", "chmod go-w /home/me/open"),
+        ("/home/me/my open", 12345, "/tmp", "chmod go-w '/home/me/my open'"),
+        ("/scratch/shared", 0, "/tmp", "FLASHMLA_CUPY_CACHE_DIR"),
+        ("/tmp", 12345, "/tmp", "FLASHMLA_CUPY_CACHE_DIR"),
+        ("/data", 12345, "/tmp", "FLASHMLA_CUPY_CACHE_DIR"),
+        ("/home/me/tmp", 12345, "/home/me/tmp", "FLASHMLA_CUPY_CACHE_DIR"),
+    ],
+)
+def test_nobody_is_told_to_close_a_shared_directory(monkeypatch, step, owner, temporary, remedy):
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: temporary)
+    monkeypatch.setattr(os.path, "realpath", lambda path: path)
+    status = os.stat_result((0o40777, 0, 0, 0, owner, 0, 0, 0, 0, 0))
+    said = cache_folder._remedy(step, status)
+    assert remedy in said
+    assert ("chmod" in said) == ("chmod" in remedy)
+
+
 # ---- failures of the file system -------------------------------------------------------------
+
+
+def test_a_cubin_is_on_the_disk_before_it_has_its_name(folder, monkeypatch):
+    """After a crash of the machine the name stands for all of it or for nothing."""
+    done = []
+    real = {name: getattr(os, name) for name in ("write", "fsync", "replace")}
+
+    def noting(name):
+        def call(*args, **kwargs):
+            what = "file" if name == "replace" or stat.S_ISREG(os.fstat(args[0]).st_mode) else "dir"
+            done.append((name, what))
+            return real[name](*args, **kwargs)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(os, name, noting(name))
+    assert cubin_cache.store(KEY, METADATA, CUBIN)
+    assert done == [("write", "file"), ("fsync", "file"), ("replace", "file"), ("fsync", "dir")]
+
+
+def below_a_dangling_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    return tmp_path / "link" / "cache"
+
+
+def in_proc(tmp_path):
+    if not os.path.isdir("/proc/self"):
+        pytest.skip("no /proc on this system")
+    return Path("/proc/flashmla_cupy")
+
+
+@pytest.mark.parametrize("place", [below_a_dangling_link, in_proc])
+def test_a_place_where_nothing_can_be_made_is_reported(folder, tmp_path, monkeypatch, place):
+    monkeypatch.setenv("FLASHMLA_CUPY_CACHE_DIR", str(place(tmp_path)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # looking is no failure: nothing is stored there yet
+        assert cubin_cache.load(KEY) is None
+    with pytest.warns(RuntimeWarning, match="Cannot write the kernel cache: .*No such file"):
+        assert cubin_cache.store(KEY, METADATA, CUBIN) is None
+
+
+def test_a_cache_that_is_cleared_meanwhile_is_no_failure(folder, monkeypatch):
+    real = os.replace
+
+    def cleared(*args, **kwargs):
+        cubin_cache.clear()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, "replace", cleared)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cubin_cache.store(KEY, METADATA, CUBIN) is None
+    assert names(folder) == []
 
 
 def test_parent_that_is_a_file(folder):
