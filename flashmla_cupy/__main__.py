@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import logging
 import os
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import product
-from typing import Any, TextIO, TypeAlias
+from typing import Any, NoReturn, TextIO, TypeAlias
 
 from ._version import __version__
-from .errors import FlashMLAError, KernelCompileError, OptionError
+from .errors import FlashMLAError, KernelCacheError, KernelCompileError, OptionError
+from .gpu.kernels import DTYPES, all_variants
+from .sizes import PAGE_SIZES
 
 _PROGRAM = "flashmla-cupy"
 
@@ -28,6 +32,7 @@ _Commands: TypeAlias = Any
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command, by default that of sys.argv, and returns the exit status."""
+    _show_any_name()
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], None] = arguments.command
     try:
@@ -48,8 +53,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _show_any_name() -> None:
+    """Lets a path be printed whatever it holds and whatever the output can show."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # replaced by another kind, or closed
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Without arguments it shows its help, and for a slip of the keyboard what was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        if "arguments are required: COMMAND" in message:
+            self.print_help(sys.stderr)
+            self.exit(2)
+        super().error(message + self._suggestion(message))
+
+    def _suggestion(self, message: str) -> str:
+        if found := re.search(r"invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
+            wrong, known = found[1], re.findall(r"[\w-]+", found[2])
+        elif found := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            wrong, known = found[1], re.findall(r"--[a-z-]+", self.format_help())
+        else:
+            return ""
+        near = difflib.get_close_matches(wrong, known, n=1)
+        return f". Did you mean {near[0]}?" if near else ""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Complains of unknown options itself, so that a command names its own."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=_PROGRAM,
         description="MLA decode attention for Hopper GPUs, compiled at run time.",
         epilog="Environment: FLASHMLA_CUPY_CACHE_DIR names another folder for compiled kernels.",
@@ -106,29 +145,35 @@ def _add_warmup(commands: _Commands) -> None:
         "warmup",
         _warmup,
         "compile the kernels into the cache",
-        "Needs CuPy and NVRTC but no GPU, so that an image can be built with a full cache. "
+        "Needs CuPy and NVRTC but no GPU, so that an image can be built with a full cache: let "
+        "FLASHMLA_CUPY_CACHE_DIR name a folder that its users can read, and keep the variable. "
         "Compiles all kernels, or those that the given dtypes and page sizes need.",
     )
     parser.add_argument(
         "--dtype",
         nargs="+",
-        choices=("bfloat16", "float16"),
-        default=("bfloat16", "float16"),
-        help="dtypes of q and k_cache (default: both)",
+        type=_dtype,
+        choices=tuple(DTYPES),
+        default=tuple(DTYPES),
+        help="dtypes of q and k_cache, bf16 and fp16 for short (default: both)",
     )
     parser.add_argument(
         "--page-size",
         nargs="+",
         type=int,
-        choices=(16, 32, 64, 128, 256),
-        default=(16, 32, 64),
+        choices=PAGE_SIZES,
+        default=PAGE_SIZES,
         help="page sizes of k_cache (default: all; 64, 128 and 256 share their kernels)",
     )
 
 
+def _dtype(name: str) -> str:
+    """A dtype, also by the short name that kernels have it by."""
+    return {short: long for long, short in DTYPES.items()}.get(name, name)
+
+
 def _warmup(arguments: argparse.Namespace) -> None:
-    from .build import compiler, cubin_cache
-    from .gpu.kernels import all_variants
+    from .build import cache_folder, compiler
     from .info import table
 
     wanted = tuple(product(arguments.dtype, arguments.page_size))
@@ -157,7 +202,8 @@ def _warmup(arguments: argparse.Namespace) -> None:
     ]
     for line in table(("kernel", "registers", "spill bytes", "seconds", ""), rows):
         print(line)
-    print(f"{len(found)} kernels in {seconds:.2f} s; cache folder: {cubin_cache.directory()}")
+    folder = cache_folder.directory()
+    print(f"{len(found)} kernels in {seconds:.2f} s; cache folder: {folder}")
 
 
 # ---- bench -------------------------------------------------------------------------------------
@@ -239,17 +285,22 @@ def _add_clear_cache(commands: _Commands) -> None:
         "clear-cache",
         _clear_cache,
         "remove the compiled kernels from the cache",
-        "Removes cache entries of any version, and no other file.",
+        "Removes cache entries of any version, and no other file. Fails if the folder cannot be "
+        "trusted, or if an entry stays.",
     )
 
 
 def _clear_cache(arguments: argparse.Namespace) -> None:
-    from .build import cubin_cache
+    from .build import cache_folder, cubin_cache
 
-    folder = cubin_cache.directory()
+    folder = cache_folder.directory()
+    cubin_cache.require_usable()
     files, size = cubin_cache.clear()
     plural = "file" if files == 1 else "files"
     print(f"Removed {files} {plural}, {size / 1e3:.0f} kB, from {folder}.")
+    if left := cubin_cache.require_usable():
+        plural = "file" if left == 1 else "files"
+        raise KernelCacheError(f"{left} {plural} of {folder} could not be removed.")
 
 
 # ---- messages ----------------------------------------------------------------------------------

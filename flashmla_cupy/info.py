@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ._version import __version__
-from .build import compiler, cubin_cache, nvrtc
-from .errors import FlashMLAError
+from .build import cache_folder, compiler, nvrtc
+from .errors import FlashMLAError, KernelCacheError
 from .gpu import arch
 from .gpu.kernels import all_variants
 
@@ -32,7 +32,11 @@ def report() -> Iterator[str]:
         yield _line("GPU", gpu)
     yield _line("driver", _or_reason(_driver))
     yield _line("NVRTC", _or_reason(_nvrtc))
-    yield _line("cache folder", _or_reason(cubin_cache.directory))
+    yield _line("cache folder", _or_reason(cache_folder.directory))
+    try:
+        cache_folder.directory()
+    except (KernelCacheError, OSError):  # said in that line, and there is nothing to list
+        return
     yield ""
     yield from _or_reasons(_kernels)
 

@@ -107,6 +107,37 @@ def test_wrong_arguments(capsys, arguments):
     assert "usage: flashmla-cupy" in capsys.readouterr().err
 
 
+def test_without_a_command_it_shows_its_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(f"  {name} " in err or f"  {name}\n" in err for name in ("info", "clear-cache"))
+    assert "compile the kernels into the cache" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["wramup"], "warmup"),
+        (["clearcache"], "clear-cache"),
+        (["warmup", "--dtype", "bfloat"], "bfloat16"),
+        (["warmup", "--pagesize", "64"], "--page-size"),
+        (["bench", "--plto", "x.png"], "--plot"),
+        (["entirely-else"], None),
+        (["info", "--verbosely"], None),
+    ],
+)
+def test_a_typo_gets_a_suggestion(capsys, arguments, meant):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.endswith(f"Did you mean {meant}?") == (meant is not None)
+    assert ("Did you mean" in last) == (meant is not None)
+
+
 # ---- info ----------------------------------------------------------------------------------------
 
 
@@ -171,6 +202,31 @@ def test_info_with_a_bad_variable(capsys, folder, monkeypatch):
     assert main(["info"]) == 0
     found = lines_by_label(capsys.readouterr().out)
     assert "expected the absolute path" in found["cache folder"]
+
+
+def test_info_says_once_what_is_wrong_with_the_folder(capsys, folder, monkeypatch):
+    monkeypatch.setenv("FLASHMLA_CUPY_CACHE_DIR", "relative")
+    assert main(["info"]) == 0
+    out, err = capsys.readouterr()
+    assert (out + err).count("FLASHMLA_CUPY_CACHE_DIR: expected") == 1
+    assert out.splitlines()[-1].startswith("cache folder")
+
+
+def test_a_path_that_the_output_cannot_show(tmp_path):
+    """An ASCII terminal and a folder that is not ASCII, or not even text."""
+    tmp_path.chmod(0o700)
+    folder = os.fsencode(tmp_path / "Zwischenablage für Kerne") + b"\xff"
+    environment = os.environb | {
+        b"FLASHMLA_CUPY_CACHE_DIR": folder,
+        b"PYTHONIOENCODING": b"ascii",
+    }
+    for command in ("info", "clear-cache"):
+        done = subprocess.run(
+            [sys.executable, "-m", "flashmla_cupy", command],
+            cwd=ROOT, env=environment, capture_output=True,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert b"f\\xfcr Kerne" in done.stdout
 
 
 class _Runtime:
@@ -242,6 +298,8 @@ def test_warmup_compiles_everything_once(capsys, folder, has_nvrtc, monkeypatch)
     [
         (["--dtype", "float16", "--page-size", "256", "32"],
          ["dense_decode_fp16_p64", "dense_decode_fp16_p32", "combine_fp16", "schedule"]),
+        (["--dtype", "fp16", "--page-size", "32"],  # as the kernels are named
+         ["dense_decode_fp16_p32", "combine_fp16", "schedule"]),
         # combine serves every page size
         (["--dtype", "bfloat16", "--page-size", "16"],
          ["dense_decode_bf16_p16", "combine_bf16", "schedule"]),
@@ -399,6 +457,32 @@ def test_clear_cache(capsys, folder):
     assert main(["clear-cache"]) == 0
     assert capsys.readouterr().out == f"Removed 1 file, 5 kB, from {folder}.\n"
     assert list(folder.iterdir()) == [other]
+
+
+def test_clear_cache_of_a_folder_that_others_can_write(capsys, folder):
+    cubin_cache.store(KEY, METADATA, b"cubin")
+    folder.chmod(0o777)
+    assert main(["clear-cache"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("flashmla-cupy: error: The kernel cache is not used, because other users")
+    assert err.count("\n") == 1
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_clear_cache_when_an_entry_stays(capsys, folder, monkeypatch):
+    cubin_cache.store(KEY, METADATA, b"cubin")
+
+    def unlink(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    assert main(["clear-cache"]) == 2
+    err = capsys.readouterr().err
+    assert "Read-only file system" in err
+    assert err.splitlines()[-1] == (
+        f"flashmla-cupy: error: 1 file of {folder} could not be removed."
+    )
 
 
 def test_clear_cache_that_does_not_exist(capsys, folder):
