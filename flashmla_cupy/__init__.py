@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from .formats.cache_format import CacheFormat
     from .formats.quantize import dequantize_kv, quantize_kv
     from .formats.write import write_kv
-    from .interface import check, flash_mla_with_kvcache, get_mla_metadata
+    from .interface import check, flash_mla_with_kvcache, get_mla_metadata, register_torch_ops
     from .partials import merge_partials
     from .schedule.sched_meta import SchedMeta
     from .schedule.view import Schedule
@@ -92,6 +92,7 @@ __all__ = [
     "get_mla_metadata",
     "merge_partials",
     "quantize_kv",
+    "register_torch_ops",
     "write_kv",
 ]
 
@@ -100,6 +101,7 @@ _LAZY = {
     "check": "interface",
     "flash_mla_with_kvcache": "interface",
     "get_mla_metadata": "interface",
+    "register_torch_ops": "interface",
     "SchedMeta": "schedule.sched_meta",
     "PagedKVCache": "cache.paged_cache",
     "merge_partials": "partials",
@@ -123,3 +125,18 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY})
+
+
+def _register_torch_ops() -> None:
+    """Where torch is imported already, a saved program may be loaded next."""
+    import contextlib
+    import sys
+
+    if "torch" in sys.modules:
+        from .interface import register_torch_ops
+
+        with contextlib.suppress(Exception):  # a torch that cannot: its first traced call says why
+            register_torch_ops()
+
+
+_register_torch_ops()

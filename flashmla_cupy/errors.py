@@ -29,7 +29,7 @@ class ArgumentError(FlashMLAError):
         function: str = "flash_mla_with_kvcache",
     ) -> None:
         # The parts are the args of the exception, so that it can be pickled and copied.
-        super().__init__(argument, expected, got, remedy, function)
+        self.args = (argument, expected, got, remedy, function)
         self.argument = argument
         self.expected = expected
         self.got = got
@@ -166,13 +166,17 @@ class DeviceCheckError(FlashMLAError, RuntimeError):
     its index in the batch, `reason` is "page id", "length" or "stale metadata", and `column` is
     the column of block_table for "page id", else -1. With the reason "foreign metadata", for arrays
     that get_mla_metadata() did not make, `request` is -1, and no row is to be used.
+
+    `is_earlier` is False for lengths in host memory, which are looked at before anything is
+    computed: the call itself raises, and has written nothing.
     """
 
-    def __init__(self, request: int, column: int, reason: str) -> None:
-        super().__init__(request, column, reason)
+    def __init__(self, request: int, column: int, reason: str, is_earlier: bool = True) -> None:
+        super().__init__(request, column, reason, is_earlier)
         self.request = request
         self.column = column
         self.reason = reason
+        self.is_earlier = is_earlier
 
     def __str__(self) -> str:
         if self.reason == "foreign metadata":
@@ -182,9 +186,12 @@ class DeviceCheckError(FlashMLAError, RuntimeError):
                 " used. Pass both results of get_mla_metadata() as they are."
             )
         what, remedy = _REASONS.get(self.reason, (self.reason, ""))
+        what = what.format(column=self.column)
+        if not self.is_earlier:
+            return f"flash_mla_with_kvcache() refused request {self.request}: {what}. {remedy}"
         return (
-            f"An earlier flash_mla_with_kvcache() call refused request {self.request}: "
-            f"{what.format(column=self.column)}. Its out and lse are NaN. {remedy}"
+            f"An earlier flash_mla_with_kvcache() call refused request {self.request}: {what}. Its"
+            f" out and lse are NaN. {remedy}"
         ).rstrip()
 
 

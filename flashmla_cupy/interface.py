@@ -14,10 +14,10 @@ from typing import Any, Literal
 from .calls import checks, decode, metadata, scalars
 from .calls.arguments import DECODE, METADATA
 from .calls.refusals import check
-from .errors import ArgTypeError
+from .errors import ArgTypeError, MissingDependencyError
 from .schedule.sched_meta import SchedMeta
 
-__all__ = ["check", "flash_mla_with_kvcache", "get_mla_metadata"]
+__all__ = ["check", "flash_mla_with_kvcache", "get_mla_metadata", "register_torch_ops"]
 
 _modules = sys.modules
 
@@ -119,6 +119,20 @@ def flash_mla_with_kvcache(
     if compiler is not None and compiler.is_dynamo_compiling():  # of this thread: Dynamo says so
         return _decode("torch", arrays, options, lazy)
     return decode.eager(arrays, options, lazy, _decode)
+
+
+def register_torch_ops() -> None:
+    """Registers the PyTorch ops, so that saved programs which hold them can be loaded.
+
+    torch.export.load() and torch._inductor.aoti_load_package() need the ops of a program before it
+    is loaded. Importing flashmla_cupy after torch registers them too, and so does the first call
+    that PyTorch traces. Raises MissingDependencyError without PyTorch."""
+    try:
+        _traced("torch")
+    except ImportError as error:
+        raise MissingDependencyError(
+            "register_torch_ops() needs PyTorch, which cannot be imported. Install torch."
+        ) from error
 
 
 Where = Literal["torch", "jax", "foreign"]

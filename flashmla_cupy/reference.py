@@ -35,6 +35,7 @@ class Result(NamedTuple):
     violation: DeviceCheckError | None  # of the first request that was refused
 
 
+@np.errstate(all="ignore")  # NaN and Inf in live data are the caller's, and travel
 def decode(
     q: Array,
     k_cache: Array,
@@ -84,13 +85,12 @@ def attend(q: Float64, keys: Float64, scale: float) -> tuple[Float64, Float64]:
     for g in range(h_kv):
         heads = slice(g * group, (g + 1) * group)
         key, value = keys[:, g], keys[:, g, :HEAD_DIM_V]  # [n, 576], [n, 512]
-        with np.errstate(all="ignore"):  # NaN and Inf in live data are the caller's, and travel
-            score = scale * (q[heads] @ key.T)  # [group, n]
-            top = score.max(axis=1, keepdims=True)
-            weight = np.exp(score - top)
-            total = weight.sum(axis=1, keepdims=True)
-            out[heads] = (weight / total) @ value
-            lse[heads] = (top + np.log(total))[:, 0]
+        score = scale * (q[heads] @ key.T)  # [group, n]
+        top = score.max(axis=1, keepdims=True)
+        weight = np.exp(score - top)
+        total = weight.sum(axis=1, keepdims=True)
+        out[heads] = (weight / total) @ value
+        lse[heads] = (top + np.log(total))[:, 0]
     return out, lse
 
 
@@ -100,6 +100,13 @@ def gather(k_cache: Array, pages: Array, length: int) -> Array:
     used = pages[: -(-length // page_size)]
     tokens = k_cache[used].reshape(-1, *k_cache.shape[2:])
     return tokens[:length]
+
+
+def bad_length(cache_seqlens: Array, block_table: Array, page_size: int) -> int:
+    """The first request whose length is negative or exceeds its row of block_table; -1: none."""
+    most = block_table.shape[1] * page_size
+    wrong = np.flatnonzero((cache_seqlens < 0) | (cache_seqlens > most))
+    return int(wrong[0]) if wrong.size else -1
 
 
 def violation(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import reference
+from ..errors import DeviceCheckError
 from ..frameworks import HERE, HOST, Adapter, ArrayInfo, elsewhere
 from ..gpu.engine import engine_of
 from ..gpu.geometry import Addresses, Geometry
@@ -54,12 +55,15 @@ def eager(
     options: tuple[Any, ...],
     lazy: SchedMeta | None = None,
     otherwise: Callable[..., Results] | None = None,
+    *,
+    is_op: bool = False,
 ) -> Results:
     """flash_mla_with_kvcache() of the arrays and options of `arguments.DECODE`; lazy: the SchedMeta
     that stands for the two arrays of the schedule.
 
     otherwise(where, arrays, options, lazy) makes the call if the arrays have no address to launch
-    with, where `frameworks.elsewhere` says."""
+    with, where `frameworks.elsewhere` says. is_op: a compiled program makes the call, in which a
+    bad length in host memory is reported later, as on a GPU, and does not raise."""
     call, pointers, key = _calls.find(arrays, options)
     if call is None or not call.accepts(pointers):
         where = elsewhere(arrays)
@@ -69,7 +73,7 @@ def eager(
     engine, framework = call.engine, call.framework
     if engine is None:
         refusals.raise_host()
-        return _on_host(call, arrays, lazy)
+        return _on_host(call, arrays, lazy, is_op)
     engine.raise_pending()
     guard = framework.device_guard(call.configuration.device)
     if guard is HERE:  # the usual case; entering a context that does nothing takes time
@@ -254,9 +258,16 @@ def _launch(
     return out, lse
 
 
-def _on_host(call: DecodeCall, arrays: tuple[Any, ...], lazy: SchedMeta | None) -> Results:
+def _on_host(
+    call: DecodeCall, arrays: tuple[Any, ...], lazy: SchedMeta | None, is_op: bool
+) -> Results:
     """The reference, on views of the arrays."""
     view, named = call.framework.to_numpy, dict(zip(DECODE.names, arrays, strict=True))
+    lengths, pages = view(named["cache_seqlens"]), view(named["block_table"])
+    if not (is_op or call.is_empty):
+        refused = reference.bad_length(lengths, pages, call.configuration.page_size)
+        if refused >= 0:
+            raise DeviceCheckError(refused, -1, "length", is_earlier=False)
     out = call.new_out() if named["out"] is None else named["out"]
     lse = call.new_lse() if named["lse"] is None else named["lse"]
     if call.is_empty:
@@ -268,11 +279,10 @@ def _on_host(call: DecodeCall, arrays: tuple[Any, ...], lazy: SchedMeta | None) 
                 lazy.bind(call.configuration, *call.schedule(named["cache_seqlens"], 0))
         lazy.require(call.configuration)
         schedule = lazy.tile_scheduler_metadata
-    lengths = view(named["cache_seqlens"])
     result = reference.decode(
         view(named["q"]),
         view(named["k_cache"]),
-        view(named["block_table"]),
+        pages,
         lengths,
         call.softmax_scale,
         call.causal,

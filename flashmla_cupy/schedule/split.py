@@ -140,6 +140,7 @@ def launch_sizes(batch: int, parts: int, rows: int, h_kv: int) -> LaunchSizes:
     )
 
 
+@np.errstate(all="ignore")  # whatever the caller wants to hear about its own arithmetic
 def plan(
     cache_seqlens: npt.NDArray[np.int32], parts: int, rows: int, h_kv: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:

@@ -108,7 +108,7 @@ def _decode(*inputs: Any) -> tuple[Any, Any]:
     scale, causal = rest.pop(0), rest.pop(0)
     for i in (*_OPTIONAL, *DECODE.outputs):
         arrays[i] = rest.pop(0) if rest else None
-    return eager_decode(tuple(arrays), (HEAD_DIM_V, scale, causal, False))
+    return eager_decode(tuple(arrays), (HEAD_DIM_V, scale, causal, False), is_op=True)
 
 
 def _decode_out(*inputs: Any) -> None:
