@@ -215,6 +215,13 @@ BAD_METADATA = [
         "at most 1048575 requests",
     ),
     ("address", {"cache_seqlens": offset_bytes(LENGTHS, 1)}, AlignmentError, "cache_seqlens", "4"),
+    (
+        "rows-zero",
+        {"num_q_tokens_per_head_k": 0},
+        ScalarError,
+        "num_q_tokens_per_head_k",
+        "from 1",
+    ),
     ("no-lengths", {"cache_seqlens": None}, ArgTypeError, "cache_seqlens", "no argument"),
     (
         "no-rows",
@@ -265,6 +272,28 @@ def test_bad_metadata_requests(monkeypatch, bad, error_class, argument, words):
     assert caught.value.function == "get_mla_metadata"
     assert_sentence(caught.value, argument, words)
     assert planned == []
+
+
+@pytest.mark.parametrize(
+    ("latent", "page_size", "words"),
+    [
+        (256 + 32, 64, "512 latent and 64 rotary columns.*padded with zeros"),
+        (256 + 64, 64, "padded with zeros, to 512 and 64 columns, in q and k_cache alike"),
+        (512 + 0, 64, "padded with zeros.*softmax_scale"),
+        (576, 1, "16, 32, 64, 128, 256.*one of these page sizes.$"),
+        (576, 8, "one of these page sizes.$"),
+        (576, 48, r"viewed as pages of 16: k_cache.reshape\(-1, 16,.*3 \* page \+ i"),
+        (576, 512, "viewed as pages of 256.*2 entries"),
+        (576, 1280, "viewed as pages of 256.*5 entries"),
+    ],
+)
+def test_other_models_are_told_what_to_do(latent, page_size, words):
+    arrays = arguments()
+    arrays["k_cache"] = np.zeros((9, page_size, 2, latent), BF16)
+    if latent != 576:
+        arrays["q"] = arrays["q"][..., :latent].copy() if latent < 576 else arrays["q"]
+    with pytest.raises(ShapeError, match=words):
+        flashmla_cupy.flash_mla_with_kvcache(**arrays)
 
 
 def test_metadata_on_a_device_that_is_not_there(monkeypatch):

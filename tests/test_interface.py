@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from support.every_framework import CASES, decode, in_threads
+from support.every_framework import CASES, decode, get, in_threads, put, same_bits
 from support.fake_device import STREAM, FakeLaunch, install
 from support.oracle import assert_within_bound, oracle
 from support.problems import make_problem
@@ -14,6 +14,7 @@ from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata, interface
 from flashmla_cupy.calls import decode as decode_calls
 from flashmla_cupy.errors import (
     AlignmentError,
+    ArgTypeError,
     ArgumentError,
     DeviceCheckError,
     OptionError,
@@ -96,6 +97,58 @@ def test_a_refused_request_is_reported_by_the_next_call():
     assert (caught.value.request, caught.value.column) == (1, 0)
     decode(*good.arrays())  # reported once
     flashmla_cupy.check()
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+@pytest.mark.parametrize("style", ["arrays", "lazy"])
+@pytest.mark.parametrize("length", [-1, 129, 2**31 - 1])
+def test_a_bad_length_in_host_memory_is_refused_in_the_call(name, style, length):
+    """Its value is at hand: nothing is computed, and nothing is left for the next call to say."""
+    pytest.importorskip(name)
+    p = make_problem([70, 5], h_q=4, extra_columns=0)
+    lengths = p.cache_seqlens.copy()
+    lengths[1] = length
+    assert p.block_table.shape[1] * 64 == 128
+    arrays = [put(name, x, -1) for x in (p.q, p.k_cache, p.block_table, lengths)]
+    metadata = get_mla_metadata(put(name, p.cache_seqlens, -1), p.rows, p.h_kv)
+    if style == "lazy":
+        metadata = get_mla_metadata()
+    out = put(name, np.full((2, 1, 4, 512), 7, np.float32).astype(p.q.dtype), -1)
+    with pytest.raises(
+        DeviceCheckError, match="flash_mla_with_kvcache.. refused request 1"
+    ) as caught:
+        flash_mla_with_kvcache(*arrays, 512, *metadata, out=out)
+    assert (caught.value.request, caught.value.reason, caught.value.column) == (1, "length", -1)
+    assert (get(out).astype(np.float32) == 7).all()
+    flashmla_cupy.check()
+
+
+def test_nothing_is_said_of_the_callers_floating_point():
+    """NaN in live data, overflow and underflow are results, whatever np.errstate the caller set."""
+    p = make_problem([70, 5], h_q=4, dtype="float16")
+    expected = decode(*p.arrays(), 1e30, False)
+    with np.errstate(all="raise"):
+        got = decode(*p.arrays(), 1e30, False)
+        get_mla_metadata(np.array([2**31 - 1] * 40, np.int32), 16, 1)
+    for one, other in zip(got, expected, strict=True):
+        assert same_bits(one, other)
+
+
+@pytest.mark.parametrize("table", [np.zeros((0, 5), np.int32), np.zeros((0, 0), np.int32)])
+def test_an_empty_batch_has_a_table_of_any_strides(table):
+    """NumPy gives an empty array strides of 0."""
+    p = make_problem([], h_q=4)
+    out, _ = flash_mla_with_kvcache(
+        p.q, p.k_cache, table, p.cache_seqlens, 512, get_mla_metadata()[0]
+    )
+    assert out.shape == (0, 1, 4, 512)
+
+
+def test_a_masked_array_is_refused():
+    p = make_problem([70, 5], h_q=4)
+    q = np.ma.masked_array(p.q, p.q > 0)
+    with pytest.raises(ArgTypeError, match="q: expected an array without a mask"):
+        decode(q, *p.arrays()[1:])
 
 
 def test_metadata_of_other_lengths_refuses_the_request():

@@ -12,7 +12,13 @@ from support.oracle import assert_within_bound, oracle
 from support.problems import make_problem
 
 from flashmla_cupy import reference
-from flashmla_cupy.errors import ArgTypeError, DTypeError, FrameworkMismatchError, ShapeError
+from flashmla_cupy.errors import (
+    ArgTypeError,
+    DeviceMismatchError,
+    DTypeError,
+    FrameworkMismatchError,
+    ShapeError,
+)
 from flashmla_cupy.partials import merge_partials
 
 
@@ -122,6 +128,13 @@ OUTS, LSES = np.zeros((2, 3, 1, 4, 512), np.float32), np.zeros((2, 3, 4, 1), np.
         (OUTS, LSES.swapaxes(2, 3), ShapeError, "(2, 3, 1, 4)"),
         (OUTS, LSES.astype(np.float64), DTypeError, "float64"),
         ([OUTS[0], OUTS[0, :2]], LSES, ShapeError, "parts of one shape"),
+        (OUTS.astype(np.int32), LSES, DTypeError, "outs: expected one of bfloat16"),
+        (OUTS.astype(bool), LSES, DTypeError, "got bool"),
+        (OUTS.astype(np.complex64), LSES, DTypeError, "got complex64"),
+        (OUTS.astype(object), LSES, DTypeError, "got object"),
+        (OUTS[..., :511], LSES, ShapeError, "expected shape [n, batch, s_q, h_q, 512]"),
+        (OUTS[..., :0], LSES, ShapeError, "(2, 3, 1, 4, 0)"),
+        ([OUTS[0], OUTS[1].astype(np.float16)], LSES, DTypeError, "parts of one dtype"),
         (OUTS, "lse", ArgTypeError, "lses: expected a NumPy array"),
         (OUTS, [1.0], ArgTypeError, "float 1.0"),
     ],
@@ -131,6 +144,39 @@ def test_bad_parts(outs, lses, error, words):
         merge_partials(outs, lses)
     assert words in str(caught.value)
     assert str(caught.value).startswith("merge_partials(): ")
+
+
+def test_parts_on_two_devices():
+    torch = pytest.importorskip("torch")
+    outs, lses = torch.from_numpy(OUTS), torch.from_numpy(LSES)
+    with pytest.raises(DeviceMismatchError, match=r"outs: expected an array on cpu.*on meta"):
+        merge_partials([outs[0], outs[1].to("meta")], lses)
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "jax"])
+@pytest.mark.parametrize("empty", [np.inf, -np.inf])
+def test_an_empty_part_counts_for_nothing_whatever_its_out_holds(name, empty):
+    """Other libraries say -inf, and may leave what was in memory."""
+    pytest.importorskip(name)
+    rng = np.random.default_rng(7)
+    outs = rng.standard_normal(OUTS.shape).astype(np.float32)
+    lses = rng.standard_normal(LSES.shape).astype(np.float32)
+    lses[1], outs[1] = empty, np.nan
+    out, lse = map(get, merge_partials(put(name, outs, -1), put(name, lses, -1)))
+    assert np.allclose(out, outs[0])
+    assert np.allclose(lse, lses[0])
+    lses[0], outs[0] = empty, np.inf
+    out, lse = map(get, merge_partials(put(name, outs, -1), put(name, lses, -1)))
+    assert (out == 0).all()
+    assert (lse == np.inf).all()
+
+
+def test_nothing_is_said_of_the_callers_floating_point():
+    outs = np.full(OUTS.shape, 60000, np.float16)
+    lses = np.stack([LSES[0], LSES[0] - 1000])
+    with np.errstate(all="raise"):
+        out, _ = merge_partials(outs, lses)
+    assert (out == outs[0]).all()
 
 
 def test_parts_of_two_frameworks():
