@@ -193,10 +193,13 @@ def test_fake_tensors_and_export_merge_partials():
 NESTED = """
 import sys, torch
 sys.path[:0] = {path!r}
-from support.every_framework import decode, put
+from support.every_framework import put
 from support.problems import make_problem
-from flashmla_cupy import ArgumentError
+from flashmla_cupy import ArgumentError, flash_mla_with_kvcache, get_mla_metadata
 arrays = [put("torch", x, -1) for x in make_problem([70, 70], s_q=1, h_q=4).arrays()]
+metadata = get_mla_metadata(arrays[3], 4, 1)
+def decode(*arrays):
+    return flash_mla_with_kvcache(*arrays, 512, *metadata)
 for _ in range(3):
     decode(*arrays)
 for i in range(4):
