@@ -163,7 +163,10 @@ def cupy(monkeypatch):
         Device=lambda device: nullcontext(used.append(device)),
         runtime=SimpleNamespace(getDevice=lambda: 0, streamIsCapturing=lambda stream: 0),
         get_current_stream=lambda device: SimpleNamespace(ptr=100 + device),
-        alloc=lambda size: Memory(next(addresses), SimpleNamespace(size=size)),
+        alloc=lambda size: Memory(next(addresses), cuda.memory(size)),
+        memory=lambda size: SimpleNamespace(size=size),
+        MemoryAsync=type("MemoryAsync", (SimpleNamespace,), {}),
+        Stream=None,
     )
     fake = SimpleNamespace(ndarray=ndarray, empty=ndarray, cuda=cuda, used=used)
     monkeypatch.setitem(sys.modules, "cupy", fake)
@@ -237,6 +240,53 @@ def test_scratch_of_a_cupy_capture_is_kept(cupy, monkeypatch):
     kept = [id(x) for rooms in adapter._graph_scratch.values() for x in rooms]
     assert id(first) in kept
     assert id(grown) in kept
+
+
+def test_a_capture_with_cupys_asynchronous_pool_owns_no_memory(cupy, monkeypatch):
+    """Memory that a graph allocates and does not free keeps it from being launched again. What
+    outlives a call is therefore allocated on a stream that is not captured."""
+    log = []
+
+    class Stream:
+        def __init__(self, non_blocking):
+            assert non_blocking
+            log.append("new")
+
+        def __enter__(self):
+            log.append("enter")
+
+        def __exit__(self, *_):
+            log.append("exit")
+
+        def synchronize(self):
+            log.append("wait")
+
+    def memory(size):
+        log.append(size)
+        return cupy.cuda.MemoryAsync(size=size)
+
+    monkeypatch.setattr(cupy.cuda, "memory", memory)
+    monkeypatch.setattr(cupy.cuda, "Stream", Stream)
+    monkeypatch.setattr(cupy_arrays, "RelaxedCapture", nullcontext)
+    monkeypatch.setattr(cupy_arrays, "capture_id", lambda stream: 7)
+    adapter = framework("cupy")
+    wanted = {
+        2048 + 16: adapter.pair_allocator(((4, 512), (4,)), ("uint8", "float32"), 1),
+        16: adapter.allocator((4,), "float32", 1),
+        400: adapter.scratch_allocator(100, 1),
+    }
+    for size, make in wanted.items():
+        log.clear()
+        make()
+        assert log == [size]  # as any other memory, where nothing is captured
+    monkeypatch.setattr(adapter, "_is_capturing", lambda stream: stream == 101)
+    for i, (size, make) in enumerate(wanted.items()):
+        log.clear()
+        made = make()
+        assert log == [size, *["new"] * (i == 0), "enter", size, "exit", "wait"]
+        log.clear()
+        if size == 400:  # scratch is kept, one for all calls
+            assert make() == made and log == []
 
 
 def test_cupy_with_another_framework_is_mixed(cupy):

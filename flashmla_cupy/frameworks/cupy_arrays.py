@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 import operator
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..gpu.driver import NEVER_CAPTURED, capture_id
+from ..gpu.driver import NEVER_CAPTURED, RelaxedCapture, capture_id
 from .base import (
     HERE,
     NO_ADDRESSES,
@@ -39,6 +38,9 @@ class CuPy(Adapter):
         self._alloc = cupy.cuda.alloc
         self._ndarray = cupy.ndarray
         self._device = cupy.cuda.Device
+        self._asynchronous = cupy.cuda.MemoryAsync  # memory of cudaMallocAsync
+        self._new_stream = cupy.cuda.Stream
+        self._side_streams: dict[int, Any] = {}
         self._current_device = cupy.cuda.runtime.getDevice
         self._current_stream = cupy.cuda.get_current_stream
         self._is_capturing = cupy.cuda.runtime.streamIsCapturing
@@ -68,7 +70,16 @@ class CuPy(Adapter):
         return self._empty(shape, numpy_dtype(dtype))
 
     def allocator(self, shape: tuple[int, ...], dtype: str, device: int) -> Callable[[], Any]:
-        return functools.partial(self._ndarray, shape, numpy_dtype(dtype))
+        kind = numpy_dtype(dtype)
+        new, array, size = self._alloc, self._ndarray, math.prod(shape) * kind.itemsize
+
+        def one() -> Any:
+            memory = new(size)
+            if type(memory.mem) is self._asynchronous:
+                memory = self._not_of_a_graph(memory, size, device)
+            return array(shape, kind, memory)
+
+        return one
 
     def pair_allocator(
         self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], device: int
@@ -78,9 +89,12 @@ class CuPy(Adapter):
         sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in (first, second)]
         offset = -(-sizes[0] // ALIGNMENT) * ALIGNMENT
         new, array, size = self._alloc, self._ndarray, offset + sizes[1]
+        asynchronous = self._asynchronous
 
         def pair() -> tuple[Any, Any]:
             memory = new(size)
+            if type(memory.mem) is asynchronous:
+                memory = self._not_of_a_graph(memory, size, device)
             return array(*first, memory), array(*second, memory + offset)
 
         return pair
@@ -98,10 +112,30 @@ class CuPy(Adapter):
                 return memory, memory.ptr
             kept = self._graph_scratch.setdefault((capture_id(stream), stream), [])
             if not kept or kept[-1].mem.size < size:
-                kept.append(new(size))
+                memory = new(size)
+                if type(memory.mem) is self._asynchronous:
+                    memory = self._not_of_a_graph(memory, size, device)
+                kept.append(memory)
             return kept[-1], kept[-1].ptr
 
         return scratch
+
+    def _not_of_a_graph(self, memory: Any, size: int, device: int) -> Any:
+        """`memory`, which cudaMallocAsync gave for the current stream, if that is not captured.
+
+        Else a graph would own it, and not be launched again while the array lives. So it is given
+        back, within the graph, and taken on a stream that is not captured."""
+        stream = self.stream(device)
+        if stream in NEVER_CAPTURED or not self._is_capturing(stream):
+            return memory
+        with RelaxedCapture():
+            side = self._side_streams.get(device)
+            if side is None:
+                side = self._side_streams[device] = self._new_stream(non_blocking=True)
+            with side:
+                made = self._alloc(size)
+            side.synchronize()  # the graph need not wait for it
+        return made
 
     def pointer(self, x: Any) -> int:
         pointer: int = x.data.ptr

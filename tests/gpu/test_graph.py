@@ -113,6 +113,43 @@ def test_replays_equal_eager_calls(name):
         flashmla_cupy.check()
 
 
+@pytest.mark.parametrize("given", ["out and lse", "nothing"])
+def test_a_graph_with_memory_of_cupys_asynchronous_pool(given):
+    """MemoryAsyncPool allocates with cudaMallocAsync, which a capture makes part of the graph."""
+    if DRY:
+        pytest.skip("needs CuPy's pools")
+    release_memory()
+    before = xp.cuda.get_allocator()
+    xp.cuda.set_allocator(xp.cuda.MemoryAsyncPool().malloc)
+    try:
+        with new_stream() as stream:
+            step = Step(**SHAPES["16 heads"])
+            step.change(0)
+            p = step.problem
+
+            arrays = p.q, p.k_cache, p.block_table, p.cache_seqlens
+
+            def run(**results):
+                metadata = p.metadata()
+                out, lse = flash_mla_with_kvcache(*arrays, 512, *metadata, **results)
+                return metadata, out, lse
+
+            eager = run()
+            results = {"out": step.out, "lse": step.lse} if given != "nothing" else {}
+            replay, (_metadata, out, lse) = capture(stream, lambda: run(**results))
+            for number in range(20):
+                step.change(number)
+                fill_nan(out)
+                fill_nan(lse)
+                replay()
+                eager = run()
+                assert not differing(out, eager[1]).any() and not differing(lse, eager[2]).any()
+            flashmla_cupy.check()
+            stream.synchronize()
+    finally:
+        xp.cuda.set_allocator(before)
+
+
 def test_a_replay_refuses_what_an_eager_call_refuses():
     """A bad page id that comes after the capture."""
     stream = new_stream()
