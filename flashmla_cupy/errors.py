@@ -172,7 +172,7 @@ class DeviceCheckError(FlashMLAError, RuntimeError):
     """
 
     def __init__(self, request: int, column: int, reason: str, is_earlier: bool = True) -> None:
-        super().__init__(request, column, reason, is_earlier)
+        super().__init__(request, column, reason, *(() if is_earlier else (False,)))
         self.request = request
         self.column = column
         self.reason = reason
