@@ -105,3 +105,17 @@ def test_cuda_sources_are_found():
 def test_entry_point():
     module = importlib.import_module("flashmla_cupy.__main__")
     assert callable(module.main)
+
+
+@needs_checkout
+@pytest.mark.parametrize("cuda", ["cuda12", "cuda13"])
+def test_extra_for_jax_on_gpus(cuda):
+    """JAX, CuPy and NVRTC for one CUDA; the extra `jax` brings wheels for the CPU."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    ours, jax = extras[f"jax-{cuda}"]
+    assert ours == f"flashmla-cupy[{cuda}]"
+    assert jax.startswith(f"jax[{cuda}]")
+    assert any(requirement.startswith(f"cupy-{cuda}x") for requirement in extras[cuda])
