@@ -33,7 +33,10 @@ class Library:
         """Raises OSError if it cannot be loaded."""
         self._nvrtc = ctypes.CDLL(path)
         self._nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
-        self.path = path if os.path.isabs(path) else loaded_path(path)
+        self.path = path
+        if not os.path.isabs(path):
+            with contextlib.suppress(OSError):  # then it goes by the name that it was found under
+                self.path = loaded_path(path)
         major, minor = ctypes.c_int(), ctypes.c_int()
         self._check(self._nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
         self.version = major.value, minor.value
@@ -42,7 +45,7 @@ class Library:
         linux = f"libnvrtc-builtins.so.{major.value}.{minor.value}"
         name = windows if sys.platform == "win32" else linux
         self.builtins = os.path.join(os.path.dirname(self.path), name)
-        with contextlib.suppress(OSError):  # perhaps the system's loader finds them elsewhere
+        with contextlib.suppress(OSError):  # perhaps NVRTC finds them elsewhere
             self._keep = ctypes.CDLL(self.builtins)
 
     def supported_archs(self) -> list[int]:
