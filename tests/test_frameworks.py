@@ -23,6 +23,7 @@ from flashmla_cupy.errors import (
     DeviceMismatchError,
     FrameworkMismatchError,
     MissingDependencyError,
+    NoDeviceError,
     OptionError,
     ReadOnlyError,
     StrideError,
@@ -395,6 +396,63 @@ def test_foreign_outputs_that_are_read_only():
 
     with pytest.raises(ReadOnlyError, match="lse"):
         decode_foreign(p, list(p.arrays()), lse=Unversioned(lse))
+
+
+@pytest.mark.parametrize("versioned", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_foreign_outputs_are_written(dtype, versioned):
+    """bfloat16 too, and those of producers that cannot say whether they may be written."""
+    p = make_problem([70, 5], h_q=4, dtype=dtype)
+    expected = decode(*p.arrays())
+    out = foreign(np.zeros_like(expected[0]))
+
+    class Unversioned(type(out)):
+        def __dlpack__(self, **options):
+            if options:
+                raise TypeError("no options")
+            return super().__dlpack__()
+
+    if not versioned:
+        out.__class__ = Unversioned
+    returned, _ = decode_foreign(p, list(p.arrays()), out=out)
+    assert returned is out
+    assert same_bits(get(out.array), expected[0])
+
+
+@pytest.mark.parametrize(
+    "producer",
+    [
+        lambda torch: torch.zeros(3, dtype=torch.float8_e4m3fn),
+        lambda torch: torch.zeros(3, dtype=torch.complex32),
+        lambda torch: None,
+    ],
+    ids=["fp8", "complex32", "raises"],
+)
+def test_foreign_producers_that_cannot_export(producer):
+    torch = pytest.importorskip("torch")
+    array = producer(torch)
+
+    class Producer:
+        def __dlpack_device__(self):
+            return 1, 0
+
+        def __dlpack__(self, **options):
+            if array is None:
+                raise ZeroDivisionError("its own error")
+            return array.__dlpack__(**options)
+
+    with pytest.raises(ArgTypeError, match=r"cache_seqlens: expected an array that exports itself"):
+        get_mla_metadata(Producer(), 16, 1)
+
+
+def test_foreign_on_a_gpu_without_a_driver(monkeypatch):
+    no_driver = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "cupy", no_driver)
+    monkeypatch.setattr(
+        "flashmla_cupy.frameworks._ADAPTERS", {"numpy": ("ndarray", "numpy_arrays", "NumPy")}
+    )
+    with pytest.raises(NoDeviceError, match="cache_seqlens lies on a CUDA device"):
+        get_mla_metadata(Foreign(np.zeros(3, np.int32), (2, 0)), 16, 1)
 
 
 def test_foreign_with_torch_is_mixed():
