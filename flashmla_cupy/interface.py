@@ -111,9 +111,11 @@ def flash_mla_with_kvcache(
         lazy, tile_scheduler_metadata = tile_scheduler_metadata, None
         if num_splits is not None:  # a call that was seen before would not look at it again
             checks.metadata_kind(None, num_splits, is_lazy=True)
-    arrays = (
-        q, k_cache, block_table, cache_seqlens, tile_scheduler_metadata, num_splits, out, lse
-    )  # fmt: skip
+    arrays: tuple[Any, ...] = q, k_cache, block_table, cache_seqlens
+    if out is not None or lse is not None:
+        arrays = (*arrays, tile_scheduler_metadata, num_splits, out, lse)
+    elif lazy is None:
+        arrays = (*arrays, tile_scheduler_metadata, num_splits)
     options = head_dim_v, softmax_scale, causal, lazy is not None
     compiler = _modules.get("torch.compiler")
     if compiler is not None and compiler.is_dynamo_compiling():  # of this thread: Dynamo says so

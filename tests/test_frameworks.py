@@ -172,7 +172,7 @@ def cupy(monkeypatch):
     fake = SimpleNamespace(ndarray=ndarray, empty=ndarray, cuda=cuda, used=used)
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(frameworks, "_instances", dict(frameworks._instances))
-    monkeypatch.setattr(frameworks, "_by_type", dict(frameworks._by_type))
+    monkeypatch.setattr(frameworks, "by_type", dict(frameworks.by_type))
     frameworks._instances.pop("cupy", None)
     forget_calls(monkeypatch)
     return fake

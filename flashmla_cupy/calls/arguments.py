@@ -3,7 +3,7 @@
 Whatever handles the arrays of a call follows from its table: the order of its tuples of arrays and
 of addresses, the alignment of each, which are written, the schema of the PyTorch op, the operands
 of the JAX op and which of them jax.vmap may map. A new array is a row here, its check in `checks`
-and its use.
+and its use. A tuple of arrays may end before the table does, with the last one that the call has.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from types import NoneType
-from typing import Literal
+from typing import Any, Literal
 
 from ..sizes import HEAD_DIM, HEAD_DIM_V, METADATA_COLUMNS
 
@@ -79,6 +79,10 @@ class Table:
     def usual_types(self) -> frozenset[tuple[type, ...]]:
         """The types of options that may be kept in a key."""
         return frozenset(itertools.product(*(option.types for option in self.options)))
+
+    def named(self, arrays: tuple[Any, ...]) -> dict[str, Any]:
+        """The arrays by name, None for each that the call lacks."""
+        return dict(itertools.zip_longest(self.names, arrays))
 
     def __getitem__(self, name: str) -> Array:
         return self.arrays[self.names.index(name)]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .metadata import MetadataCall
 
 Results = tuple[Any, Any]
+METADATA = DECODE.names.index("tile_scheduler_metadata")
 OUT, LSE = DECODE.outputs
 _bind_lock = Lock()
 
@@ -64,7 +65,9 @@ def eager(
     otherwise(where, arrays, options, lazy) makes the call if the arrays have no address to launch
     with, where `frameworks.elsewhere` says. is_op: a compiled program makes the call, in which a
     bad length in host memory is reported later, as on a GPU, and does not raise."""
-    call, pointers, key = _calls.find(arrays, options)
+    head_dim_v, softmax_scale, causal, is_lazy = options
+    types = type(head_dim_v), type(softmax_scale), type(causal), type(is_lazy)
+    call, pointers, key = _calls.find(arrays, options, types)
     if call is None or not call.accepts(pointers):
         where = elsewhere(arrays)
         if where and otherwise is not None:
@@ -121,7 +124,7 @@ def validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     scalars.head_dim_v(head_dim_v)
     softmax_scale = scalars.softmax_scale(softmax_scale)
     causal = scalars.causal(causal)
-    named = dict(zip(DECODE.names, arrays, strict=True))
+    named = DECODE.named(arrays)
     checks.metadata_kind(named["tile_scheduler_metadata"], named["num_splits"], is_lazy)
     given = {
         array.name: named[array.name]
@@ -193,7 +196,7 @@ def _make(
         new_scratch=new_scratch,
         schedule=schedule,
     )
-    return _calls.keep(key, call), pointers(DECODE, infos)
+    return _calls.keep(key, call), pointers(DECODE, infos)[: len(arrays)]
 
 
 # --- what is done ------------------------------------------------------------------------------
@@ -230,27 +233,34 @@ def _launch(
     """Allocates what is missing and launches; nothing here waits for the device. schedule: the
     address of tile_scheduler_metadata if it is not among the pointers; new_splits: that of
     num_splits, if both are yet to be made."""
-    q, k_cache, table, cache_seqlens, metadata, _splits, out_pointer, lse_pointer = pointers
-    framework, out, lse = call.framework, arrays[OUT], arrays[LSE]
+    framework = call.framework
     pointer = framework.pointer
-    if out is None and lse is None:
+    if len(arrays) <= OUT:  # the usual case: neither is given
         out, lse = call.new_results()
         out_pointer, lse_pointer = pointer(out), pointer(lse)
-    elif out is None:
-        out = call.new_out()
-        out_pointer = pointer(out)
-    elif lse is None:
-        lse = call.new_lse()
-        lse_pointer = pointer(lse)
+    else:
+        out = call.new_out() if arrays[OUT] is None else arrays[OUT]
+        lse = call.new_lse() if arrays[LSE] is None else arrays[LSE]
+        out_pointer = pointers[OUT] or pointer(out)
+        lse_pointer = pointers[LSE] or pointer(lse)
     if call.launch is None:  # the results are empty
         return out, lse
     scratch = 0
     if call.new_scratch is not None:  # freed at the end of this call, in the order of the stream
         _room, scratch = call.new_scratch()
-    metadata = schedule or metadata
+    q, k_cache, table, cache_seqlens, *_ = pointers
     call.launch(
         framework.stream(call.configuration.device),
-        Addresses(q, k_cache, metadata, cache_seqlens, table, out_pointer, lse_pointer, scratch),
+        Addresses(
+            q,
+            k_cache,
+            schedule or pointers[METADATA],
+            cache_seqlens,
+            table,
+            out_pointer,
+            lse_pointer,
+            scratch,
+        ),
         call.softmax_scale,
         call.causal,
         new_splits,
@@ -262,7 +272,7 @@ def _on_host(
     call: DecodeCall, arrays: tuple[Any, ...], lazy: SchedMeta | None, is_op: bool
 ) -> Results:
     """The reference, on views of the arrays."""
-    view, named = call.framework.to_numpy, dict(zip(DECODE.names, arrays, strict=True))
+    view, named = call.framework.to_numpy, DECODE.named(arrays)
     lengths, pages = view(named["cache_seqlens"]), view(named["block_table"])
     if not (is_op or call.is_empty):
         refused = reference.bad_length(lengths, pages, call.configuration.page_size)

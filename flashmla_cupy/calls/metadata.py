@@ -81,7 +81,8 @@ def eager(
 
     otherwise(where, arrays, options) makes the call if the arrays have no address to launch with,
     where `frameworks.elsewhere` says."""
-    call, pointers, key = _calls.find(arrays, options)
+    rows, h_kv, h_q = options
+    call, pointers, key = _calls.find(arrays, options, (type(rows), type(h_kv), type(h_q)))
     if call is None or not call.accepts(pointers):
         where = elsewhere(arrays)
         if where and otherwise is not None:

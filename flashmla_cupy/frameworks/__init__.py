@@ -26,6 +26,7 @@ __all__ = [
     "HOST",
     "Adapter",
     "ArrayInfo",
+    "by_type",
     "elsewhere",
     "framework",
     "framework_of",
@@ -42,7 +43,7 @@ _ADAPTERS = {  # name: (class of its arrays, module and class of the adapter)
 }
 _EXPECTED = "a NumPy array, a CuPy array, a torch.Tensor or a JAX array"
 _instances: dict[str, Adapter] = {}
-_by_type: dict[type, Adapter] = {}
+by_type: dict[type, Adapter] = {}  # of the arrays that were seen
 
 
 def framework(name: str) -> Adapter:
@@ -56,14 +57,14 @@ def framework(name: str) -> Adapter:
 def framework_of(x: Any, argument: str) -> Adapter:
     """The adapter for array x. Raises ArgTypeError or FrameworkMismatchError, naming the argument,
     for anything that is not an array of one of the four."""
-    found = _by_type.get(type(x))
+    found = by_type.get(type(x))
     return found if found is not None else _find(x, argument)
 
 
 def is_foreign(x: Any) -> bool:
     """Whether x is an array of none of the four frameworks that speaks DLPack."""
     kind = type(x)
-    return kind not in _by_type and hasattr(kind, "__dlpack__") and not name_of(x)
+    return kind not in by_type and hasattr(kind, "__dlpack__") and not name_of(x)
 
 
 def elsewhere(arrays: Iterable[Any]) -> Literal["torch", "foreign", "jax", ""]:
@@ -99,7 +100,7 @@ def _find(x: Any, argument: str) -> Adapter:
         remedy = "Pass numpy.ma.getdata(x), or x.filled(value): a mask cannot be kept."
         raise ArgTypeError(argument, "an array without a mask", shown, remedy)
     if name:
-        found = _by_type[kind] = framework(name)
+        found = by_type[kind] = framework(name)
         return found
     if hasattr(kind, "__dlpack__"):
         raise FrameworkMismatchError(

@@ -130,9 +130,6 @@ class _ElementStrides(dict[tuple[tuple[int, ...], int], tuple[int, ...]]):
         return elements
 
 
-# 0 for each of the arrays that a call lacks behind its last one.
-NO_ADDRESSES = tuple((0,) * n for n in range(32))
-
 dtype_names = _DtypeNames()
 element_strides = _ElementStrides()
 

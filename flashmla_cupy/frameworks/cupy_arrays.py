@@ -14,7 +14,6 @@ import numpy as np
 from ..gpu.driver import NEVER_CAPTURED, RelaxedCapture, capture_id
 from .base import (
     HERE,
-    NO_ADDRESSES,
     Adapter,
     ArrayInfo,
     dtype_names,
@@ -55,16 +54,11 @@ class CuPy(Adapter):
         return ArrayInfo(data.ptr, x.shape, strides, dtype_names[dtype], data.device_id)
 
     def signature(self, arrays: tuple[Any, ...]) -> tuple[Any, tuple[int, ...]]:
-        size = len(arrays)
-        while arrays[-1] is None:  # most calls lack the last ones only
-            arrays = arrays[:-1]
-        none = NO_ADDRESSES[size - len(arrays)]
         try:
-            return (self, *map(_facts, arrays)), (*map(_pointer, arrays), *none)
-        except AttributeError:
+            return (self, *map(_facts, arrays)), tuple(map(_pointer, arrays))
+        except AttributeError:  # one of them is absent
             facts = [None if x is None else _facts(x) for x in arrays]
-            pointers = [0 if x is None else _pointer(x) for x in arrays]
-            return (self, *facts), (*pointers, *none)
+            return (self, *facts), tuple([0 if x is None else _pointer(x) for x in arrays])
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
         return self._empty(shape, numpy_dtype(dtype))

@@ -32,32 +32,20 @@ class Guards:
     They are remembered when two calls in a row have had them: making a guard takes as long as
     reading the facts some times."""
 
-    def __init__(self, make: Callable[..., Any] | None, is_nested: Callable[[Any], bool]) -> None:
-        """`make` is PyTorch's TensorGuards, None if it has none. `is_nested` tells of a tensor
-        whether it is a nested one: a guard ends the process when it is asked about such a one."""
-        self._make, self._is_nested = make, is_nested
-        self._found: dict[int, tuple[Callable[..., bool], Facts]] = {}
-        self._last: Facts | None = None
-
-    def find(self, tensors: Sequence[Any]) -> Facts | None:
-        """The facts, if these tensors have those of remembered ones."""
-        found = self._found.get(len(tensors))
-        if found is None:
-            return None
-        try:
-            if any(map(self._is_nested, tensors)) or not found[0](*tensors):
-                return None
-        except TypeError:  # not all of them are tensors
-            return None
-        self._last = None  # so two misses in a row are none with a hit between them
-        return found[1]
+    def __init__(self, make: Callable[..., Any] | None) -> None:
+        """`make` is PyTorch's TensorGuards, None if it has none."""
+        self._make = make
+        # Number of tensors -> (guard, facts). A guard must not be asked about a nested tensor: it
+        # has no strides, which ends the process.
+        self.found: dict[int, tuple[Callable[..., bool], Facts]] = {}
+        self.last: Facts | None = None  # None after a hit: two misses in a row have none between
 
     def remember(self, tensors: Sequence[Any], facts: Facts) -> None:
         """Not for tensors that require a gradient, as the guard is blind to the mode."""
-        if facts != self._last or self._make is None:
-            self._last = facts
+        if facts != self.last or self._make is None:
+            self.last = facts
             return
-        self._last = None
+        self.last = None
         try:
             guard = self._make(
                 *tensors,
@@ -67,4 +55,4 @@ class Guards:
         except Exception:  # of another PyTorch
             self._make = None
         else:
-            self._found[len(tensors)] = guard.check, facts
+            self.found[len(tensors)] = guard.check, facts

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import ArgTypeError, ArgumentError, DeviceMismatchError, OptionError
-from .base import HERE, HOST, NO_ADDRESSES, Adapter, ArrayInfo
+from .base import HERE, HOST, Adapter, ArrayInfo
 from .torch_guards import Facts, Guards
 
 _FAKE = ("FakeTensor", "FunctionalTensor")  # subclasses that traces are made of
@@ -42,9 +42,8 @@ class Torch(Adapter):
         self._torch_device = torch.device
         compiled_code = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
         self._empty_strided = getattr(compiled_code, "_empty_strided_cuda", None)
-        self._guards = Guards(
-            getattr(compiled_code, "TensorGuards", None), torch.Tensor.is_nested.__get__
-        )
+        self._guards = Guards(getattr(compiled_code, "TensorGuards", None))
+        self._is_nested: Callable[[Any], bool] = torch.Tensor.is_nested.__get__
         # Dispatch modes of this thread: FakeTensorMode, make_fx, a profiler of operations, ...
         self._modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _no_modes)
         self._grad_enabled: Callable[[], bool] = torch.is_grad_enabled
@@ -83,15 +82,17 @@ class Torch(Adapter):
         torch has two kinds of GPU."""
         if self._modes():  # of a trace, or of anything else that has to see the call
             raise ValueError("a dispatch mode is active")
-        size = len(arrays)
-        while arrays[-1] is None:  # most calls lack the last ones only
-            arrays = arrays[:-1]
-        none = NO_ADDRESSES[size - len(arrays)]
-        known = self._guards.find(arrays)
+        guards = self._guards
+        known = guards.found.get(len(arrays))
         if known is not None:
-            addresses = tuple(map(self._address_of, arrays))
-            if 0 not in addresses:
-                return known, addresses + none
+            try:
+                if not any(map(self._is_nested, arrays)) and known[0](*arrays):
+                    guards.last = None
+                    addresses = tuple(map(self._address_of, arrays))
+                    if 0 not in addresses:
+                        return known[1], addresses
+            except TypeError:  # one of them is absent
+                pass
         facts: tuple[Any, ...] = (self, arrays[0].device)
         pointers = []
         complete = True
@@ -109,7 +110,7 @@ class Torch(Adapter):
         found = Facts(facts)
         if complete:
             self._guards.remember(arrays, found)
-        return found, (*pointers, *none)
+        return found, tuple(pointers)
 
     def is_fake(self, x: Any) -> bool:
         return type(x).__name__ in _FAKE

@@ -19,7 +19,8 @@ def decode(
 ) -> tuple[Any, Any]:
     """flash_mla_with_kvcache(); outputs that the caller gave are returned as they are."""
     results = eager_decode(_imported(DECODE, arrays), options, lazy)
-    given = (arrays[i] for i in DECODE.outputs)
+    named = DECODE.named(arrays)
+    given = named["out"], named["lse"]
     out, lse = (r if x is None else x for r, x in zip(results, given, strict=True))
     return out, lse
 
@@ -34,7 +35,7 @@ def _imported(table: Table, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
     writes = {array.name: array.role == "output" for array in table.arrays}
     return tuple(
         _view(table, name, x, writes[name]) if is_foreign(x) else x
-        for name, x in zip(table.names, arrays, strict=True)
+        for name, x in zip(table.names, arrays, strict=False)
     )
 
 

@@ -58,7 +58,7 @@ def decode(
 ) -> tuple[Any, Any]:
     """flash_mla_with_kvcache() of JAX arrays or tracers. A SchedMeta is not bound: a tracer must
     not outlive its trace, so each such call makes its own schedule."""
-    on_gpu = _placed(dict(zip(DECODE.names, arrays, strict=True)), DECODE.function)
+    on_gpu = _placed(DECODE.named(arrays), DECODE.function)
     signature = _signature(arrays, options, on_gpu)
     call = _calls.get(signature)
     if call is None:
@@ -98,13 +98,13 @@ def _signature(arrays: tuple[Any, ...], options: tuple[Any, ...], on_gpu: bool) 
 
 def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...], on_gpu: bool) -> _Call:
     """Every check, on shapes and dtypes alone."""
-    for i in DECODE.outputs:
-        if arrays[i] is not None:
-            name = DECODE.names[i]
+    named = DECODE.named(arrays)
+    for name in (array.name for array in DECODE.having("output")):
+        if named[name] is not None:
             raise OptionError(
                 name,
                 "None, since JAX arrays cannot be written",
-                kind(arrays[i]),
+                kind(named[name]),
                 f"Leave {name} out; inside jax.jit XLA reuses the memory of donated arguments.",
             )
     valid = validate(arrays, options)

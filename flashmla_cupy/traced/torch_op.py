@@ -43,6 +43,7 @@ _OPTIONAL = tuple(_POSITIONS[array.name] for array in DECODE.having("optional"))
 _RANKS = tuple((array.name, len(array.axes), array.shape) for array in DECODE.arrays)
 _METADATA, _SPLITS = _POSITIONS["tile_scheduler_metadata"], _POSITIONS["num_splits"]
 _OUT, _LSE = DECODE.outputs
+_NONE = (None,) * len(DECODE.arrays)
 
 
 # --- what the compiler traces ------------------------------------------------------------------
@@ -64,7 +65,7 @@ def decode(
     scalars.head_dim_v(head_dim_v)
     scale = scalars.softmax_scale(softmax_scale)
     scalars.causal(causal)
-    tensors = list(arrays)
+    tensors = [*arrays, *_NONE[len(arrays) :]]
     checks.metadata_kind(tensors[_METADATA], tensors[_SPLITS], is_lazy)
     for x, (name, rank, shape) in zip(tensors, _RANKS, strict=True):
         if x is not None and x.dim() != rank:

@@ -285,6 +285,6 @@ def install(monkeypatch, kernels: Kernels, num_sms: int) -> Emulator:
             for variant in wanted
         ],
     )
-    monkeypatch.setitem(frameworks._by_type, np.ndarray, emulator.framework)
+    monkeypatch.setitem(frameworks.by_type, np.ndarray, emulator.framework)
     forget_calls(monkeypatch)
     return emulator

@@ -162,7 +162,7 @@ def install(monkeypatch) -> FakeDevice:
     from flashmla_cupy import frameworks
 
     fake = FakeDevice(FakeFramework(), {0: FakeEngine(), 1: FakeEngine()})
-    monkeypatch.setitem(frameworks._by_type, FakeArray, fake.framework)
+    monkeypatch.setitem(frameworks.by_type, FakeArray, fake.framework)
     monkeypatch.setattr(engine, "_engines", dict(fake.engines))
     forget_calls(monkeypatch)
     return fake
