@@ -131,7 +131,14 @@ def _folders() -> Iterator[Path]:
             yield Path(entry)
     roots = [os.environ.get(name) for name in ("CONDA_PREFIX", "CUDA_PATH", "CUDA_HOME")]
     for root in filter(None, [sys.prefix, *roots, "/usr/local/cuda"]):
-        for part in ("lib", "lib64", "bin", "bin/x64", "targets/x86_64-linux/lib"):
+        for part in (
+            "lib",
+            "lib64",
+            "bin",
+            "bin/x64",
+            "targets/x86_64-linux/lib",
+            "targets/sbsa-linux/lib",
+        ):
             yield Path(root) / part
 
 
