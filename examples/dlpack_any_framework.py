@@ -18,6 +18,7 @@ import numpy as np
 from flashmla_cupy import PagedKVCache, flash_mla_with_kvcache, get_mla_metadata
 
 HEADS, D_QK, D_V, PAGE = 128, 576, 512, 64
+SCALE = 0.1352  # DeepSeek-V3's; flashmla_cupy.deepseek computes that of a configuration
 
 
 class Unknown:
@@ -54,7 +55,15 @@ def main() -> int:
     def decode(q, k_cache, block_table, lengths):
         metadata, num_splits = get_mla_metadata(lengths, HEADS, 1)
         return flash_mla_with_kvcache(
-            q, k_cache, block_table, lengths, D_V, metadata, num_splits, causal=True
+            q,
+            k_cache,
+            block_table,
+            lengths,
+            D_V,
+            metadata,
+            num_splits,
+            softmax_scale=SCALE,
+            causal=True,
         )
 
     out, lse = decode(q, k_cache, block_table, lengths)

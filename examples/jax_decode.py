@@ -20,6 +20,8 @@ import numpy as np
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
 
 HEADS, D_QK, D_V, PAGE = 128, 576, 512, 64
+SCALE = 0.1352  # DeepSeek-V3's; flashmla_cupy.deepseek computes that of a configuration
+Q_SIZE = 0.3  # of queries: scores are then of order 1
 
 
 def step(state, new):
@@ -31,7 +33,15 @@ def step(state, new):
     lengths = lengths + 1
     metadata, num_splits = get_mla_metadata(lengths, HEADS, 1)  # once for all layers
     out, _ = flash_mla_with_kvcache(
-        q, k_cache, block_table, lengths, D_V, metadata, num_splits, causal=True
+        q,
+        k_cache,
+        block_table,
+        lengths,
+        D_V,
+        metadata,
+        num_splits,
+        softmax_scale=SCALE,
+        causal=True,
     )
     return (k_cache, block_table, lengths), out
 
@@ -58,7 +68,7 @@ def main() -> int:
     keys = jax.random.split(jax.random.key(0), 3)
     k_cache = jax.random.normal(keys[0], (batch * columns, PAGE, 1, D_QK), jnp.bfloat16)
     rows = jax.random.normal(keys[1], (steps, batch, D_QK), jnp.bfloat16)
-    queries = jax.random.normal(keys[2], (steps, batch, 1, HEADS, D_QK), jnp.bfloat16)
+    queries = Q_SIZE * jax.random.normal(keys[2], (steps, batch, 1, HEADS, D_QK), jnp.bfloat16)
     print(f"problem   {batch} requests of {lengths.min()} to {lengths.max()} tokens, {steps} new")
 
     # Token by token, each call on its own.
@@ -88,7 +98,7 @@ def check(out, q, k_cache, block_table, lengths) -> bool:
         n = int(lengths[b])
         pages = k_cache[block_table[b, : -(-n // PAGE)]]
         latent = np.asarray(pages).reshape(-1, D_QK)[:n].astype(np.float64)
-        score = np.asarray(q[b, 0]).astype(np.float64) @ latent.T / D_QK**0.5
+        score = SCALE * np.asarray(q[b, 0]).astype(np.float64) @ latent.T
         weight = np.exp(score - score.max(axis=1, keepdims=True))
         expected = weight / weight.sum(axis=1, keepdims=True) @ latent[:, :D_V]
         error = np.abs(np.asarray(out[b, 0]).astype(np.float64) - expected)

@@ -16,6 +16,8 @@ import torch
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
 
 HEADS, D_QK, D_V, PAGE = 128, 576, 512, 64
+SCALE = 0.1352  # DeepSeek-V3's; flashmla_cupy.deepseek computes that of a configuration
+Q_SIZE = 0.3  # of queries: scores are then of order 1
 DTYPE = torch.bfloat16
 
 
@@ -36,7 +38,7 @@ def main() -> int:
 
     # What the model computes for each new token: one latent row, and a query for each head.
     rows = torch.randn(steps, batch, D_QK, dtype=DTYPE, device=device)
-    queries = torch.randn(steps, batch, 1, HEADS, D_QK, dtype=DTYPE, device=device)
+    queries = Q_SIZE * torch.randn(steps, batch, 1, HEADS, D_QK, dtype=DTYPE, device=device)
     row, q = torch.empty_like(rows[0]), torch.empty_like(queries[0])  # where a step finds them
 
     def step() -> torch.Tensor:
@@ -46,7 +48,15 @@ def main() -> int:
         lengths.add_(1)
         metadata, num_splits = get_mla_metadata(lengths, HEADS, 1)  # once for all layers
         out, _ = flash_mla_with_kvcache(
-            q, k_cache, block_table, lengths, D_V, metadata, num_splits, causal=True
+            q,
+            k_cache,
+            block_table,
+            lengths,
+            D_V,
+            metadata,
+            num_splits,
+            softmax_scale=SCALE,
+            causal=True,
         )
         return out
 
@@ -100,7 +110,7 @@ def check(out, q, k_cache, block_table, lengths) -> bool:
     for b in {int(lengths.argmin()), int(lengths.argmax())}:
         n = int(lengths[b])
         latent = k_cache[block_table[b, : -(-n // PAGE)].long()].reshape(-1, D_QK)[:n].double()
-        weight = torch.softmax(q[b, 0].double() @ latent.T / D_QK**0.5, dim=-1)
+        weight = torch.softmax(SCALE * q[b, 0].double() @ latent.T, dim=-1)
         expected = weight @ latent[:, :D_V]
         error = (out[b, 0].double() - expected).abs() - 2**-7 * expected.abs()
         worst = max(worst, float(error.max()))

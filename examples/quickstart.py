@@ -15,6 +15,8 @@ from flashmla_cupy import PagedKVCache, flash_mla_with_kvcache, get_mla_metadata
 
 HEADS = 128  # query heads of DeepSeek-V3; they share one latent vector a token
 D_QK, D_V = 576, 512  # a latent vector: 512 columns (all of V) and 64 rotary ones
+SCALE = 0.1352  # DeepSeek-V3's; flashmla_cupy.deepseek computes that of a configuration
+Q_SIZE = 0.3  # of queries: scores are then of order 1
 # What FlashMLA's own tests allow in bfloat16; its values are a tenth of those here, so is its ATOL.
 ATOL, RTOL = 8e-3, 2.01 / 128
 
@@ -37,7 +39,8 @@ def main() -> int:
     batch, longest = (32, 8192) if on_gpu else (4, 400)
     lengths = rng.integers(2, longest, batch, endpoint=True)
     latents = [random(rng, cache.dtype, n, D_QK) for n in lengths]
-    q = random(rng, cache.dtype, batch, 1, HEADS, D_QK)
+    q = random(rng, np.float32, batch, 1, HEADS, D_QK) * np.float32(Q_SIZE)
+    q = q.astype(cache.dtype)
 
     # Fill the cache: first the prompts, then, as each decoding step does, one more token for all.
     seqs = [cache.add(latent[:-1]) for latent in latents]
@@ -45,7 +48,7 @@ def main() -> int:
 
     # Attend: out [batch, 1, 128, 512] and lse [batch, 128, 1], the log of each softmax's sum.
     q_device = xp.asarray(q)
-    out, lse = map(host, cache.attend(q_device, seqs))
+    out, lse = map(host, cache.attend(q_device, seqs, softmax_scale=SCALE))
 
     # The same through FlashMLA's interface. A model makes the metadata once for all its layers.
     block_table, cache_seqlens = cache.tables(seqs)
@@ -53,7 +56,14 @@ def main() -> int:
 
     def decode() -> tuple:
         return flash_mla_with_kvcache(
-            q_device, cache.storage, block_table, cache_seqlens, D_V, metadata, num_splits
+            q_device,
+            cache.storage,
+            block_table,
+            cache_seqlens,
+            D_V,
+            metadata,
+            num_splits,
+            softmax_scale=SCALE,
         )
 
     out_again, lse_again = map(host, decode())
@@ -97,9 +107,9 @@ def host(x) -> np.ndarray:
 
 
 def reference(q: np.ndarray, latent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """softmax(q K^T / sqrt(576)) V of one request in float64, and the log of the softmax's sum."""
+    """softmax(scale q K^T) V of one request in float64, and the log of the softmax's sum."""
     q, k = q.astype(np.float64), latent.astype(np.float64)  # [heads, 576], [tokens, 576]
-    score = q @ k.T / np.sqrt(D_QK)
+    score = SCALE * q @ k.T
     lse = np.logaddexp.reduce(score, axis=1)
     return np.exp(score - lse[:, None]) @ k[:, :D_V], lse
 

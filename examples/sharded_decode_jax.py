@@ -18,7 +18,7 @@ number of GPUs; it has been tried on one and on two.
 
 In torch.distributed the same is, on each rank, with its own pages, block_table and lengths:
 
-    out, lse = flash_mla_with_kvcache(q, my_pages, my_table, my_lengths, 512, *my_metadata)
+    out, lse = flash_mla_with_kvcache(q, my_pages, my_table, my_lengths, 512, *my_metadata, scale)
     outs, lses = out.new_empty(n, *out.shape), lse.new_empty(n, *lse.shape)
     dist.all_gather_into_tensor(outs, out)
     dist.all_gather_into_tensor(lses, lse)
@@ -42,12 +42,16 @@ from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
 from flashmla_cupy.partials import merge_partials
 
 HEADS, D_QK, D_V, PAGE = 128, 576, 512, 64
+SCALE = 0.1352  # DeepSeek-V3's; flashmla_cupy.deepseek computes that of a configuration
+Q_SIZE = 0.3  # of queries: scores are then of order 1
 
 
 def decode(q, k_cache, block_table, lengths):
     """(out, lse) of the heads, pages and lengths that this device has."""
     metadata, num_splits = get_mla_metadata(lengths, q.shape[1] * q.shape[2], 1)
-    return flash_mla_with_kvcache(q, k_cache, block_table, lengths, D_V, metadata, num_splits)
+    return flash_mla_with_kvcache(
+        q, k_cache, block_table, lengths, D_V, metadata, num_splits, softmax_scale=SCALE
+    )
 
 
 def decode_context(q, k_cache, block_table, lengths):
@@ -87,7 +91,7 @@ def main() -> int:
     lengths[0] = 3  # all in one page: most devices hold nothing of this request
     keys = jax.random.split(jax.random.key(0), 2)
     k_cache = jax.random.normal(keys[0], (batch * columns, PAGE, 1, D_QK), jnp.bfloat16)
-    q = jax.random.normal(keys[1], (batch, 1, HEADS, D_QK), jnp.bfloat16)
+    q = Q_SIZE * jax.random.normal(keys[1], (batch, 1, HEADS, D_QK), jnp.bfloat16)
     print(f"problem   {batch} requests of {lengths.min()} to {lengths.max()} tokens, {HEADS} heads")
 
     whole = decode(q, k_cache, jnp.asarray(pages), jnp.asarray(lengths))
