@@ -83,6 +83,13 @@ def test_arrays_and_their_subclasses_are_found(name):
         assert seen == [framework(name)]
 
 
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_the_host_has_one_stream(name):
+    """A PyTorch without CUDA has no stream to ask for."""
+    pytest.importorskip(name)
+    assert framework(name).stream(HOST) == 0
+
+
 @pytest.mark.parametrize("value", [None, 1.5, [1, 2], "q", object()])
 def test_what_is_no_array(value):
     assert not is_foreign(value)

@@ -155,7 +155,7 @@ class Torch(Adapter):
         return int(self._cuda.current_stream(device).cuda_stream)
 
     def stream(self, device: int) -> int:
-        return self._raw_stream(device)
+        return 0 if device == HOST else self._raw_stream(device)
 
     def device_guard(self, device: int) -> AbstractContextManager[Any]:
         if device == HOST or self._current_device() == device:
