@@ -28,9 +28,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from gpu.support import oracle as gpu_oracle
-from gpu.support import problems as gpu_problems
-from gpu.support.arrays import DRY, DTYPES, synchronize, xp
+from support.gpu import oracle as gpu_oracle
+from support.gpu import problems as gpu_problems
+from support.gpu.arrays import DRY, DTYPES, synchronize, xp
 
 import flashmla_cupy
 from flashmla_cupy.build import compiler

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from gpu.support import oracle as gpu_oracle
-from gpu.support import problems as gpu_problems
-from gpu.support.arrays import DRY, DTYPES, bits, fill_poison, mark, release_memory, same, xp
+from support.gpu import oracle as gpu_oracle
+from support.gpu import problems as gpu_problems
+from support.gpu.arrays import DRY, DTYPES, bits, fill_poison, mark, release_memory, same, xp
 
 import flashmla_cupy
 

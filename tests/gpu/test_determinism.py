@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu.support import problems as gpu_problems
-from gpu.support.arrays import DRY, differing, fill_nan, host, mark, release_memory, xp
+from support.gpu import problems as gpu_problems
+from support.gpu.arrays import DRY, differing, fill_nan, host, mark, release_memory, xp
 
 import flashmla_cupy
 

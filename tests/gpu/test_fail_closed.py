@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu.support import oracle as gpu_oracle
-from gpu.support import problems as gpu_problems
-from gpu.support.arrays import (
+from support.gpu import oracle as gpu_oracle
+from support.gpu import problems as gpu_problems
+from support.gpu.arrays import (
     DRY,
     INT_MAX,
     INT_MIN,
@@ -25,7 +25,7 @@ from gpu.support.arrays import (
     same,
     xp,
 )
-from gpu.support.guards import Guards
+from support.gpu.guards import Guards
 
 import flashmla_cupy
 from flashmla_cupy import DeviceCheckError, flash_mla_with_kvcache, get_mla_metadata, reference

@@ -20,11 +20,11 @@ import pytest
 import sanitize
 import test_determinism
 import test_grid
-from gpu.support import guards as gpu_guards
-from gpu.support import oracle as gpu_oracle
-from gpu.support import problems as gpu_problems
-from gpu.support import products as gpu_products
-from gpu.support.arrays import DRY, DTYPES, bits, from_float, host, same, to_float, xp
+from support.gpu import guards as gpu_guards
+from support.gpu import oracle as gpu_oracle
+from support.gpu import problems as gpu_problems
+from support.gpu import products as gpu_products
+from support.gpu.arrays import DRY, DTYPES, bits, from_float, host, same, to_float, xp
 from support.oracle import oracle
 
 from flashmla_cupy import Schedule

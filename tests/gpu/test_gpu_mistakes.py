@@ -8,9 +8,9 @@ import numpy as np
 import test_fail_closed
 import test_grid
 import test_needles
-from gpu.support import oracle as gpu_oracle
-from gpu.support import problems as gpu_problems
-from gpu.support.arrays import bits, mark, xp
+from support.gpu import oracle as gpu_oracle
+from support.gpu import problems as gpu_problems
+from support.gpu.arrays import bits, mark, xp
 
 import flashmla_cupy
 

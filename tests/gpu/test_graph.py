@@ -11,9 +11,9 @@ import contextlib
 
 import numpy as np
 import pytest
-from gpu.support import oracle as gpu_oracle
-from gpu.support import problems as gpu_problems
-from gpu.support.arrays import DRY, differing, fill_nan, fill_normal, host, mark, release_memory, xp
+from support.gpu import oracle as gpu_oracle
+from support.gpu import problems as gpu_problems
+from support.gpu.arrays import DRY, differing, fill_nan, fill_normal, host, mark, release_memory, xp
 
 import flashmla_cupy
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from gpu.support import oracle as gpu_oracle
-from gpu.support.arrays import DRY, bits, from_float, host, mark, release_memory, to_float, xp
-from gpu.support.problems import UNUSED_ENTRY, Problem, make
+from support.gpu import oracle as gpu_oracle
+from support.gpu.arrays import DRY, bits, from_float, host, mark, release_memory, to_float, xp
+from support.gpu.problems import UNUSED_ENTRY, Problem, make
 
 import flashmla_cupy
 

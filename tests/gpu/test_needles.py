@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu.support import problems as gpu_problems
-from gpu.support.arrays import (
+from support.gpu import problems as gpu_problems
+from support.gpu.arrays import (
     DRY,
     bits,
     from_float,
@@ -23,7 +23,7 @@ from gpu.support.arrays import (
     to_float,
     xp,
 )
-from gpu.support.problems import CACHE_LAYOUTS, EDGES, PAGE_SIZES, Q_LAYOUTS
+from support.gpu.problems import CACHE_LAYOUTS, EDGES, PAGE_SIZES, Q_LAYOUTS
 
 import flashmla_cupy
 

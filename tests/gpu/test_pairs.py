@@ -11,9 +11,9 @@ import contextlib
 
 import numpy as np
 import pytest
-from gpu.support import oracle as gpu_oracle
-from gpu.support import problems as gpu_problems
-from gpu.support.arrays import DRY, host, mark, same, synchronize, xp
+from support.gpu import oracle as gpu_oracle
+from support.gpu import problems as gpu_problems
+from support.gpu.arrays import DRY, host, mark, same, synchronize, xp
 
 import flashmla_cupy
 from flashmla_cupy.schedule.split import BEGINS_IN_PAIR, ENDS_IN_PAIR

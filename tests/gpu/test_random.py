@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from gpu.support import oracle as gpu_oracle
-from gpu.support.arrays import DRY, mark, release_memory, same
-from gpu.support.problems import random_problem
+from support.gpu import oracle as gpu_oracle
+from support.gpu.arrays import DRY, mark, release_memory, same
+from support.gpu.problems import random_problem
 
 import flashmla_cupy
 

@@ -6,7 +6,7 @@ import statistics
 import time
 
 import pytest
-from gpu.frameworks.sides import arrays_of, cupy
+from support.gpu.sides import arrays_of, cupy
 from support.problems import make_problem
 
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpu.frameworks.sides import arrays_of
 from support.every_framework import decode, get, same_bits
+from support.gpu.sides import arrays_of
 from support.problems import make_problem
 
 pytestmark = pytest.mark.gpu

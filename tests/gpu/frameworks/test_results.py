@@ -11,8 +11,8 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from gpu.frameworks.sides import Foreign, arrays_of, cupy
 from support.every_framework import CASES, decode, get, put, same_bits
+from support.gpu.sides import Foreign, arrays_of, cupy
 from support.oracle import assert_within_bound, oracle
 from support.problems import make_problem
 

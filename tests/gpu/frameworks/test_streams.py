@@ -10,7 +10,8 @@ import itertools
 import time
 
 import pytest
-from gpu.frameworks.sides import (
+from support.every_framework import DELAY_MS, GPU_FRAMEWORKS, decode, get, in_threads, same_bits
+from support.gpu.sides import (
     PROBLEM,
     SIDES,
     CupySide,
@@ -20,7 +21,6 @@ from gpu.frameworks.sides import (
     cupy,
     handed_over,
 )
-from support.every_framework import DELAY_MS, GPU_FRAMEWORKS, decode, get, in_threads, same_bits
 from support.problems import make_problem
 
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from gpu.frameworks.sides import arrays_of, cupy
 from support.every_framework import decode, same_bits
+from support.gpu.sides import arrays_of, cupy
 from support.problems import make_problem
 
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata

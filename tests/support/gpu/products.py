@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from gpu.support.arrays import DRY, host, xp
+from support.gpu.arrays import DRY, host, xp
 
 _made: dict = {}
 _MATMUL = r"""

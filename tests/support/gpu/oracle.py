@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from gpu.support.arrays import DRY, bits, from_float, gather, host, to_float, xp
-from gpu.support.products import matmul
+from support.gpu.arrays import DRY, bits, from_float, gather, host, to_float, xp
+from support.gpu.products import matmul
 
 UNIT_ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 TINY = {"bfloat16": 2.0**-134, "float16": 2.0**-25}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from gpu.support.arrays import bits, host, xp
+from support.gpu.arrays import bits, host, xp
 
 GUARD_BYTES = 4096
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-from gpu.support.arrays import DRY, DTYPES, INT_MAX, INT_MIN, fill_nan, fill_normal, fill_poison, xp
+from support.gpu.arrays import DRY, DTYPES, INT_MAX, INT_MIN, fill_nan, fill_normal, fill_poison, xp
 
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
 
