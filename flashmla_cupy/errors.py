@@ -4,7 +4,7 @@
     +- ArgumentError         also a ValueError or TypeError; .argument .expected .got .remedy
     +- environment errors    also a RuntimeError, ImportError or ValueError
     +- DeviceCheckError      found on the device: .request .column .reason
-    +- OutOfPagesError, SequenceError   of PagedKVCache
+    +- OutOfPagesError, SequenceError, StepError   of PagedKVCache
 
 No error is raised after a launch, an allocation or a change of state, except DeviceCheckError,
 which reports what an earlier call found in the values of block_table, cache_seqlens or metadata.
@@ -196,20 +196,37 @@ class DeviceCheckError(FlashMLAError, RuntimeError):
 
 
 class OutOfPagesError(FlashMLAError, RuntimeError):
-    """The pool has fewer free pages than the call needs; nothing was changed."""
+    """The pool has fewer pages to give than the call needs; nothing was changed.
 
-    def __init__(self, needed: int, free: int) -> None:
-        super().__init__(needed, free)
+    needed pages, of which `free` are free, `evictable` hold known prefixes that nobody uses, and
+    `pending` were freed but may still be read by launched work. With the pending ones there may be
+    enough: PagedKVCache.wait() makes them free, and freeing further sequences does not help."""
+
+    def __init__(self, needed: int, free: int, evictable: int = 0, pending: int = 0) -> None:
+        super().__init__(needed, free, evictable, pending)
         self.needed = needed
         self.free = free
+        self.evictable = evictable
+        self.pending = pending
 
     def __str__(self) -> str:
+        also = f" and {self.evictable} can be evicted" if self.evictable else ""
+        remedy = "Give sequences back with free(), or swap_out() some, or make the pool with a larger num_pages."
+        if self.pending:
+            also += f"; {self.pending} wait for launched work"
+            if self.free + self.evictable + self.pending >= self.needed:
+                remedy = "Call wait(), which makes those free, and try again."
         return (
-            f"The call needs {self.needed} more pages but only {self.free} are free. "
-            "Give sequences back with free(), or make the pool with a larger num_pages. "
-            "Nothing was changed."
+            f"The call needs {self.needed} more pages but only {self.free} are free{also}. "
+            f"{remedy} Nothing was changed."
         )
 
 
 class SequenceError(FlashMLAError, RuntimeError):
-    """A sequence handle that is unknown to this cache, or was freed."""
+    """A sequence handle that is unknown to this cache or was freed, or a sequence that is not in
+    the state that the call needs."""
+
+
+class StepError(FlashMLAError, RuntimeError):
+    """A step of a PagedKVCache that was committed or rolled back already, or that the call does
+    not fit."""

@@ -1,29 +1,36 @@
 """Which page holds which tokens of which sequence: the bookkeeping of PagedKVCache, on the host.
 
-Two small arrays have a row for each sequence: `_table` (its page numbers) and `_length` (its
-tokens). A page is either free, on the stack `_free`, or held; `_refcount` says by how many
-sequences. Adding tokens takes two steps: claim() says where they go and changes nothing that can be
-seen, commit() counts them. So whatever fails in between leaves no trace.
+Small arrays have a row for each sequence: `table` (its page numbers), `_length` (its tokens) and
+`reserved` (those and the ones of a step that is open on it). Adding tokens takes two steps:
+reserve() says where they go, settle() keeps as many of them as were accepted, perhaps none.
+
+Sequences may share pages. A token is written to a page only if nobody else holds it and it is not
+published as a known prefix; reserve() sees to that when the write is planned. Only the last page of
+a sequence is ever written, and only where it is not full: if it is shared, a copy takes its place.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence as SequenceOf
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..calls.wording import kind
-from ..errors import ArgTypeError, FlashMLAError, OutOfPagesError, SequenceError
+from ..errors import ArgTypeError, SequenceError
+from .page_states import PageStates
+from .prefix import Entry
 
 Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
 Index = npt.NDArray[np.intp]
 
 
 class Sequence:
-    """A handle for one sequence of one cache, from PagedKVCache.add(). It is valid until free(),
-    and never stands for another sequence."""
+    """A handle for one sequence of one cache. It is valid until free(), and never stands for
+    another sequence."""
 
     __slots__ = ("_owner", "number")
 
@@ -35,60 +42,89 @@ class Sequence:
         return f"<sequence {self.number}>"
 
 
-class Claim(NamedTuple):
-    """Room for n more tokens of each of some sequences."""
+class Known(NamedTuple):
+    """What is known of the tokens of a sequence."""
+
+    root: bytes  # the digest of no tokens, with the sequence's salt
+    tokens: Int32  # the first ones of the sequence, or more than it has yet
+    chain: list[Entry]  # of its first full pages: their published twins, or they themselves
+
+
+class Reservation(NamedTuple):
+    """Room for more tokens of some sequences."""
 
     rows: Index  # [batch]
-    length: Int32  # [batch] with the new tokens
-    fresh: Int32  # pages to take from the free ones
-    page: Int32  # [batch * n] where each new token goes
-    slot: Int32  # [batch * n]
+    begin: Int32  # [batch] tokens before
+    end: Int32  # [batch] and with the new ones
+    copied: Index  # [copies] of the batch: whose last page was shared and has a copy
+    source: Int32  # [copies] the page before
+    target: Int32  # [copies] the page that takes its place
 
 
 class PageTable:
-    """The pages of a pool and the sequences that hold them."""
+    """The sequences of a pool, and the pages that they hold."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self.num_pages, self.page_size = num_pages, page_size
+    def __init__(self, states: PageStates, page_size: int) -> None:
+        self.states, self.page_size = states, page_size
         self._owner = object()
         self._count = 0  # sequences ever added
-        self._rows: dict[Sequence, int] = {}  # of the living, oldest first
-        self._free_rows: list[int] = []
-        self._table = np.zeros((0, 1), np.int32)  # [rows, columns]
+        self.row_of: dict[Sequence, int] = {}  # of those in the pool, oldest first
+        self.away: dict[Sequence, tuple[int, Known | None]] = {}  # swapped out: their tokens
+        self.free_rows: list[int] = []
+        self.table = np.zeros((0, 1), np.int32)  # [rows, columns]
         self._length = np.zeros(0, np.int32)  # [rows]
-        self._refcount = np.zeros(num_pages, np.int32)
-        self._free = list(reversed(range(num_pages)))  # the last one is taken first
+        self.reserved = np.zeros(0, np.int32)  # [rows]
+        self.is_open = np.zeros(0, np.bool_)  # [rows] a step is open on it
+        self.known: dict[int, Known] = {}  # of some rows
+        self.kept_for_rollback: Counter[int] = (
+            Counter()
+        )  # pages that open steps hold for a rollback
+
+    # --- handles -------------------------------------------------------------------------------
 
     @property
     def sequences(self) -> tuple[Sequence, ...]:
-        """The handles of the living sequences, oldest first."""
-        return tuple(self._rows)
-
-    @property
-    def free_pages(self) -> int:
-        return len(self._free)
+        """The handles of the sequences in the pool, oldest first."""
+        return tuple(self.row_of)
 
     @property
     def tokens(self) -> int:
         """Tokens of all sequences together."""
-        return int(self._length[list(self._rows.values())].sum())
+        return int(self._length[list(self.row_of.values())].sum())
 
-    def row(self, seq: Any, function: str) -> int:
-        """The row of a living sequence. Raises SequenceError or ArgTypeError, as `function`."""
+    def row(self, seq: Any, function: str, closed: bool = False) -> int:
+        """The row of a sequence in the pool; `closed`: on which no step is open. Raises
+        SequenceError or ArgTypeError, as `function`."""
+        row = self.row_of.get(seq) if type(seq) is Sequence else None
+        if row is None:
+            raise self._no_row(seq, function)
+        if closed and self.is_open[row]:
+            raise SequenceError(
+                f"{function}(): {seq} has an open step. Commit it or roll it back first."
+            )
+        return row
+
+    def rows(self, seqs: SequenceOf[Any], function: str, closed: bool = False) -> Index:
+        """The rows of sequences in the pool, [batch]."""
+        try:
+            rows = np.array([self.row_of[seq] for seq in seqs], np.intp)
+        except (KeyError, TypeError):  # TypeError: what is no handle may have no hash
+            rows = np.array([self.row(seq, function) for seq in seqs], np.intp)
+        if closed and self.is_open[rows].any():
+            for seq in seqs:
+                self.row(seq, function, closed=True)
+        return rows
+
+    def _no_row(self, seq: Any, function: str) -> Exception:
         if type(seq) is not Sequence:
-            remedy = "Pass what add() returned."
-            raise ArgTypeError("seq", "a sequence handle", kind(seq), remedy, function)
-        row = self._rows.get(seq)
-        if row is not None:
-            return row
+            remedy = "Pass what add() or begin() returned."
+            return ArgTypeError("seq", "a sequence handle", kind(seq), remedy, function)
         reason = "was freed. Make a new one with add()."
         if seq._owner is not self._owner:
             reason = "belongs to another PagedKVCache. Pass it to the cache that added it."
-        raise SequenceError(f"{function}(): sequence {seq.number} {reason}")
-
-    def rows(self, seqs: tuple[Any, ...], function: str) -> Index:
-        """The rows of living sequences, [batch]."""
-        return np.array([self.row(seq, function) for seq in seqs], np.intp)
+        elif seq in self.away:
+            reason = "was swapped out. Bring it back with swap_in()."
+        return SequenceError(f"{function}(): sequence {seq.number} {reason}")
 
     def length(self, row: int) -> int:
         """The tokens of one sequence."""
@@ -96,93 +132,234 @@ class PageTable:
 
     def vacant_row(self) -> int:
         """The row of the next new sequence, with no tokens; register() makes it one."""
-        if not self._free_rows:
+        if not self.free_rows:
             self._grow(rows=2 * len(self._length) + 8)
-        self._length[self._free_rows[-1]] = 0
-        return self._free_rows[-1]
+        row = self.free_rows[-1]
+        self._length[row] = self.reserved[row] = 0
+        return row
 
-    def register(self) -> Sequence:
+    def register(self, seq: Sequence | None = None, known: Known | None = None) -> Sequence:
         """Makes a sequence of the row that vacant_row() gave."""
-        seq = Sequence(self._owner, self._count)
-        self._count += 1
-        self._rows[seq] = self._free_rows.pop()
+        if seq is None:
+            seq = Sequence(self._owner, self._count)
+            self._count += 1
+        row = self.row_of[seq] = self.free_rows.pop()
+        if known is not None:
+            self.known[row] = known
         return seq
 
-    def claim(self, rows: Index, n: int) -> Claim:
-        """Room for n more tokens of each sequence; no row twice. Raises OutOfPagesError."""
+    # --- growing -------------------------------------------------------------------------------
+
+    def reserve(self, rows: Index, counts: Int32 | int) -> Reservation:
+        """Room for more tokens of each sequence, no row twice. Raises OutOfPagesError; then
+        nothing has changed."""
         begin = self._length[rows]
-        held, wanted = self._pages(begin), self._pages(begin.astype(np.int64) + n)
-        needed = int((wanted - held).sum())
-        if needed > len(self._free):
-            raise OutOfPagesError(needed, len(self._free))
+        end = begin + np.int32(counts) if isinstance(counts, int) else begin + counts
+        held, wanted = self._pages(begin), self._pages(end)
+        copied, source, written = self._tails(rows, begin, end)
+        grown = int((wanted - held).sum())
+        fresh = self.states.take(grown + len(copied))
+        self.states.write(written)
         self._grow(columns=int(wanted.max(initial=0)))
-        fresh = np.array(self._free[len(self._free) - needed :][::-1], np.int32)
-        column = np.arange(self._table.shape[1])
-        which, where = np.nonzero((column >= held[:, None]) & (column < wanted[:, None]))
-        self._table[rows[which], where] = fresh  # not seen before commit(): past the length
-        position: Int32 = np.add.outer(begin, np.arange(n, dtype=np.int32))  # [batch, n]
-        page = self._table[rows[:, None], position // self.page_size]
-        return Claim(rows, begin + n, fresh, page.ravel(), (position % self.page_size).ravel())
+        if grown:
+            which, where = self._span(held, wanted)
+            self.table[rows[which], where] = fresh[:grown]
+        target = fresh[grown:]
+        if len(copied):
+            self.table[rows[copied], begin[copied] // self.page_size] = target
+            self.kept_for_rollback.update(source.tolist())
+        self.reserved[rows] = end
+        self.is_open[rows] = True
+        return Reservation(rows, begin, end, copied, source, target)
 
-    def commit(self, claim: Claim) -> None:
-        """Counts the tokens of a claim; nothing may have changed since it was made."""
-        del self._free[len(self._free) - len(claim.fresh) :]
-        self._refcount[claim.fresh] += 1
-        self._length[claim.rows] = claim.length
+    def settle(self, of: Reservation, accepted: Int32 | None) -> None:
+        """Ends a reservation: keeps the first accepted[i] new tokens of each, all of them if None,
+        and lets go of the pages that are not needed."""
+        end = of.end if accepted is None else of.begin + accepted
+        let_go: list[Int32] = []
+        if accepted is not None:
+            which, where = self._span(self._pages(end), self._pages(of.end))
+            let_go.append(self.table[of.rows[which], where])
+        if len(of.copied):
+            self.kept_for_rollback -= Counter(of.source.tolist())
+            keeps = end[of.copied] > of.begin[of.copied]
+            back = of.copied[~keeps]
+            self.table[of.rows[back], of.begin[back] // self.page_size] = of.source[~keeps]
+            let_go += [of.target[~keeps], of.source[keeps]]
+        self._length[of.rows] = self.reserved[of.rows] = end
+        self.is_open[of.rows] = False
+        if let_go:
+            self.states.release(np.concatenate(let_go))
+        if self.known:
+            filled = end // self.page_size > of.begin // self.page_size
+            for row in of.rows[filled].tolist():
+                self._publish(row)
 
-    def free(self, seq: Sequence, function: str) -> None:
-        """Ends a sequence; pages that nobody else holds become free, its first one on top."""
-        row = self.row(seq, function)
-        pages = self._table[row, : self._pages(self.length(row))]
-        self._refcount[pages] -= 1
-        self._free += pages[self._refcount[pages] == 0][::-1].tolist()
-        self._free_rows.append(row)
-        del self._rows[seq]
+    def _tails(self, rows: Index, begin: Int32, end: Int32) -> tuple[Index, Int32, Int32]:
+        """(which of the batch have a last page that is to be written but that others hold, too;
+        those pages; the last pages that are written as they are). Of several in the batch that
+        hold all of a page, one writes to it and the others copy."""
+        slot = begin % self.page_size
+        writes = np.flatnonzero((slot > 0) & (end > begin))
+        page = self.table[rows[writes], begin[writes] // self.page_size]
+        shared = self.states.refcount[page] > 1
+        if shared.any():
+            holders = Counter(page[shared].tolist())
+            for i in np.flatnonzero(shared):
+                if holders[int(page[i])] == self.states.refcount[page[i]]:
+                    shared[i] = False
+                    holders[int(page[i])] = 0
+        return writes[shared], page[shared], page[~shared]
 
-    def export(self, rows: Index) -> tuple[Int32, Int32]:
-        """(block_table [batch, max_pages], with 0 past the pages; cache_seqlens [batch])."""
-        length = self._length[rows]
+    # --- sharing and ending --------------------------------------------------------------------
+
+    def fork(self, row: int) -> Sequence:
+        """A new sequence with the same tokens, in the same pages."""
+        new = self.vacant_row()
+        held = self._pages(self.length(row))
+        self.table[new] = self.table[row]
+        self._length[new] = self.reserved[new] = self._length[row]
+        self.states.hold(self.table[row, :held])
+        known = self.known.get(row)
+        return self.register(None, known and known._replace(chain=list(known.chain)))
+
+    def truncate(self, row: int, length: int) -> None:
+        """Keeps the first tokens of a sequence."""
+        old, new = self._pages(self.length(row)), self._pages(length)
+        self._length[row] = self.reserved[row] = length
+        self.states.release(self.table[row, new:old])
+        known = self.known.get(row)
+        if known is not None:
+            del known.chain[length // self.page_size :]
+            self.known[row] = known._replace(tokens=known.tokens[:length])
+
+    def free(self, seq: Any, function: str) -> None:
+        """Ends a sequence, also one that is swapped out, and lets go of its pages."""
+        if type(seq) is Sequence and seq in self.away:
+            del self.away[seq]
+            return
+        self._leave(seq, self.row(seq, function, closed=True))
+
+    def _leave(self, seq: Sequence, row: int) -> None:
+        self.states.release(self.table[row, : self._pages(self.length(row))])
+        self.free_rows.append(row)
+        self.known.pop(row, None)
+        del self.row_of[seq]
+
+    def leave(self, seq: Sequence, row: int) -> None:
+        """Lets go of the pages of a sequence that is swapped out."""
+        self.away[seq] = self.length(row), self.known.get(row)
+        self._leave(seq, row)
+
+    def come_back(self, seq: Sequence) -> Reservation:
+        """Room for a sequence that is swapped in, which is to be settled. Raises
+        OutOfPagesError."""
+        length, known = self.away[seq]
+        row = self.vacant_row()
+        made = self.reserve(np.array([row], np.intp), length)
+        del self.away[seq]
+        self.register(seq, known and known._replace(chain=[]))
+        return made
+
+    # --- known prefixes ------------------------------------------------------------------------
+
+    def begin(self, tokens: Int32, salt: bytes) -> tuple[Sequence, int]:
+        """A new sequence that will have these tokens, with as many of them as are known."""
+        root = self.states.index.root(salt)
+        chain = self.states.index.find(root, tokens)
+        row = self.vacant_row()
+        self._grow(columns=len(chain))
+        pages = [entry.page for entry in chain]
+        self.table[row, : len(pages)] = pages
+        self._length[row] = self.reserved[row] = len(pages) * self.page_size
+        self.states.hold_published(pages)
+        if pages:
+            self.states.fences.order_latest()  # they may have been written on another stream
+        return self.register(None, Known(root, tokens, chain)), self.length(row)
+
+    def drop_prefixes(self) -> None:
+        """Forgets every known prefix, and the tokens of the sequences."""
+        self.states.unpublish(self.states.index.pages())
+        self.known.clear()
+        self.away = {seq: (length, None) for seq, (length, _) in self.away.items()}
+
+    def extend_known(self, row: int, tokens: Int32) -> None:
+        """Further tokens of a sequence whose tokens are known so far; else they are ignored."""
+        known = self.known.get(row)
+        if known is not None and len(known.tokens) == self.length(row):
+            self.known[row] = known._replace(tokens=np.concatenate([known.tokens, tokens]))
+
+    def _publish(self, row: int) -> None:
+        """Publishes the full pages whose tokens are known."""
+        known = self.known.get(row)
+        if known is None:
+            return
+        size, index = self.page_size, self.states.index
+        full = min(self.length(row), len(known.tokens)) // size
+        while len(known.chain) < full:
+            i = len(known.chain)
+            parent = known.chain[-1] if known.chain else None
+            tokens, page = known.tokens[i * size : (i + 1) * size], int(self.table[row, i])
+            entry, displaced = index.publish(page, known.root, tokens, parent)
+            known.chain.append(entry)
+            if displaced is not None:
+                self.states.uncache(displaced)
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def export(self, rows: Index, width: int = 0) -> tuple[Int32, Int32]:
+        """(block_table [batch, max_pages or width], with 0 past the pages; cache_seqlens [batch]),
+        with what is reserved."""
+        length = self.reserved[rows]
         held = self._pages(length)
-        column = np.arange(max(1, held.max(initial=0)))  # an axis of size 0 has no address
-        table = self._table[rows[:, None], column]
+        widest = max(1, int(held.max(initial=0)))  # an axis of size 0 has no address
+        column = np.arange(widest)
+        table = self.table[rows[:, None], column]
         table[column >= held[:, None]] = 0
+        if width > widest:
+            table = np.pad(table, ((0, 0), (0, width - widest)))
         return table, length
 
-    def check(self) -> None:
-        """Raises FlashMLAError unless each page is in exactly one state: free, or held by as many
-        sequences as its count says, and by none twice. Time proportional to the pages."""
-        held: Counter[int] = Counter()
-        for seq, row in self._rows.items():
-            pages = self._table[row, : self._pages(self.length(row))].tolist()
-            held.update(pages)
-            if len(set(pages)) < len(pages):
-                raise _broken(f"sequence {seq.number} holds a page twice")
-        free = Counter(self._free)
-        for page, count in enumerate(self._refcount.tolist()):
-            if held[page] != count or free[page] != (count == 0):
-                raise _broken(
-                    f"page {page} is free {free[page]} times and held by {held[page]} sequences,"
-                    f" but its count is {count}"
-                )
-        if set(held) | set(free) != set(range(self.num_pages)):
-            raise _broken("a page outside the pool is in use")
-        if sorted([*self._rows.values(), *self._free_rows]) != list(range(len(self._length))):
-            raise _broken("a row of the table is lost, or two sequences share it")
+    def pages_of(self, row: int) -> Int32:
+        """The pages of one sequence, in order."""
+        return self.table[row, : self._pages(int(self.reserved[row]))].copy()
+
+    def slots(self, of: Reservation) -> Int64:
+        """Where the new tokens go, page * page_size + slot, [batch, most]; those of a sequence with
+        fewer are right-aligned, with -1 before them."""
+        counts = of.end - of.begin
+        most = int(counts.max(initial=0))
+        position = of.end[:, None] - np.arange(most, 0, -1, dtype=np.int32)  # [batch, most]
+        skipped = position < of.begin[:, None]
+        if most * len(counts) != counts.sum():
+            position[skipped] = 0
+        page = self.table[of.rows[:, None], position // self.page_size]
+        slots: Int64 = page.astype(np.int64) * self.page_size + position % self.page_size
+        slots[skipped] = -1
+        return slots
+
+    # --- inside --------------------------------------------------------------------------------
 
     def _pages(self, tokens: Any) -> Any:
         """How many pages hold that many tokens."""
         return -(-tokens // self.page_size)
 
+    def _span(self, low: Int32, high: Int32) -> tuple[Index, Index]:
+        """(which of the batch, column) of columns low[i] .. high[i] - 1 of each."""
+        grows = np.flatnonzero(high > low)
+        which = np.repeat(grows, (high - low)[grows])
+        first = np.cumsum((high - low)[grows]) - (high - low)[grows]
+        where = np.arange(len(which)) - np.repeat(first - low[grows], (high - low)[grows])
+        return which, where
+
     def _grow(self, rows: int = 0, columns: int = 0) -> None:
-        """Makes the two arrays large enough; columns at least double, so that it is rare."""
-        old_rows, old_columns = self._table.shape
+        """Makes the arrays large enough; columns at least double, so that it is rare."""
+        old_rows, old_columns = self.table.shape
         more_rows = max(0, rows - old_rows)
         more_columns = max(columns - old_columns, old_columns) if columns > old_columns else 0
         if more_rows or more_columns:
-            self._table = np.pad(self._table, ((0, more_rows), (0, more_columns)))
+            self.table = np.pad(self.table, ((0, more_rows), (0, more_columns)))
             self._length = np.pad(self._length, (0, more_rows))
-            self._free_rows += reversed(range(old_rows, old_rows + more_rows))
-
-
-def _broken(what: str) -> FlashMLAError:
-    return FlashMLAError(f"The PagedKVCache is inconsistent: {what}. Please report this bug.")
+            self.reserved = np.pad(self.reserved, (0, more_rows))
+            self.is_open = np.pad(self.is_open, (0, more_rows))
+            self.free_rows += reversed(range(old_rows, old_rows + more_rows))
