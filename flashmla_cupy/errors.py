@@ -211,7 +211,7 @@ class OutOfPagesError(FlashMLAError, RuntimeError):
 
     def __str__(self) -> str:
         also = f" and {self.evictable} can be evicted" if self.evictable else ""
-        remedy = "Give sequences back with free(), or swap_out() some, or make the pool with a larger num_pages."
+        remedy = "Give sequences back with free(), or make the pool with a larger num_pages."
         if self.pending:
             also += f"; {self.pending} wait for launched work"
             if self.free + self.evictable + self.pending >= self.needed:

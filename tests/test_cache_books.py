@@ -19,7 +19,7 @@ from support.books_model import PAGE, BooksModel, run
 from support.fake_streams import FakeStreams
 
 from flashmla_cupy import errors
-from flashmla_cupy.cache import audit, fences, page_states, page_table, prefix
+from flashmla_cupy.cache import audit, fences, known_tokens, page_states, page_table, prefix
 from flashmla_cupy.cache.fences import Fences
 from flashmla_cupy.cache.page_states import PageStates
 from flashmla_cupy.cache.page_table import PageTable
@@ -103,7 +103,7 @@ BUGS = {  # name: (module, what is there, what a careless hand would write)
         "old, new = self._pages(self.length(row)), length // self.page_size",
     ),
     "truncate keeps the known chain": (
-        page_table, "del known.chain[length // self.page_size :]", "pass"
+        known_tokens, "del known.chain[length // self._page_size :]", "pass"
     ),
     "the whole prompt is taken for known": (
         prefix, "range(0, len(tokens) - size, size)", "range(0, len(tokens) - size + 1, size)"

@@ -25,7 +25,6 @@ from support.oracle import assert_within_bound, oracle
 from support.problems import DTYPES, PAGE_SIZES
 
 from flashmla_cupy import PagedKVCache, errors, flash_mla_with_kvcache, get_mla_metadata
-from flashmla_cupy.cache import paged_cache
 
 
 @pytest.fixture(params=["cpu", pytest.param(0, marks=pytest.mark.gpu, id="gpu")])
@@ -97,11 +96,11 @@ def test_a_write_that_fails_leaves_no_trace(monkeypatch):
     cache, a, b = nearly_full()
     before = snapshot(cache)
 
-    def fails(page, slot, rows):
-        cache.storage[page, slot] = 7  # as far as it came
+    def fails(rows, adapter, slots, layers):
+        cache.storage[slots // 16, slots % 16] = 7  # as far as it came
         raise MemoryError
 
-    monkeypatch.setattr(cache, "_write", fails)
+    monkeypatch.setattr(cache._core.writer, "write", fails)
     for call in (
         lambda: cache.add(latents(20)),
         lambda: cache.append(a, latents(5)),
@@ -295,7 +294,7 @@ def test_tables_are_kept_until_a_sequence_changes(device):
 
 
 def test_one_layer_of_a_packed_pool(device):
-    xp = PagedKVCache(1, device=device)._xp
+    xp = PagedKVCache(1, device=device)._core.pool.xp
     layers = xp.zeros((6, 2, 16, 1, 576), ml_dtypes.bfloat16)
     cache = PagedKVCache.from_storage(layers[:, 1])
     assert (cache.num_pages, cache.page_size, cache.num_heads_kv) == (6, 16, 1)
@@ -317,14 +316,6 @@ def test_rows_may_be_strided_and_keep_their_bits(device):
         assert np.array_equal(read(cache, seq)[:, 0], wide[::-2, 1152::-2][:, :576])
 
 
-def test_rows_too_many_for_one_scatter(device, monkeypatch):
-    monkeypatch.setattr(paged_cache, "_SCATTER_ELEMENTS", 7 * 576)
-    cache, a, _ = nearly_full(device)
-    rows = latents(33, 8)
-    cache.append(a, rows)
-    assert np.array_equal(read(cache, a)[47:], bits(rows))
-
-
 def test_a_gpu_takes_part_only_if_it_can(monkeypatch):
     def cupy(count, major=9):
         return SimpleNamespace(
@@ -342,9 +333,9 @@ def test_a_gpu_takes_part_only_if_it_can(monkeypatch):
 
     for module, place in [(None, -1), (cupy(0), -1), (cupy(2, 8), -1), (cupy(2), 1)]:
         monkeypatch.setitem(sys.modules, "cupy", module)
-        assert _place(None, "f") == place
-        assert _place("cpu", "f") == -1
-    assert _place(0, "f") == 0
+        assert _place(None, None, "f") == place
+        assert _place("cpu", None, "f") == -1
+    assert _place(0, None, "f") == 0
     with pytest.raises(errors.NoDeviceError, match="no CUDA device 2; CuPy sees 2"):
         PagedKVCache(1, device=2)
     monkeypatch.setitem(sys.modules, "cupy", None)
@@ -356,7 +347,7 @@ def test_a_gpu_takes_part_only_if_it_can(monkeypatch):
 def test_tables_made_on_one_stream_are_not_handed_out_on_another(monkeypatch):
     cache, _, b = nearly_full()
     table, _ = cache.tables([b])
-    monkeypatch.setattr(cache._framework, "stream", lambda device: 0x5EA)
+    monkeypatch.setattr(cache._core.framework, "stream", lambda device: 0x5EA)
     other, lengths = cache.tables([b])
     assert other is not table
     assert (other.tolist(), lengths.tolist()) == ([[3]], [16])

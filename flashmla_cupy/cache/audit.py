@@ -65,9 +65,9 @@ def _check_states(states: PageStates, held: Counter[int]) -> None:
 
 def _check_known(table: PageTable) -> None:
     size = table.page_size
-    if not set(table.known) <= set(table.row_of.values()):
+    if not set(table.known.of_row) <= set(table.row_of.values()):
         raise broken("the tokens of a freed sequence are known")
-    for row, known in table.known.items():
+    for row, known in table.known.of_row.items():
         if len(known.chain) > table.length(row) // size:
             raise broken("a page that is not full is published")
         for i, entry in enumerate(known.chain):

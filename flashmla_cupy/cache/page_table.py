@@ -20,34 +20,13 @@ import numpy.typing as npt
 
 from ..calls.wording import kind
 from ..errors import ArgTypeError, SequenceError
+from .known_tokens import Known, KnownTokens
 from .page_states import PageStates
-from .prefix import Entry
+from .sequence import Sequence
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Index = npt.NDArray[np.intp]
-
-
-class Sequence:
-    """A handle for one sequence of one cache. It is valid until free(), and never stands for
-    another sequence."""
-
-    __slots__ = ("_owner", "number")
-
-    def __init__(self, owner: object, number: int) -> None:
-        self._owner = owner  # a tag of the table, not the table: a handle keeps no pool alive
-        self.number = number
-
-    def __repr__(self) -> str:
-        return f"<sequence {self.number}>"
-
-
-class Known(NamedTuple):
-    """What is known of the tokens of a sequence."""
-
-    root: bytes  # the digest of no tokens, with the sequence's salt
-    tokens: Int32  # the first ones of the sequence, or more than it has yet
-    chain: list[Entry]  # of its first full pages: their published twins, or they themselves
 
 
 class Reservation(NamedTuple):
@@ -59,6 +38,7 @@ class Reservation(NamedTuple):
     copied: Index  # [copies] of the batch: whose last page was shared and has a copy
     source: Int32  # [copies] the page before
     target: Int32  # [copies] the page that takes its place
+    grown: tuple[Index, Index, Int32]  # new pages: which of the batch, column, page
 
 
 class PageTable:
@@ -68,6 +48,7 @@ class PageTable:
         self.states, self.page_size = states, page_size
         self._owner = object()
         self._count = 0  # sequences ever added
+        self.edits = 0  # changes of what sequences hold, other than by keeping what was reserved
         self.row_of: dict[Sequence, int] = {}  # of those in the pool, oldest first
         self.away: dict[Sequence, tuple[int, Known | None]] = {}  # swapped out: their tokens
         self.free_rows: list[int] = []
@@ -75,7 +56,7 @@ class PageTable:
         self._length = np.zeros(0, np.int32)  # [rows]
         self.reserved = np.zeros(0, np.int32)  # [rows]
         self.is_open = np.zeros(0, np.bool_)  # [rows] a step is open on it
-        self.known: dict[int, Known] = {}  # of some rows
+        self.known = KnownTokens(states, page_size)
         self.kept_for_rollback: Counter[int] = (
             Counter()
         )  # pages that open steps hold for a rollback
@@ -120,7 +101,7 @@ class PageTable:
             remedy = "Pass what add() or begin() returned."
             return ArgTypeError("seq", "a sequence handle", kind(seq), remedy, function)
         reason = "was freed. Make a new one with add()."
-        if seq._owner is not self._owner:
+        if seq.owner is not self._owner:
             reason = "belongs to another PagedKVCache. Pass it to the cache that added it."
         elif seq in self.away:
             reason = "was swapped out. Bring it back with swap_in()."
@@ -144,8 +125,7 @@ class PageTable:
             seq = Sequence(self._owner, self._count)
             self._count += 1
         row = self.row_of[seq] = self.free_rows.pop()
-        if known is not None:
-            self.known[row] = known
+        self.known.set(row, known)
         return seq
 
     # --- growing -------------------------------------------------------------------------------
@@ -161,8 +141,8 @@ class PageTable:
         fresh = self.states.take(grown + len(copied))
         self.states.write(written)
         self._grow(columns=int(wanted.max(initial=0)))
+        which, where = self._span(held, wanted)
         if grown:
-            which, where = self._span(held, wanted)
             self.table[rows[which], where] = fresh[:grown]
         target = fresh[grown:]
         if len(copied):
@@ -170,12 +150,14 @@ class PageTable:
             self.kept_for_rollback.update(source.tolist())
         self.reserved[rows] = end
         self.is_open[rows] = True
-        return Reservation(rows, begin, end, copied, source, target)
+        self.edits += 1
+        return Reservation(rows, begin, end, copied, source, target, (which, where, fresh[:grown]))
 
     def settle(self, of: Reservation, accepted: Int32 | None) -> None:
         """Ends a reservation: keeps the first accepted[i] new tokens of each, all of them if None,
         and lets go of the pages that are not needed."""
         end = of.end if accepted is None else of.begin + accepted
+        self.edits += accepted is not None
         let_go: list[Int32] = []
         if accepted is not None:
             which, where = self._span(self._pages(end), self._pages(of.end))
@@ -190,10 +172,10 @@ class PageTable:
         self.is_open[of.rows] = False
         if let_go:
             self.states.release(np.concatenate(let_go))
-        if self.known:
+        if self.known.of_row:
             filled = end // self.page_size > of.begin // self.page_size
             for row in of.rows[filled].tolist():
-                self._publish(row)
+                self.known.publish(row, self.length(row), self.table[row])
 
     def _tails(self, rows: Index, begin: Int32, end: Int32) -> tuple[Index, Int32, Int32]:
         """(which of the batch have a last page that is to be written but that others hold, too;
@@ -220,18 +202,15 @@ class PageTable:
         self.table[new] = self.table[row]
         self._length[new] = self.reserved[new] = self._length[row]
         self.states.hold(self.table[row, :held])
-        known = self.known.get(row)
-        return self.register(None, known and known._replace(chain=list(known.chain)))
+        return self.register(None, self.known.get(row))
 
     def truncate(self, row: int, length: int) -> None:
         """Keeps the first tokens of a sequence."""
         old, new = self._pages(self.length(row)), self._pages(length)
+        self.edits += 1
         self._length[row] = self.reserved[row] = length
         self.states.release(self.table[row, new:old])
-        known = self.known.get(row)
-        if known is not None:
-            del known.chain[length // self.page_size :]
-            self.known[row] = known._replace(tokens=known.tokens[:length])
+        self.known.truncate(row, length)
 
     def free(self, seq: Any, function: str) -> None:
         """Ends a sequence, also one that is swapped out, and lets go of its pages."""
@@ -243,7 +222,8 @@ class PageTable:
     def _leave(self, seq: Sequence, row: int) -> None:
         self.states.release(self.table[row, : self._pages(self.length(row))])
         self.free_rows.append(row)
-        self.known.pop(row, None)
+        self.edits += 1
+        self.known.forget(row)
         del self.row_of[seq]
 
     def leave(self, seq: Sequence, row: int) -> None:
@@ -265,45 +245,25 @@ class PageTable:
 
     def begin(self, tokens: Int32, salt: bytes) -> tuple[Sequence, int]:
         """A new sequence that will have these tokens, with as many of them as are known."""
-        root = self.states.index.root(salt)
-        chain = self.states.index.find(root, tokens)
+        known = self.known.find(tokens, salt)
         row = self.vacant_row()
-        self._grow(columns=len(chain))
-        pages = [entry.page for entry in chain]
+        self._grow(columns=len(known.chain))
+        pages = [entry.page for entry in known.chain]
         self.table[row, : len(pages)] = pages
         self._length[row] = self.reserved[row] = len(pages) * self.page_size
         self.states.hold_published(pages)
         if pages:
             self.states.fences.order_latest()  # they may have been written on another stream
-        return self.register(None, Known(root, tokens, chain)), self.length(row)
+        return self.register(None, known), self.length(row)
+
+    def extend_known(self, row: int, tokens: Int32) -> None:
+        """The ids of the tokens that are going to be kept next."""
+        self.known.extend(row, self.length(row), tokens)
 
     def drop_prefixes(self) -> None:
         """Forgets every known prefix, and the tokens of the sequences."""
-        self.states.unpublish(self.states.index.pages())
         self.known.clear()
         self.away = {seq: (length, None) for seq, (length, _) in self.away.items()}
-
-    def extend_known(self, row: int, tokens: Int32) -> None:
-        """Further tokens of a sequence whose tokens are known so far; else they are ignored."""
-        known = self.known.get(row)
-        if known is not None and len(known.tokens) == self.length(row):
-            self.known[row] = known._replace(tokens=np.concatenate([known.tokens, tokens]))
-
-    def _publish(self, row: int) -> None:
-        """Publishes the full pages whose tokens are known."""
-        known = self.known.get(row)
-        if known is None:
-            return
-        size, index = self.page_size, self.states.index
-        full = min(self.length(row), len(known.tokens)) // size
-        while len(known.chain) < full:
-            i = len(known.chain)
-            parent = known.chain[-1] if known.chain else None
-            tokens, page = known.tokens[i * size : (i + 1) * size], int(self.table[row, i])
-            entry, displaced = index.publish(page, known.root, tokens, parent)
-            known.chain.append(entry)
-            if displaced is not None:
-                self.states.uncache(displaced)
 
     # --- reading -------------------------------------------------------------------------------
 

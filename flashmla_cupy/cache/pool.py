@@ -1,18 +1,20 @@
 """The array of a PagedKVCache: a new one, or one that exists already. All checks come first.
 
-A pool is [num_pages, page_size, h_kv, 576] of bfloat16 or float16: the k_cache of
-flash_mla_with_kvcache().
+A pool has a page axis, a layer axis if the cache has several, and then [page_size, h_kv, 576] of
+bfloat16 or float16, or [page_size, h_kv, row_bytes] of uint8 for rows of another format. Its view
+of one layer is the k_cache of flash_mla_with_kvcache(), strided as it may be.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..calls import layouts, scalars
 from ..calls.arguments import FLOATS as DTYPES
-from ..calls.wording import show
+from ..calls.wording import show, strides
 from ..errors import (
+    AlignmentError,
     ArgumentError,
     DTypeError,
     FrameworkMismatchError,
@@ -22,65 +24,192 @@ from ..errors import (
     ReadOnlyError,
     ScalarError,
     ShapeError,
+    StrideError,
 )
-from ..frameworks import HOST, framework, framework_of, numpy_dtype
+from ..frameworks import HOST, Adapter, ArrayInfo, framework, framework_of, numpy_dtype
 from ..gpu.arch import arch_of
 from ..sizes import HEAD_DIM, PAGE_SIZES
+from .views import BITS, bits_of, view_as
 
 _SIZES = ", ".join(map(str, PAGE_SIZES))
+_FRAMEWORKS = ("numpy", "cupy", "torch")
+
+
+class Layout(NamedTuple):
+    """The shape of a pool."""
+
+    num_pages: int
+    num_layers: int
+    page_size: int
+    num_heads_kv: int
+    width: int  # elements of a row
+    dtype: str
+    layer_axis: int | None  # 0 or 1; None: one layer, and no axis for it
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        pages = [self.num_pages]
+        if self.layer_axis is not None:
+            pages.insert(self.layer_axis, self.num_layers)
+        return (*pages, self.page_size, self.num_heads_kv, self.width)
+
+
+class Pool:
+    """The array, and its views in every framework."""
+
+    def __init__(self, storage: Any, layout: Layout) -> None:
+        self.storage, self.layout = storage, layout
+        self.framework = framework_of(storage, "storage")
+        info = self.framework.describe(storage)
+        self.place, self.address = info.device, info.ptr
+        bits = bits_of(storage, self.framework)
+        if layout.layer_axis is None:
+            bits = bits[:, None]
+        elif layout.layer_axis == 0:
+            bits = bits.swapaxes(0, 1)
+        self.bits = bits  # [num_pages, num_layers, page_size, h_kv, width]
+        self.xp: Any = importlib.import_module("numpy" if self.place == HOST else "cupy")
+        self._layers: dict[tuple[int, str], Any] = {}
+
+    def layer(self, i: int, name: str) -> Any:
+        """[num_pages, page_size, h_kv, width] of one layer, an array of the framework `name`."""
+        found = self._layers.get((i, name))
+        if found is None:
+            if name == self.framework.name:
+                axis = self.layout.layer_axis
+                found = self.storage if axis is None else self.storage[(slice(None),) * axis + (i,)]
+            else:
+                found = view_as(self.bits[:, i], self.layout.dtype, name)
+            self._layers[i, name] = found
+        return found
 
 
 def allocate(
-    num_pages: Any, page_size: Any, dtype: Any, num_heads_kv: Any, device: Any, function: str
-) -> Any:
-    """A new pool, of unspecified contents. Raises an ArgumentError, as `function`, or
-    NoDeviceError or MissingDependencyError."""
+    num_pages: Any,
+    page_size: Any,
+    num_layers: Any,
+    dtype: Any,
+    num_heads_kv: Any,
+    device: Any,
+    name: Any,
+    layer_axis: Any,
+    function: str,
+) -> Pool:
+    """A new pool, of unspecified contents; name: the framework of its array, None for NumPy or
+    CuPy. Raises an ArgumentError, as `function`, or NoDeviceError or MissingDependencyError."""
     num_pages = scalars.integer("num_pages", num_pages, function, least=1)
     page_size = scalars.integer("page_size", page_size, function, least=1)
+    num_layers = scalars.integer("num_layers", num_layers, function, least=1)
     h_kv = scalars.integer("num_heads_kv", num_heads_kv, function, least=1)
-    if page_size not in PAGE_SIZES:
-        remedy = "FlashMLA's own page size is 64."
-        raise ScalarError("page_size", f"one of {_SIZES}", f"{page_size}", remedy, function)
-    name = str(getattr(dtype, "__name__", dtype))  # "float16", np.float16 and np.dtype alike
-    if name not in DTYPES:
-        remedy = "Pass 'bfloat16' or 'float16'."
-        raise DTypeError("dtype", "bfloat16 or float16", f"{dtype!r}", remedy, function)
+    _page_size(page_size, function)
+    dtype_name = _dtype(dtype, function)
     _fits_int32(num_pages, page_size, function)
-    place = _place(device, function)
-    arrays = framework("numpy" if place == HOST else "cupy")
+    axis = None if num_layers == 1 else _layer_axis(layer_axis, function)
+    place = _place(device, name, function)
+    arrays = framework(_framework(name, place, function))
+    layout = Layout(num_pages, num_layers, page_size, h_kv, HEAD_DIM, dtype_name, axis)
     with arrays.device_guard(place):
-        return arrays.empty((num_pages, page_size, h_kv, HEAD_DIM), name, place)
+        return Pool(arrays.empty(layout.shape, dtype_name, place), layout)
 
 
-def adopt(storage: Any, function: str) -> Any:
-    """`storage` itself, if it can serve as a pool. Raises an ArgumentError, as `function`."""
+def adopt(storage: Any, num_layers: Any, layer_axis: Any, function: str) -> Pool:
+    """A pool of `storage` itself, if it can serve. Raises an ArgumentError, as `function`."""
     name = "storage"
+    num_layers = scalars.integer("num_layers", num_layers, function, least=1)
     try:
         found = framework_of(storage, name)
-        if found.name not in ("numpy", "cupy"):
-            expected, got = "a NumPy or CuPy array", f"a {found.name} array"
-            remedy = "Pass cupy.from_dlpack(storage), which shares the memory."
+        if found.name not in _FRAMEWORKS:
+            expected, got = "a NumPy or CuPy array or a torch.Tensor", f"a {found.name} array"
+            remedy = (
+                "A JAX array cannot be written in place: keep it, and write it with"
+                " append_mla_kv(), which takes a donated array."
+            )
             raise FrameworkMismatchError(name, expected, got, remedy)
         info = found.describe(storage, name)
         got = show(info)
-        # Dtypes, not their names: a byte-swapped float16 has the same name.
-        if storage.dtype not in [numpy_dtype(dtype) for dtype in DTYPES]:
-            remedy = "Make it of one of the two, in native byte order."
-            raise DTypeError(name, "bfloat16 or float16", got, remedy)
-        if len(info.shape) != 4 or 0 in info.shape or info.shape[3] != HEAD_DIM:
-            expected = f"[num_pages, page_size, h_kv, {HEAD_DIM}], no axis empty"
-            raise ShapeError(name, expected, got, "Reshape it to these four axes.")
-        if info.shape[1] not in PAGE_SIZES:
-            expected = f"a page_size (second axis) of {_SIZES}"
+        _storage_dtype(storage, found, info.dtype, got)
+        axes = 4 if num_layers == 1 and len(info.shape) != 5 else 5
+        axis = None if axes == 4 else _layer_axis(layer_axis, function)
+        raw = info.dtype == "uint8"
+        columns = "row_bytes, a multiple of 16" if raw else f"{HEAD_DIM}"
+        tail = f"page_size, h_kv, {columns}]"
+        if axis is None:
+            expected = f"[num_pages, {tail}, no axis empty"
+        else:
+            lead = ["num_pages"]
+            lead.insert(axis, str(num_layers))
+            expected = f"[{', '.join(lead)}, {tail}, no axis empty"
+        width = info.shape[-1] if info.shape else 0
+        fits = width % 16 == 0 if raw else width == HEAD_DIM
+        if len(info.shape) != axes or 0 in info.shape or not fits:
+            raise ShapeError(name, expected, got, f"Reshape it to these {axes} axes.")
+        if axis is not None and info.shape[axis] != num_layers:
+            remedy = "Pass its number of layers as num_layers, and their axis as layer_axis."
+            raise ShapeError(name, expected, got, remedy)
+        page_size, h_kv = info.shape[-3:-1]
+        if page_size not in PAGE_SIZES:
+            expected = f"a page_size ({'second' if axes == 4 else 'third'} axis) of {_SIZES}"
             raise ShapeError(name, expected, got, "Divide it into pages of such a size.")
         if info.readonly:
             remedy = "Pass an array that the cache may write."
             raise ReadOnlyError(name, "a writable array", "a read-only one", remedy)
-        layouts.latent_rows(name, info)
+        pages = info.shape[0 if axis != 0 else 1]
+        _strides(name, info, axis, pages)
     except ArgumentError as error:
         raise error.of(function) from None
-    _fits_int32(info.shape[0], info.shape[1], function)
-    return storage
+    _fits_int32(pages, page_size, function)
+    return Pool(storage, Layout(pages, num_layers, page_size, h_kv, width, info.dtype, axis))
+
+
+def _strides(name: str, info: ArrayInfo, axis: int | None, pages: int) -> None:
+    """A layer that a tensor map can read, and layers that do not overlap."""
+    if axis is None:
+        layouts.latent_rows(name, info)
+        return
+    of_layer = (info.strides[1 - axis], *info.strides[2:])
+    layouts.latent_rows(name, info._replace(shape=(pages, *info.shape[2:]), strides=of_layer))
+    reach = info.shape[-1]
+    for stride, length in sorted(zip(info.strides[:-1], info.shape[:-1], strict=True)):
+        if length > 1 and stride < reach:
+            copy = "Pass a contiguous array."
+            raise StrideError(name, "layers that do not overlap", strides(info), copy)
+        reach += (length - 1) * stride
+    if info.strides[axis] * layouts.itemsize(info) % layouts.TMA_BYTES:
+        expected = f"strides that are multiples of {layouts.TMA_BYTES} bytes"
+        raise AlignmentError(name, expected, strides(info), "Pass a contiguous array.")
+
+
+# --- arguments ---------------------------------------------------------------------------------
+
+
+def _page_size(page_size: int, function: str) -> None:
+    if page_size not in PAGE_SIZES:
+        remedy = "FlashMLA's own page size is 64."
+        raise ScalarError("page_size", f"one of {_SIZES}", f"{page_size}", remedy, function)
+
+
+def _dtype(dtype: Any, function: str) -> str:
+    """Its name: of "float16", np.float16, np.dtype and torch.float16 alike."""
+    name = str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
+    if name not in DTYPES:
+        remedy = "Pass 'bfloat16' or 'float16'."
+        raise DTypeError("dtype", "bfloat16 or float16", f"{dtype!r}", remedy, function)
+    return name
+
+
+def _storage_dtype(storage: Any, found: Adapter, dtype: str, got: str) -> None:
+    # NumPy's dtypes, not their names: a byte-swapped float16 has the same name.
+    swapped = found.name != "torch" and storage.dtype not in [numpy_dtype(name) for name in BITS]
+    if dtype not in BITS or swapped:
+        remedy = "Make it of one of the two, in native byte order, or of uint8 for other formats."
+        raise DTypeError("storage", "bfloat16 or float16", got, remedy)
+
+
+def _layer_axis(layer_axis: Any, function: str) -> int:
+    if layer_axis not in (0, 1) or isinstance(layer_axis, bool):
+        remedy = "0 is [num_layers, num_pages, ...], 1 is [num_pages, num_layers, ...]."
+        raise OptionError("layer_axis", "0 or 1", f"{layer_axis!r}", remedy, function)
+    return int(layer_axis)
 
 
 def _fits_int32(num_pages: int, page_size: int, function: str) -> None:
@@ -91,13 +220,34 @@ def _fits_int32(num_pages: int, page_size: int, function: str) -> None:
         raise ScalarError("num_pages", expected, f"{num_pages}", "Make several caches.", function)
 
 
-def _place(device: Any, function: str) -> int:
+def _framework(name: Any, place: int, function: str) -> str:
+    usual = "numpy" if place == HOST else "cupy"
+    if name is None:
+        return usual
+    if name not in (usual, "torch"):
+        expected = f"'{usual}' or 'torch', whose arrays can lie there, or None"
+        remedy = "NumPy's arrays lie on the CPU and CuPy's on a GPU."
+        raise OptionError("framework", expected, f"{name!r}", remedy, function)
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        message = f"{function}(): framework {name!r} cannot be imported. Install {name}."
+        raise MissingDependencyError(message) from error
+    return str(name)
+
+
+def _place(device: Any, name: Any, function: str) -> int:
     """The CUDA device number that the argument `device` stands for, or HOST."""
+    if type(device).__module__.partition(".")[0] == "torch":  # torch.device("cuda", 1)
+        current = importlib.import_module("torch").cuda.current_device
+        device = "cpu" if device.type == "cpu" else (device.index or current())
     if isinstance(device, str):
         if device == "cpu":
             return HOST
         expected, remedy = "a CUDA device number, 'cpu' or None", "Pass 0 for the first GPU."
         raise OptionError("device", expected, f"{device!r}", remedy, function)
+    if device is None and name == "numpy":
+        return HOST
     if device is not None:
         device = scalars.integer("device", device, function)
     try:

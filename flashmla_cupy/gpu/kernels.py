@@ -94,7 +94,54 @@ SCHEDULE = Kernel(
     registers=64,
 )
 
-KERNELS = (DENSE_DECODE, COMBINE, SCHEDULE)
+APPEND = Kernel(
+    "append",
+    "append.cu",
+    ("sm_90a",),
+    256,
+    Parameters(
+        """
+        pointer rows, slot_mapping, pool, cos, sin, positions
+        int64 layer_stride, batch_stride, token_stride, head_stride
+        int64 pool_layer_stride, page_stride, slot_stride, pool_head_stride
+        int64 slots, num_positions
+        int vectors, heads, tokens, total, page_size_log2, interleaved
+        """
+    ),
+    dtypes=("bfloat16", "float16"),
+    registers=64,
+)
+
+COPY_PAGES = Kernel(
+    "copy_pages",
+    "copy_pages.cu",
+    ("sm_90a",),
+    256,
+    Parameters(
+        """
+        pointer pool, pages
+        int64 layer_stride, page_stride, slot_stride, head_stride
+        int vectors, heads, page_size, copies
+        """
+    ),
+    registers=64,
+)
+
+UPDATE_TABLES = Kernel(
+    "update_tables",
+    "update_tables.cu",
+    ("sm_90a",),
+    256,
+    Parameters(
+        """
+        pointer staged, slot_mapping, cache_seqlens, block_table
+        int slots, lengths, changes
+        """
+    ),
+    registers=32,
+)
+
+KERNELS = (DENSE_DECODE, COMBINE, SCHEDULE, APPEND, COPY_PAGES, UPDATE_TABLES)
 
 
 def kernel_of(name: str, arch: str) -> Kernel:

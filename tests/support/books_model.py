@@ -364,7 +364,7 @@ class BooksModel:
             tuple(tuple(pages) for _, pages in states.pending), frozenset(states.index.pages()),
             tuple((*item, table.length(item[1])) for item in table.row_of.items()),
             tuple(table.pages_of(row).tobytes() for row in table.row_of.values()),
-            tuple((row, known.tokens.tobytes()) for row, known in table.known.items()),
+            tuple((row, known.tokens.tobytes()) for row, known in table.known.of_row.items()),
             tuple(table.away), tuple(table.kept_for_rollback.items()),
         )  # fmt: skip
 

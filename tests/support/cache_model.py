@@ -19,7 +19,7 @@ def host(x):
 
 def beside(cache, x):
     """x where the pool of the cache is."""
-    return cache._xp.asarray(x)
+    return cache._core.pool.xp.asarray(x)
 
 
 def bits(x):

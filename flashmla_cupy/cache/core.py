@@ -1,0 +1,297 @@
+"""What a cache and its steps do with arrays: check them, write them, attend to them, in order.
+
+Arrays come from any framework and place that can reach the pool: NumPy, PyTorch on the CPU and JAX
+for a pool in host memory; CuPy, PyTorch and JAX on its GPU for a pool there, and rows from host
+memory as well. JAX's arrays and those of other frameworks pass through DLPack.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..calls import scalars
+from ..calls.wording import kind as kind_of
+from ..calls.wording import show
+from ..errors import (
+    ArgTypeError,
+    ArgumentError,
+    DeviceMismatchError,
+    DTypeError,
+    ScalarError,
+    SequenceError,
+    ShapeError,
+    StepError,
+)
+from ..frameworks import HOST, Adapter, framework, framework_of, is_foreign, numpy_dtype
+from ..frameworks.dlpack import from_dlpack
+from ..interface import flash_mla_with_kvcache
+from ..schedule.sched_meta import SchedMeta
+from ..sizes import HEAD_DIM_V
+from .fences import CudaEvents, Fences, NoEvents, StreamEvents
+from .page_states import PageStates
+from .page_table import PageTable, Reservation
+from .pool import Pool
+from .prefix import PrefixIndex
+from .tables import LastingTables, Tables
+from .views import array_of
+from .writer import DeviceWriter, HostWriter
+
+if TYPE_CHECKING:
+    from ..gpu.append_launch import CacheLaunches
+
+
+class Core:
+    """A pool with its books."""
+
+    def __init__(self, of: Pool) -> None:
+        self.pool, self.layout, self.place = of, of.layout, of.place
+        self.framework = of.framework
+        self.dtype: np.dtype[Any] = numpy_dtype(of.layout.dtype)
+        on_host = of.place == HOST
+        self.events: StreamEvents = NoEvents() if on_host else CudaEvents(of.xp.cuda, of.place)
+        self.fences = Fences(self.events)
+        index = PrefixIndex(of.layout.num_pages, of.layout.page_size)
+        self.states = PageStates(of.layout.num_pages, index, self.fences)
+        self.table = PageTable(self.states, of.layout.page_size)
+        self._writer: HostWriter | DeviceWriter | None = None
+        self.lasting: LastingTables | None = None
+        self.lasting_step: object = None  # the open step that has those
+        self.captured: list[SchedMeta] = []  # of graphs, which write to their arrays
+
+    @property
+    def writer(self) -> HostWriter | DeviceWriter:
+        """Made, and its kernels compiled, when something is first written."""
+        if self._writer is None:
+            made = HostWriter if self.place == HOST else DeviceWriter
+            self._writer = made(self.pool)
+        return self._writer
+
+    def launches(self) -> CacheLaunches:
+        """The kernels that change the pool, on a GPU."""
+        assert isinstance(self.writer, DeviceWriter)
+        return self.writer.launches
+
+    # --- streams -------------------------------------------------------------------------------
+
+    def stream(self) -> int:
+        """The stream that is current for the cache's framework; work is going to be launched
+        there."""
+        stream = self.framework.stream(self.place)
+        self.fences.use(stream)
+        return stream
+
+    def use(self, adapter: Adapter, since: int) -> None:
+        """Work is going to be launched on the stream that is current for a framework, behind what
+        was launched on the stream `since`."""
+        stream = adapter.stream(self.place)
+        if stream == since:
+            self.fences.use(stream)
+        elif not self.is_capturing(stream):  # a graph runs where its owner says
+            self.fences.use(stream)
+            self.events.order(stream, self.events.record(since))
+
+    def is_capturing(self, stream: int) -> bool:
+        """Whether what is launched on a stream becomes part of a graph."""
+        if self.place == HOST:
+            return False
+        return bool(self.pool.xp.cuda.runtime.streamIsCapturing(stream)) if stream > 1 else False
+
+    # --- arguments -----------------------------------------------------------------------------
+
+    def layer(self, layer: Any, function: str) -> int:
+        """A layer's number. Raises an ArgumentError."""
+        layer = int(scalars.integer("layer", layer, function))
+        if layer >= self.layout.num_layers:
+            expected = f"at most {self.layout.num_layers - 1}, the last of the cache"
+            remedy = "Make the cache with the num_layers of the model."
+            raise ScalarError("layer", expected, f"{layer}", remedy, function)
+        return int(layer)
+
+    def rows(
+        self, name: str, rows: Any, axes: int, function: str, *, one_layer: bool = False
+    ) -> tuple[Any, Adapter]:
+        """(rows [layers, ..., h_kv, width] where the pool can be reached, their adapter), with
+        `axes` axes before the last two but the first; or an ArgumentError."""
+        rows, adapter = self._reachable(name, rows, function)
+        info = adapter.describe(rows, name)
+        layout, got = self.layout, show(info)
+        if info.dtype != layout.dtype:
+            remedy = f"Convert it with {name}.astype(cache.dtype)."
+            if adapter.name == "torch":
+                remedy = f"Convert it with {name}.to(torch.{layout.dtype})."
+            expected = f"{layout.dtype}, the dtype of the cache"
+            raise DTypeError(name, expected, got, remedy, function)
+        one_head, layered = layout.num_heads_kv == 1, layout.num_layers > 1 and not one_layer
+        full, missing = rows, axes + 2 + layered - len(info.shape)
+        if one_head and missing == 1:
+            full = rows[..., None, :]
+        if not layered:
+            full = full[None]
+        ends = layout.num_heads_kv, layout.width
+        layers = layout.num_layers if layered else 1
+        if len(full.shape) != axes + 3 or full.shape[-2:] != ends or full.shape[0] != layers:
+            lead = "n" if axes == 1 else "batch, n"
+            if layered:
+                lead = f"{layers}, {lead}"
+            expected = f"[{lead}, {layout.num_heads_kv}, {layout.width}]"
+            if one_head:
+                expected = f"[{lead}, {layout.width}] or {expected}"
+            remedy = "A row holds 512 latent and 64 rotary columns, side by side."
+            raise ShapeError(name, expected, got, remedy, function)
+        return full, adapter
+
+    def _reachable(self, name: str, rows: Any, function: str) -> tuple[Any, Adapter]:
+        try:
+            if is_foreign(rows):
+                rows = from_dlpack(rows, name)
+            adapter = framework_of(rows, name)
+            if adapter.name == "jax":
+                rows = from_dlpack(rows, name)
+                adapter = framework_of(rows, name)
+            device = adapter.describe(rows, name).device
+        except ArgumentError as error:
+            raise error.of(function) from None
+        if device == self.place:
+            return rows, adapter
+        if device == HOST:
+            return self._upload(rows, adapter), framework("cupy")
+        where = "the CPU" if self.place == HOST else f"CUDA device {self.place}"
+        expected = f"an array on {where}, where the pool is"
+        remedy = f"Move {name} to {where}."
+        raise DeviceMismatchError(name, expected, f"one on CUDA device {device}", remedy, function)
+
+    def _upload(self, rows: Any, adapter: Adapter) -> Any:
+        with framework("cupy").device_guard(self.place):
+            bits = importlib.import_module("cupy").asarray(
+                np.ascontiguousarray(adapter.to_numpy(rows)).view(np.uint8)
+            )
+        return bits.view(self.dtype)
+
+    # --- what is launched ----------------------------------------------------------------------
+
+    def open(self, made: Reservation, stream: int) -> None:
+        """Copies the pages that a reservation is going to write but that others hold, too."""
+        if len(made.copied):
+            self.writer.copy_pages(made.source, made.target, stream)
+
+    def write(self, rows: Any, adapter: Adapter, slots: Any, layers: slice) -> None:
+        """rows [layers, batch, n, h_kv, width] to slots [batch, n]."""
+        if rows.shape[1] and rows.shape[2]:
+            self.writer.write(rows, adapter, slots, layers)
+
+    def append(self, made: Reservation, rows: Any, adapter: Adapter, stream: int) -> None:
+        """Opens a reservation, writes rows [layers, batch, n, h_kv, width] and keeps them; if that
+        fails, the reservation is undone."""
+        try:
+            self.open(made, stream)
+            self.use(adapter, stream)
+            slots = array_of(self.table.slots(made), adapter.name, self.place)
+            self.write(rows, adapter, slots, slice(None))
+        except BaseException:
+            self.table.settle(made, np.zeros(len(made.rows), np.int32))
+            raise
+        self.table.settle(made, None)
+
+    def attend(
+        self,
+        q: Any,
+        layer: int,
+        batch: int,
+        tables_of: Callable[[Adapter], Tables],
+        metadata: dict[Any, SchedMeta],
+        softmax_scale: Any,
+        causal: Any,
+        function: str,
+    ) -> tuple[Any, Any]:
+        """flash_mla_with_kvcache() of q over a batch."""
+        try:
+            if is_foreign(q) or framework_of(q, "q").name == "jax":
+                view = from_dlpack(q, "q")
+                results = self.attend(
+                    view, layer, batch, tables_of, metadata, softmax_scale, causal, function
+                )
+                return _given_back(results, q)
+            adapter = framework_of(q, "q")
+        except ArgumentError as error:
+            raise error.of(function) from None
+        if len(q.shape) and q.shape[0] != batch:
+            expected = f"a first axis of {batch}, the number of sequences"
+            remedy = "Pass the queries of seqs[i] as q[i]; without seqs, of cache.sequences[i]."
+            raise ShapeError("q", expected, show(adapter.describe(q, "q")), remedy, function)
+        host = ("numpy", "torch", "jax") if self.place == HOST else ("cupy", "torch", "jax")
+        if adapter.name not in host:
+            where = "the CPU" if self.place == HOST else f"CUDA device {self.place}"
+            remedy = f"Move q to {where}, where the pool is."
+            got = f"a {adapter.name} array"
+            raise DeviceMismatchError("q", f"an array on {where}", got, remedy, function)
+        tables = tables_of(adapter)
+        key: Any = (tuple(q.shape), scalars.causal(causal), adapter.name)
+        if self.lasting is not None and self.is_capturing(adapter.stream(self.place)):
+            made = SchedMeta()  # so that the graph makes it anew with each replay
+            key = (*key, self._capture(adapter))
+            if key not in metadata:
+                self.captured.append(made)
+            found = metadata.setdefault(key, made)
+        else:
+            found = metadata.setdefault(key, SchedMeta())
+        return flash_mla_with_kvcache(
+            q,
+            self.pool.layer(layer, adapter.name),
+            tables.block_table,
+            tables.cache_seqlens,
+            HEAD_DIM_V,
+            found,
+            softmax_scale=softmax_scale,
+            causal=causal,
+        )
+
+    def _capture(self, adapter: Adapter) -> int:
+        from ..gpu.driver import capture_id
+
+        return capture_id(adapter.stream(self.place))
+
+    def require_uncaptured(self, stream: int, function: str) -> None:
+        """Raises StepError on a stream that is being captured: a graph would not do it again."""
+        if self.is_capturing(stream):
+            raise StepError(
+                f"{function}(): the stream is being captured. Reserve before the capture, and"
+                " capture write() and attend() of the step alone."
+            )
+
+
+def _given_back(results: tuple[Any, Any], like: Any) -> tuple[Any, Any]:
+    """The results as arrays of the framework of `like`, which is neither of CuPy nor of NumPy."""
+    if framework_name(like) == "jax":
+        jnp: Any = importlib.import_module("jax.numpy")
+        back = jnp.asarray if isinstance(results[0], np.ndarray) else jnp.from_dlpack
+        out, lse = (back(x) for x in results)
+        return out, lse
+    return results
+
+
+def framework_name(x: Any) -> str:
+    """The top package of the type of x."""
+    root = type(x).__module__.partition(".")[0]
+    return "jax" if root == "jaxlib" else root
+
+
+def handle_list(seqs: Any, function: str) -> tuple[Any, ...]:
+    """seqs as a tuple. Raises ArgTypeError for what is no list."""
+    try:
+        return tuple(seqs)
+    except TypeError:
+        expected, remedy = "a list of sequence handles", "Put a single one into a list: [seq]."
+        raise ArgTypeError("seqs", expected, kind_of(seqs), remedy, function) from None
+
+
+def require_distinct(handles: tuple[Any, ...], function: str) -> None:
+    """Raises SequenceError for a sequence that comes twice."""
+    if len(set(handles)) != len(handles):
+        seq, times = max(Counter(handles).items(), key=lambda item: item[1])
+        remedy = "Give each sequence all its rows in one entry."
+        raise SequenceError(f"{function}(): {seq} comes {times} times in seqs. {remedy}")
