@@ -79,7 +79,8 @@ def test_variants():
     names = [variant.name for variant in all_variants()]
     pages = ("p64", "p32", "p16")
     decode = [f"dense_decode_{dtype}_{page}" for dtype in ("bf16", "fp16") for page in pages]
-    assert names == [*decode, "combine_bf16", "combine_fp16", "schedule"]
+    of_caches = ["append_bf16", "append_fp16", "copy_pages", "update_tables"]
+    assert names == [*decode, "combine_bf16", "combine_fp16", "schedule", *of_caches]
 
 
 @pytest.mark.parametrize(

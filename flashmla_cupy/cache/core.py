@@ -38,7 +38,7 @@ from .page_table import PageTable, Reservation
 from .pool import Pool
 from .prefix import PrefixIndex
 from .tables import LastingTables, Tables
-from .views import array_of
+from .views import array_of, current_stream
 from .writer import DeviceWriter, HostWriter
 
 if TYPE_CHECKING:
@@ -81,14 +81,18 @@ class Core:
     def stream(self) -> int:
         """The stream that is current for the cache's framework; work is going to be launched
         there."""
-        stream = self.framework.stream(self.place)
+        stream = self.stream_of(self.framework)
         self.fences.use(stream)
         return stream
+
+    def stream_of(self, adapter: Adapter) -> int:
+        """The stream that is current for a framework."""
+        return current_stream(adapter, self.place)
 
     def use(self, adapter: Adapter, since: int) -> None:
         """Work is going to be launched on the stream that is current for a framework, behind what
         was launched on the stream `since`."""
-        stream = adapter.stream(self.place)
+        stream = self.stream_of(adapter)
         if stream == since:
             self.fences.use(stream)
         elif not self.is_capturing(stream):  # a graph runs where its owner says
@@ -231,7 +235,7 @@ class Core:
             raise DeviceMismatchError("q", f"an array on {where}", got, remedy, function)
         tables = tables_of(adapter)
         key: Any = (tuple(q.shape), scalars.causal(causal), adapter.name)
-        if self.lasting is not None and self.is_capturing(adapter.stream(self.place)):
+        if self.lasting is not None and self.is_capturing(self.stream_of(adapter)):
             made = SchedMeta()  # so that the graph makes it anew with each replay
             key = (*key, self._capture(adapter))
             if key not in metadata:

@@ -260,7 +260,7 @@ class PagedKVCache(SequenceCache):
         count = len(batch.key[0])
 
         def ready(adapter: Adapter) -> Tables:
-            core.fences.use(adapter.stream(core.place))
+            core.fences.use(core.stream_of(adapter))
             return batch.tables.of(adapter)
 
         return core.attend(q, layer, count, ready, batch.metadata, softmax_scale, causal, function)

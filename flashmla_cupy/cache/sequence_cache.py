@@ -33,7 +33,9 @@ class SequenceCache:
         self.num_pages, self.num_layers, self.page_size = layout[:3]
         self.num_heads_kv = layout.num_heads_kv
         self.dtype: np.dtype[Any] = core.dtype
-        self.max_seqs = max_seqs and scalars.integer("max_seqs", max_seqs, function, least=1)
+        self.max_seqs: int | None = None
+        if max_seqs is not None:
+            self.max_seqs = scalars.integer("max_seqs", max_seqs, function, least=1)
         self.max_pages_per_seq = self.num_pages
         if max_pages is not None:
             pages = scalars.integer("max_pages_per_seq", max_pages, function, least=1)

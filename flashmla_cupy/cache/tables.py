@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..frameworks import HOST, Adapter
 from .page_table import Index, Int32
 from .pool import Pool
-from .views import array_of, view_as
+from .views import array_of, current_stream, view_as
 
 if TYPE_CHECKING:
     from ..gpu.append_launch import CacheLaunches
@@ -39,7 +39,7 @@ class FreshTables:
     def of(self, adapter: Adapter) -> Tables:
         """The arrays of a framework, ready on its current stream."""
         # Arrays made on one stream may not be ready on another, so the stream is part of the key.
-        key = adapter.name, adapter.stream(self._device)
+        key = adapter.name, current_stream(adapter, self._device)
         found = self._made.get(key)
         if found is None:
             found = self._made[key] = Tables(

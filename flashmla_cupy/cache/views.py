@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..frameworks import Adapter, framework, numpy_dtype
+from ..frameworks import HOST, Adapter, framework, numpy_dtype
 
 BITS = {"bfloat16": "uint16", "float16": "uint16", "uint8": "uint8"}  # what rows are moved as
 
@@ -37,6 +37,11 @@ def view_as(x: Any, dtype: str, name: str) -> Any:
     signed = x.view("int16") if x.dtype.name == "uint16" else x
     tensor = torch.from_dlpack(signed) if hasattr(x, "get") else torch.from_numpy(signed)
     return tensor if tensor.dtype == getattr(torch, dtype) else tensor.view(getattr(torch, dtype))
+
+
+def current_stream(adapter: Adapter, device: int) -> int:
+    """The stream that is current for a framework on a device. PyTorch has none on the host."""
+    return 0 if device == HOST and adapter.name == "torch" else adapter.stream(device)
 
 
 def array_of(x: Any, name: str, device: int) -> Any:
