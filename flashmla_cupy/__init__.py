@@ -40,6 +40,7 @@ from .errors import (
     SequenceError,
     ShapeError,
     StaleMetadataError,
+    StepError,
     StrideError,
     UnsupportedArchError,
 )
@@ -84,6 +85,7 @@ __all__ = [
     "SequenceError",
     "ShapeError",
     "StaleMetadataError",
+    "StepError",
     "StrideError",
     "UnsupportedArchError",
     "check",
