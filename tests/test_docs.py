@@ -109,3 +109,14 @@ def test_every_public_name_is_in_the_reference():
     public = set(flashmla_cupy.__all__)
     assert reference == public - set(vars(errors))
     assert "::: flashmla_cupy.errors" in PAGES["errors.md"].text
+
+
+def test_messages_in_troubleshooting_are_those_of_the_code():
+    """A heading in quotation marks is what a reader searches for: some words of a message."""
+    code = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    code = re.sub(r'"\s*f?"', "", code)  # a message over several lines
+    headings = re.findall(r'^## "([^"]+)"', PAGES["troubleshooting.md"].text, re.MULTILINE)
+    assert len(headings) >= 5
+    for words in headings:
+        pattern = re.escape(words).replace(r"9\.0", r"(?:9\.0|\{arch\.CAPABILITIES\})")
+        assert re.search(pattern, code), words
