@@ -27,12 +27,34 @@ class Block:
     def frameworks(self) -> list[str]:
         """The frameworks that a Python block imports at its top level."""
         found = set()
-        for node in ast.parse(self.code).body:
+        for node in self.tree.body:
             if isinstance(node, ast.Import):
                 found |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 found.add(node.module.partition(".")[0])
         return sorted(found & {"cupy", "torch", "jax"})
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.code)
+
+    @property
+    def stored(self) -> set[str]:
+        """The names that a Python block defines."""
+        found = set()
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.alias):
+                found.add((node.asname or node.name).partition(".")[0])
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+        return found
+
+    @property
+    def loaded(self) -> set[str]:
+        """The names that a Python block uses."""
+        return {node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)}
 
     @property
     def missing(self) -> str | None:
@@ -52,6 +74,7 @@ class Page:
     path: Path
     names: dict[str, object] = field(default_factory=dict)
     done: int = 0  # how many of the Python blocks have been run or passed over
+    absent: dict[str, str] = field(default_factory=dict)  # what those passed over define, and why
 
     @cached_property
     def text(self) -> str:
@@ -104,13 +127,21 @@ class Page:
         exec(compile("\n" * (block.line - 1) + block.code, str(self.path), "exec"), names)
 
     def run(self, number: int) -> None:
-        """Runs a Python block after those before it that can run here; skips if it cannot."""
+        """Runs a Python block after those before it; skips if it, or one that it needs, cannot."""
+        assert number >= self.done, "the blocks of a page run once, in their order"
         self.names.setdefault("__name__", self.path.stem)
-        for earlier in self.python[self.done : number]:
-            if earlier.missing is None:
-                self.execute(earlier, self.names)
-        self.done = number + 1
-        block = self.python[number]
-        if block.missing is not None:
-            pytest.skip(block.missing)
-        self.execute(block, self.names)
+        reason = None
+        for block in self.python[self.done : number + 1]:
+            reason = block.missing
+            if reason is None and (needed := block.loaded & self.absent.keys()):
+                reason = self.absent[min(needed)]
+            for name in block.stored:
+                if reason is not None:
+                    self.absent[name] = reason
+                else:
+                    self.absent.pop(name, None)
+            self.done += 1
+            if reason is None:
+                self.execute(block, self.names)
+        if reason is not None:
+            pytest.skip(reason)
