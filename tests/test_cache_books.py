@@ -86,6 +86,9 @@ BUGS = {  # name: (module, what is there, what a careless hand would write)
     "no copy on write": (
         page_table, "shared = self.states.refcount[page] > 1", "shared = page < 0"
     ),
+    "a shared page is written before another's end": (
+        page_table, "np.argsort(-begin[writes], kind=\"stable\")", "range(len(page))"
+    ),
     "the copied page is not let go": (
         page_table, "of.target[~keeps], of.source[keeps]", "of.target[~keeps]"
     ),
@@ -171,6 +174,7 @@ def test_a_planted_bug_is_noticed(monkeypatch, bug):
     # An assertion, or books that break down; but no plant that makes no sense.
     with pytest.raises(Exception) as noticed:
         test_a_page_is_not_written_while_another_stream_reads_it()
+        test_a_rollback_finds_the_shared_page_as_it_was()
         for seed in range(20):
             run(seed, 1500, streams=1 + 2 * (seed % 2))
     assert not isinstance(noticed.value, (NameError, SyntaxError))
@@ -323,6 +327,22 @@ def test_a_page_is_not_written_while_another_stream_reads_it():
     assert table.pages_of(row).tolist() == shared.tolist()
     device.write(0, shared)
     table.settle(made, None)
+
+
+def test_a_rollback_finds_the_shared_page_as_it_was():
+    """Of two that hold a page the shorter one must not write to it: the longer one comes back."""
+    table = books()
+    long, _ = grown(table, range(3))
+    short = table.fork(table.row(long, "test"))
+    table.truncate(table.row(short, "test"), 1)
+    rows = np.array([table.row(seq, "test") for seq in (short, long)])
+    shared = table.pages_of(int(rows[1])).tolist()
+    made = table.reserve(rows, np.array([1, 1], np.int32))
+    assert made.source.tolist() == shared
+    assert table.slots(made)[1].tolist() == [shared[0] * PAGE + 3]
+    table.settle(made, np.array([1, 0], np.int32))
+    assert table.pages_of(int(rows[1])).tolist() == shared
+    assert table.pages_of(int(rows[0])).tolist() != shared
 
 
 def test_a_stream_that_is_done_is_forgotten():

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import pytest
 from emulator import device
-from support.problems import PAGE_SIZES
+from support.append_cases import Case, Pool, aligned
 
-from flashmla_cupy import deepseek, reference_append
 from flashmla_cupy.gpu.append_launch import (
     NO_ROTATION,
     CacheLaunches,
@@ -19,7 +17,6 @@ from flashmla_cupy.gpu.append_launch import (
 from flashmla_cupy.gpu.engine import engine_of
 
 pytestmark = pytest.mark.skipif(device.host_compiler() is None, reason="no C++ compiler")
-DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 
 @pytest.fixture(scope="module")
@@ -32,86 +29,42 @@ def gpu(monkeypatch, kernels):
     return device.install(monkeypatch, kernels, num_sms=4)
 
 
-class Pool:
-    """A pool of all layers between guard bytes, in either order of its axes."""
-
-    def __init__(self, rng, pages, layers, page_size, heads, dtype, layer_axis, gap=0):
-        lead = [pages, layers] if layer_axis == 1 else [layers, pages]
-        shape = (*lead, page_size, heads, 576 + gap)
-        size = int(np.prod(shape))
-        # Behind it a further page of all layers, so that a slot beyond does no other harm.
-        self.memory = rng.integers(0, 2**16, size + 512 + size // pages, np.uint16)
-        start = -(-self.memory.ctypes.data // 16) * 16 - self.memory.ctypes.data
-        whole = self.memory[128 + start // 2 :][:size].reshape(shape)[..., :576]
-        self.array = whole if layer_axis == 1 else whole.swapaxes(0, 1)
-        self.view = self.array.view(dtype)  # [pages, layers, page_size, heads, 576]
-        page, layer, slot, head, _ = self.array.strides
-        self.geometry = PoolGeometry(
-            self.array.ctypes.data, layer, page, slot, head, pages, page_size, heads, 1152
-        )
+def rows_of(bits):
+    layers, batch, tokens = bits.shape[:3]
+    return Rows(bits.ctypes.data, *bits.strides[:4], layers, batch, tokens)
 
 
-def aligned(rng, *shape):
-    """Random bits of numbers, at an address that is a multiple of 16."""
-    size = int(np.prod(shape))
-    memory = np.empty(size + 8, np.uint16)
-    start = -(-memory.ctypes.data // 16) * 16 - memory.ctypes.data
-    x = memory[start // 2 : start // 2 + size].reshape(shape)
-    x[...] = rng.standard_normal(shape, np.float32).astype(np.float16).view(np.uint16)
-    return x
+def geometry(pool, layer=0):
+    return PoolGeometry(*pool.geometry(pool.memory.ctypes.data, layer))
+
+
+def random_bits(rng, *shape):
+    memory = aligned(int(np.prod(shape)))
+    memory[...] = rng.integers(0, 2**16, memory.shape, np.uint16)
+    return memory.reshape(shape)
 
 
 @pytest.mark.parametrize("seed", range(24))
 def test_random_appends_have_the_bits_of_the_definition(gpu, seed):
-    rng = np.random.default_rng(seed)
-    name = str(rng.choice(list(DTYPES)))
-    dtype, page_size = DTYPES[name], int(rng.choice(PAGE_SIZES))
-    pages, layers, heads = int(rng.integers(1, 6)), int(rng.integers(1, 4)), int(rng.choice([1, 2]))
-    pool = Pool(rng, pages, layers, page_size, heads, dtype, seed % 2, gap=8 * (seed % 3))
-    batch, tokens = int(rng.integers(1, 5)), int(rng.integers(1, 4))
-    n = batch * tokens
-    bits = aligned(rng, layers, batch, tokens, heads, 576 + 8 * (seed % 2))[..., :576]
-    if dtype is ml_dtypes.bfloat16:
-        bits[...] = bits.view(np.float16).astype(dtype).view(np.uint16)
-    slots = rng.permutation(pages * page_size)[:n].astype(np.int64)
-    slots = np.concatenate([slots, np.full(n - len(slots), -1)])
-    slots[rng.random(n) < 0.2] = rng.choice([-1, -(2**40), pages * page_size, 2**40])
-    rotation, options = NO_ROTATION, {}
-    if rng.random() < 0.7:
-        cos, sin = deepseek.rotary_tables({"qk_rope_head_dim": 64, "rope_theta": 1e4}, 50)
-        positions = rng.integers(0, 50, n)
-        positions[rng.random(n) < 0.2] = rng.choice([-1, 50, 2**40])
-        interleaved = bool(rng.random() < 0.5)
-        options = {"cos": cos, "sin": sin, "positions": positions, "interleaved": interleaved}
-        rotation = Rotary(cos.ctypes.data, sin.ctypes.data, positions.ctypes.data, 50, interleaved)
-    expected = pool.memory.copy()
-    model = np.lib.stride_tricks.as_strided(  # the pool within the copy
-        expected[(pool.array.ctypes.data - pool.memory.ctypes.data) // 2 :],
-        pool.array.shape,
-        pool.array.strides,
-    ).view(dtype)
-    for layer in range(layers):
-        rows = bits[layer].reshape(n, heads, 576).view(dtype)
-        reference_append.append(model[:, layer], rows, slots, **options)
-    launches = CacheLaunches(engine_of(0), name)
-    of = Rows(bits.ctypes.data, *bits.strides[:4], layers, batch, tokens)
-    launches.append(0, pool.geometry, of, slots.ctypes.data, rotation)
-    assert np.array_equal(pool.memory, expected)
+    case = Case(seed)
+    rotation = NO_ROTATION
+    if case.rotation:
+        cos, sin, positions, interleaved = case.rotation.values()
+        rotation = Rotary(*(x.ctypes.data for x in (cos, sin, positions)), len(cos), interleaved)
+    CacheLaunches(engine_of(0), case.name).append(
+        0, geometry(case.pool), rows_of(case.bits), case.slots.ctypes.data, rotation
+    )
+    assert np.array_equal(case.pool.memory, case.expected)
 
 
 def test_one_layer_of_several(gpu):
     rng = np.random.default_rng(1)
     pool = Pool(rng, 3, 4, 16, 1, np.float16, 1)
     before = pool.array.copy()
-    bits = aligned(rng, 1, 5, 1, 1, 576)
+    bits = random_bits(rng, 1, 5, 1, 1, 576)
     slots = np.array([3, 47, -1, 16, 17])
-    geometry = pool.geometry
-    of = Rows(bits.ctypes.data, *bits.strides[:4], 1, 5, 1)
     CacheLaunches(engine_of(0), "float16").append(
-        0,
-        geometry._replace(address=geometry.address + 2 * geometry.layer_stride),
-        of,
-        slots.ctypes.data,
+        0, geometry(pool, layer=2), rows_of(bits), slots.ctypes.data
     )
     kept = slots[slots >= 0]
     before[kept // 16, 2, kept % 16, 0] = bits.reshape(5, 576)[slots >= 0]
@@ -121,12 +74,13 @@ def test_one_layer_of_several(gpu):
 def test_many_rows_take_several_vectors_a_thread(gpu):
     rng = np.random.default_rng(2)
     pool = Pool(rng, 40, 1, 16, 1, np.float16, 1)
-    bits = aligned(rng, 1, 1, 600, 1, 576)
+    bits = random_bits(rng, 1, 1, 600, 1, 576)
     slots = rng.permutation(640)[:600].astype(np.int64)
     expected = pool.array.copy()
-    expected.reshape(640, 576)[slots] = bits.reshape(600, 576)
-    of = Rows(bits.ctypes.data, *bits.strides[:4], 1, 1, 600)
-    CacheLaunches(engine_of(0), "float16").append(0, pool.geometry, of, slots.ctypes.data)
+    expected[slots // 16, 0, slots % 16, 0] = bits.reshape(600, 576)
+    CacheLaunches(engine_of(0), "float16").append(
+        0, geometry(pool), rows_of(bits), slots.ctypes.data
+    )
     assert np.array_equal(pool.array, expected)
 
 
@@ -139,7 +93,7 @@ def test_pages_are_copied_in_all_layers(gpu, layer_axis, page_size):
     pages = np.array([[4, 0, 4], [1, 5, 2]], np.int32)
     expected[pages[1]] = expected[pages[0]]
     launches = CacheLaunches(engine_of(0), "float16")
-    launches.copy_pages(0, pool.geometry, 3, pages.ctypes.data, 3)
+    launches.copy_pages(0, geometry(pool), 3, pages.ctypes.data, 3)
     assert np.array_equal(pool.array, expected)
 
 

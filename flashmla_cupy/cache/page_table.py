@@ -180,15 +180,16 @@ class PageTable:
     def _tails(self, rows: Index, begin: Int32, end: Int32) -> tuple[Index, Int32, Int32]:
         """(which of the batch have a last page that is to be written but that others hold, too;
         those pages; the last pages that are written as they are). Of several in the batch that
-        hold all of a page, one writes to it and the others copy."""
+        hold all of a page the longest writes to it, behind the tokens of the others, which copy
+        but may come back to it by a rollback."""
         slot = begin % self.page_size
         writes = np.flatnonzero((slot > 0) & (end > begin))
         page = self.table[rows[writes], begin[writes] // self.page_size]
         shared = self.states.refcount[page] > 1
         if shared.any():
             holders = Counter(page[shared].tolist())
-            for i in np.flatnonzero(shared):
-                if holders[int(page[i])] == self.states.refcount[page[i]]:
+            for i in np.argsort(-begin[writes], kind="stable"):
+                if shared[i] and holders[int(page[i])] == self.states.refcount[page[i]]:
                     shared[i] = False
                     holders[int(page[i])] = 0
         return writes[shared], page[shared], page[~shared]

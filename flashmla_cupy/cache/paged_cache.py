@@ -177,6 +177,7 @@ class PagedKVCache(SequenceCache):
             grown = None if len(made.copied) else made.grown
             after = self._table.edits
             lasting.update(stream, tables, (handles, before), (handles, after), grown)
+            lasting.of(core.framework, *tables.slot_mapping.shape)  # views, not to be made captured
             step = core.lasting_step = Step(core, handles, made, lasting, stream)
         except BaseException:
             self._table.settle(made, np.zeros(len(handles), np.int32))
