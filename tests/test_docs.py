@@ -103,6 +103,17 @@ def test_every_kernel_is_there():
         assert f"[{source}](../cuda_src/{source})" in text
 
 
+def test_every_room_of_the_package_is_described():
+    section = PAGES["contributing.md"].section("## The house")
+    rooms = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path.is_dir() and list(path.glob("*.py")))
+    } - {"_version.py"}
+    described = set(re.findall(r"`([\w.]+(?:\.py|/))`", section)) - {"cuda_src/"}
+    assert {room for room in described if "test_" not in room} == rooms
+
+
 def test_every_public_name_is_in_the_reference():
     """Functions and classes in api.md, errors in errors.md, which shows a whole module."""
     reference = set(re.findall(r"^::: flashmla_cupy\.(\w+)$", PAGES["api.md"].text, re.MULTILINE))
