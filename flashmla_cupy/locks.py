@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Iterator
 
 
 class Lock:
-    """A lock for `with lock.held():`."""
+    """A lock for `with lock:`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         _all.add(self)
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        with self._lock:
-            yield
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     def renew(self) -> None:
         """Forgets who holds it."""

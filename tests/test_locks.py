@@ -35,7 +35,7 @@ def child_does(work) -> int:
 
 def use(lock: Lock) -> None:
     for _ in range(2):
-        with lock.held():
+        with lock:
             pass
 
 
@@ -44,7 +44,7 @@ def test_a_child_finds_a_lock_open_that_a_thread_of_its_parent_holds():
     lock, held, done = Lock(), threading.Event(), threading.Event()
 
     def hold():
-        with lock.held():
+        with lock:
             held.set()
             done.wait()
 
@@ -61,14 +61,14 @@ def test_a_child_finds_a_lock_open_that_a_thread_of_its_parent_holds():
 @needs_fork
 def test_a_fork_inside_of_a_lock():
     lock = Lock()
-    with lock.held():
+    with lock:
         assert child_does(lambda: use(lock)) == 0
     use(lock)
 
 
 def test_an_error_releases_it():
     lock = Lock()
-    with pytest.raises(ZeroDivisionError), lock.held():
+    with pytest.raises(ZeroDivisionError), lock:
         _ = 1 / 0
     use(lock)
 

@@ -155,7 +155,7 @@ def failures_warn(action: str) -> Iterator[None]:
 
 
 def _warn_once(category: type[Warning], message: str) -> None:
-    with _warned_lock.held():
+    with _warned_lock:
         if category in _warned:
             return
         _warned.add(category)

@@ -80,11 +80,11 @@ def compile_variant(
         built = _build(variant, (*_options(variant), *options), _sources())
         _announce(built, "not cached")
         return built
-    with _locks_lock.held():
+    with _locks_lock:
         lock = _locks.setdefault(variant, Lock())
     # One thread compiles it and the others wait. Whatever ends that, an error or Ctrl-C, lets the
     # next one try.
-    with lock.held():
+    with lock:
         found = None if refresh else _memo.get(variant)
         if found is None:
             found = _memo[variant] = _load_or_build(variant, refresh)

@@ -70,7 +70,7 @@ def library() -> Library:
 
     Raises MissingDependencyError without CuPy, NVRTCNotFoundError without an NVRTC, and
     NVRTCVersionError when all are older than 12.4 or too new for the driver."""
-    with _lock.held():  # not two at once: the builtins are loaded after the library
+    with _lock:  # not two at once: the builtins are loaded after the library
         return _chosen()
 
 

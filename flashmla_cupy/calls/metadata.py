@@ -82,7 +82,8 @@ def eager(
     otherwise(where, arrays, options) makes the call if the arrays have no address to launch with,
     where `frameworks.elsewhere` says."""
     rows, h_kv, h_q = options
-    call, pointers, key = _calls.find(arrays, options, (type(rows), type(h_kv), type(h_q)))
+    is_usual = type(rows) is int and type(h_kv) is int and (h_q is None or type(h_q) is int)
+    call, pointers, key = _calls.find(arrays, options, is_usual)
     if call is None or not call.accepts(pointers):
         where = elsewhere(arrays)
         if where and otherwise is not None:

@@ -30,6 +30,7 @@ _pointer = operator.attrgetter("data.ptr")
 
 class CuPy(Adapter):
     name = "cupy"
+    pointer = staticmethod(_pointer)
 
     def __init__(self) -> None:
         cupy: Any = importlib.import_module("cupy")
@@ -43,6 +44,7 @@ class CuPy(Adapter):
         self._current_device = cupy.cuda.runtime.getDevice
         self._current_stream = cupy.cuda.get_current_stream
         self._is_capturing = cupy.cuda.runtime.streamIsCapturing
+        self.stream = self._stream_of
         self._graph_scratch: dict[tuple[int, int], list[Any]] = {}
 
     def describe(self, x: Any, argument: str = "array") -> ArrayInfo:
@@ -131,11 +133,7 @@ class CuPy(Adapter):
             side.synchronize()  # the graph need not wait for it
         return made
 
-    def pointer(self, x: Any) -> int:
-        pointer: int = x.data.ptr
-        return pointer
-
-    def stream(self, device: int) -> int:
+    def _stream_of(self, device: int) -> int:
         stream: int = self._current_stream(device).ptr
         return stream
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from .base import (
 
 class NumPy(Adapter):
     name = "numpy"
+    pointer = staticmethod(operator.attrgetter("ctypes.data"))
 
     def describe(self, x: Any, argument: str = "array") -> ArrayInfo:
         dtype = x.dtype
@@ -31,9 +33,6 @@ class NumPy(Adapter):
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
         return np.empty(shape, numpy_dtype(dtype))
-
-    def pointer(self, x: Any) -> int:
-        return int(x.ctypes.data)
 
     def to_numpy(self, x: Any) -> np.ndarray:
         return np.asarray(x)

@@ -29,7 +29,7 @@ class Torch(Adapter):
     def __init__(self) -> None:
         torch: Any = importlib.import_module("torch")
         self._empty = torch.empty
-        self._address_of: Callable[[Any], int] = torch.Tensor.data_ptr
+        self.pointer = torch.Tensor.data_ptr
         self._cuda = torch.cuda
         self._int16 = torch.int16
         self._int32 = torch.int32
@@ -43,14 +43,11 @@ class Torch(Adapter):
         compiled_code = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
         self._empty_strided = getattr(compiled_code, "_empty_strided_cuda", None)
         self._guards = Guards(getattr(compiled_code, "TensorGuards", None))
-        self._is_nested: Callable[[Any], bool] = torch.Tensor.is_nested.__get__
         # Dispatch modes of this thread: FakeTensorMode, make_fx, a profiler of operations, ...
         self._modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _no_modes)
         self._grad_enabled: Callable[[], bool] = torch.is_grad_enabled
         # The public current_stream() builds an object and takes 3.5 us; this one takes 0.1 us.
-        self._raw_stream: Callable[[int], int] = getattr(
-            torch._C, "_cuda_getCurrentRawStream", self._public_stream
-        )
+        self.stream = getattr(torch._C, "_cuda_getCurrentRawStream", self._public_stream)
         self._current_device: Callable[[], int] = getattr(
             torch._C, "_cuda_getDevice", torch.cuda.current_device
         )
@@ -86,12 +83,15 @@ class Torch(Adapter):
         known = guards.found.get(len(arrays))
         if known is not None:
             try:
-                if not any(map(self._is_nested, arrays)) and known[0](*arrays):
+                for x in arrays:
+                    if x.is_nested:
+                        raise ValueError("a nested tensor, about which a guard must not be asked")
+                if known[0](*arrays):
                     guards.last = None
-                    addresses = tuple(map(self._address_of, arrays))
+                    addresses = tuple(map(self.pointer, arrays))
                     if 0 not in addresses:
                         return known[1], addresses
-            except TypeError:  # one of them is absent
+            except AttributeError:  # one of them is absent
                 pass
         facts: tuple[Any, ...] = (self, arrays[0].device)
         pointers = []
@@ -147,15 +147,8 @@ class Torch(Adapter):
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
         return functools.partial(fast, shape, tuple(strides), self._dtypes[dtype])
 
-    def pointer(self, x: Any) -> int:
-        pointer: int = x.data_ptr()
-        return pointer
-
     def _public_stream(self, device: int) -> int:
-        return int(self._cuda.current_stream(device).cuda_stream)
-
-    def stream(self, device: int) -> int:
-        return 0 if device == HOST else self._raw_stream(device)
+        return 0 if device == HOST else int(self._cuda.current_stream(device).cuda_stream)
 
     def device_guard(self, device: int) -> AbstractContextManager[Any]:
         if device == HOST or self._current_device() == device:

@@ -37,7 +37,7 @@ def engine_of(device: int) -> Engine:
     KernelCompileError, KernelLoadError, ForkedProcessError."""
     found = _engines.get(device)
     if found is None:
-        with _lock.held():
+        with _lock:
             found = _engines.get(device)
             if found is None:
                 found = _engines[device] = Engine(device)
@@ -90,7 +90,7 @@ class Engine:
 
         Raises what compile_variant raises, KernelLoadError, ForkedProcessError."""
         self._reports.require_unforked()
-        with self._load_lock.held(), RelaxedCapture(), self._cuda.Device(self.device):
+        with self._load_lock, RelaxedCapture(), self._cuda.Device(self.device):
             missing = [variant for variant in variants if variant not in self._kernels]
             for compiled in compile_variants(missing):
                 try:
