@@ -28,6 +28,10 @@ class ArrayInfo(NamedTuple):
     readonly: bool = False
 
 
+def _no_stream(device: int) -> int:
+    return 0
+
+
 class Adapter:
     """A framework. Nothing here copies, and nothing waits for the device.
 
@@ -38,7 +42,7 @@ class Adapter:
     name: str
     # Functions, not methods: a framework's own takes half the time without a method around it.
     pointer: Callable[[Any], int]  # the address of element 0
-    stream: Callable[[int], int]  # the CUstream that is current for this thread on this device
+    stream: Callable[[int], int] = staticmethod(_no_stream)  # the CUstream of this thread there
 
     def describe(self, x: Any, argument: str = "array") -> ArrayInfo:
         """The facts of array x. Raises an ArgumentError, naming the argument, when x is not a
