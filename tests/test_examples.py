@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 
@@ -21,3 +22,17 @@ def test_mla_layer_has_the_softmax_scale_of_deepseek_v3():
     config = {**example["V3"], "hidden_size": 8, "num_attention_heads": 2, "q_lora_rank": 8}
     layer = example["MLALayer"](np, config, max_tokens=4)
     assert layer.scale == pytest.approx(0.13523377, rel=1e-6)
+
+
+def test_the_notebook_has_the_outputs_of_a_gpu():
+    """Who only reads it sees them: every cell ran, in order, without an error, on a Hopper GPU."""
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not any(output["output_type"] == "error" for output in outputs)
+    printed = "".join("".join(output.get("text", [])) for output in outputs)
+    assert "Computing on NVIDIA H" in printed
+    assert printed.count("the same bits: True") == 3  # FlashMLA's interface, PyTorch, JAX
+    drawn = [output for output in outputs if "image/svg+xml" in output.get("data", {})]
+    assert len(drawn) == 3  # what is cached, the schedule, the roofline
