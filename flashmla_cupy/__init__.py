@@ -50,7 +50,13 @@ if TYPE_CHECKING:
     from .formats.cache_format import CacheFormat
     from .formats.quantize import dequantize_kv, quantize_kv
     from .formats.write import write_kv
-    from .interface import check, flash_mla_with_kvcache, get_mla_metadata, register_torch_ops
+    from .interface import (
+        check,
+        flash_mla_sparse_fwd,
+        flash_mla_with_kvcache,
+        get_mla_metadata,
+        register_torch_ops,
+    )
     from .partials import merge_partials
     from .schedule.sched_meta import SchedMeta
     from .schedule.view import Schedule
@@ -90,6 +96,7 @@ __all__ = [
     "UnsupportedArchError",
     "check",
     "dequantize_kv",
+    "flash_mla_sparse_fwd",
     "flash_mla_with_kvcache",
     "get_mla_metadata",
     "merge_partials",
@@ -101,6 +108,7 @@ __all__ = [
 # The module of each name that is imported when it is first asked for: these need NumPy.
 _LAZY = {
     "check": "interface",
+    "flash_mla_sparse_fwd": "interface",
     "flash_mla_with_kvcache": "interface",
     "get_mla_metadata": "interface",
     "register_torch_ops": "interface",

@@ -152,6 +152,22 @@ _REASONS = {
         "its cache_seqlens entry is negative or exceeds block_table.shape[1] * page_size",
         "Pass lengths that the table can hold.",
     ),
+    "index": (
+        "entry {column} of a list of indices is no slot of k_cache",
+        "Entries are -1 for no token, or page * page_size + offset.",
+    ),
+    "extra index": (
+        "entry {column} of a list of extra_indices_in_kvcache is no slot of extra_k_cache",
+        "Entries are -1 for no token, or page * page_size + offset.",
+    ),
+    "topk_length": (
+        "its topk_length is negative or exceeds the width of indices",
+        "Pass lengths from 0 to indices.shape[-1].",
+    ),
+    "extra topk_length": (
+        "its extra_topk_length is negative or exceeds the width of extra_indices_in_kvcache",
+        "Pass lengths from 0 to extra_indices_in_kvcache.shape[-1].",
+    ),
     "stale metadata": (
         "the scheduling metadata was made for other cache_seqlens or another configuration",
         "Call get_mla_metadata() again whenever the lengths change.",
@@ -167,16 +183,32 @@ class DeviceCheckError(FlashMLAError, RuntimeError):
     the column of block_table for "page id", else -1. With the reason "foreign metadata", for arrays
     that get_mla_metadata() did not make, `request` is -1, and no row is to be used.
 
+    With lists of tokens, of which each query token has its own, the rows are those of one query
+    token of the request: for "index" and "extra index", whose `column` is the place in the list,
+    and for "topk_length" and "extra topk_length". In `function` "flash_mla_sparse_fwd" each query
+    token is a request.
+
     `is_earlier` is False for lengths in host memory, which are looked at before anything is
     computed: the call itself raises, and has written nothing.
     """
 
-    def __init__(self, request: int, column: int, reason: str, is_earlier: bool = True) -> None:
-        super().__init__(request, column, reason, *(() if is_earlier else (False,)))
+    def __init__(
+        self,
+        request: int,
+        column: int,
+        reason: str,
+        is_earlier: bool = True,
+        function: str = "flash_mla_with_kvcache",
+    ) -> None:
+        said: tuple[object, ...] = (is_earlier, function)  # of which no default need be shown
+        if function == "flash_mla_with_kvcache":
+            said = () if is_earlier else (False,)
+        super().__init__(request, column, reason, *said)
         self.request = request
         self.column = column
         self.reason = reason
         self.is_earlier = is_earlier
+        self.function = function
 
     def __str__(self) -> str:
         if self.reason == "foreign metadata":
@@ -188,9 +220,9 @@ class DeviceCheckError(FlashMLAError, RuntimeError):
         what, remedy = _REASONS.get(self.reason, (self.reason, ""))
         what = what.format(column=self.column)
         if not self.is_earlier:
-            return f"flash_mla_with_kvcache() refused request {self.request}: {what}. {remedy}"
+            return f"{self.function}() refused request {self.request}: {what}. {remedy}"
         return (
-            f"An earlier flash_mla_with_kvcache() call refused request {self.request}: {what}. Its"
+            f"An earlier {self.function}() call refused request {self.request}: {what}. Its"
             f" out and lse are NaN. {remedy}"
         ).rstrip()
 

@@ -11,13 +11,21 @@ import sys
 from types import ModuleType
 from typing import Any, Literal
 
-from .calls import checks, decode, metadata, scalars
-from .calls.arguments import DECODE, METADATA
+from .calls import checks, decode, metadata, scalars, sparse_metadata, sparse_prefill
+from .calls.arguments import METADATA
 from .calls.refusals import check
 from .errors import ArgTypeError, MissingDependencyError
+from .operations import gathered, run
 from .schedule.sched_meta import SchedMeta
+from .sizes import HEAD_DIM_V
 
-__all__ = ["check", "flash_mla_with_kvcache", "get_mla_metadata", "register_torch_ops"]
+__all__ = [
+    "check",
+    "flash_mla_sparse_fwd",
+    "flash_mla_with_kvcache",
+    "get_mla_metadata",
+    "register_torch_ops",
+]
 
 _modules = sys.modules
 
@@ -29,6 +37,10 @@ def get_mla_metadata(
     num_heads_q: int | None = None,
     is_fp8_kvcache: bool = False,
     topk: int | None = None,
+    *,
+    topk_length: Any = None,
+    extra_topk: int | None = None,
+    extra_topk_length: Any = None,
 ) -> tuple[Any, Any]:
     """The split of a batch over the multiprocessors, for flash_mla_with_kvcache().
 
@@ -41,10 +53,17 @@ def get_mla_metadata(
     Without arguments: (SchedMeta, None), FlashMLA's newer style; the first call that uses the
     object makes the metadata and binds it to its configuration.
 
-    num_heads_q is accepted for FlashMLA's sake and not needed. Raises an ArgumentError.
+    With topk, the width of indices, it is the split for lists of tokens, where each query token is
+    a request of its own: num_heads_q is needed, since s_q = num_q_tokens_per_head_k / num_heads_q,
+    and num_splits has batch * s_q + 1 entries. Of cache_seqlens only the batch counts. topk_length,
+    [batch] or [batch, s_q] int32, says how much of each list does, if the call will have it;
+    extra_topk and extra_topk_length are those of the extra cache.
+
+    Otherwise num_heads_q is accepted for FlashMLA's sake and not needed; is_fp8_kvcache makes no
+    difference. Raises an ArgumentError.
     """
-    if is_fp8_kvcache is not False or topk is not None:
-        scalars.dense_only(METADATA.function, is_fp8_kvcache, topk=topk)
+    if is_fp8_kvcache is not False:
+        scalars.is_fp8_kvcache(is_fp8_kvcache, METADATA.function)
     if cache_seqlens is None and num_q_tokens_per_head_k is None:
         return SchedMeta(), None
     if cache_seqlens is None or num_q_tokens_per_head_k is None:
@@ -56,6 +75,14 @@ def get_mla_metadata(
             "Pass get_mla_metadata(cache_seqlens, s_q * h_q // h_kv, h_kv), or no argument.",
             METADATA.function,
         )
+    if topk is not None:
+        lists = (cache_seqlens, topk_length, extra_topk_length, None, None)
+        sizes = num_q_tokens_per_head_k, num_heads_k, num_heads_q, topk, extra_topk or 0
+        made: tuple[Any, Any] = run(sparse_metadata.METADATA, lists, sizes)
+        return made
+    if not topk_length is extra_topk is extra_topk_length is None:
+        lengths = {"topk_length": topk_length, "extra_topk_length": extra_topk_length}
+        scalars.without("topk", METADATA.function, extra_topk=extra_topk, **lengths)
     arrays, options = (cache_seqlens,), (num_q_tokens_per_head_k, num_heads_k, num_heads_q)
     compiler = _modules.get("torch.compiler")
     if compiler is not None and compiler.is_dynamo_compiling():
@@ -75,7 +102,14 @@ def flash_mla_with_kvcache(
     causal: bool = False,
     is_fp8_kvcache: bool = False,
     indices: Any = None,
+    attn_sink: Any = None,
+    extra_k_cache: Any = None,
+    extra_indices_in_kvcache: Any = None,
+    topk_length: Any = None,
+    extra_topk_length: Any = None,
     *,
+    descale_q: Any = None,
+    descale_k: Any = None,
     out: Any = None,
     lse: Any = None,
 ) -> tuple[Any, Any]:
@@ -89,38 +123,114 @@ def flash_mla_with_kvcache(
     head_dim_v               512
     tile_scheduler_metadata, num_splits
                              both results of get_mla_metadata(), of either style
-    softmax_scale            576 ** -0.5 by default
+    softmax_scale            the width of q to the power of -0.5 by default
     causal                   query i of s_q sees keys j <= cache_seqlens - s_q + i
     out, lse                 contiguous arrays to write into, instead of new ones (not in JAX)
 
-    Returns out [batch, s_q, h_q, 512] in q's dtype and lse [batch, h_q, s_q] float32 (natural
-    logarithm). A query that sees no key gives out = 0 and lse = +inf. All arrays are of one
-    framework and device, and so are the results: NumPy, CuPy, PyTorch or JAX, under torch.compile
-    and JAX's transformations too. Arrays of any other framework that has __dlpack__ count as CuPy
-    arrays, or NumPy's in host memory. The work is queued on the framework's current stream;
-    nothing synchronises. There is no gradient.
+    Of arrays in host memory also FP8 caches and lists of tokens (arrays on a GPU raise an
+    OptionError, as there is no kernel yet; `reference_sparse` holds the definition):
+
+    is_fp8_kvcache           True for a k_cache [num_pages, page_size, 1, width] of bytes: 656
+                             (V3.2), 584 (V4) or 576 a token (CacheFormat); q is as wide as its keys
+    descale_q, descale_k     float32 [1], for 576 bytes: factors of q, which may be float8_e4m3fn
+                             then, and of the keys; 1 by default
+    indices                  [batch, s_q, topk] int32, the tokens that each query token sees, by
+                             page * page_size + offset, -1 for none; then block_table and
+                             cache_seqlens are not looked at, causal is False, k_cache is FP8 or
+                             not, of 576 or 512 columns, and pages are of any size
+    topk_length              [batch] or [batch, s_q] int32: how much of each list counts
+    attn_sink                [h_q] float32: out is scaled by exp(lse) / (exp(lse) + exp(attn_sink))
+    extra_k_cache, extra_indices_in_kvcache, extra_topk_length
+                             a second cache, of the same format, and its lists; each query token
+                             sees the tokens of both
+
+    Returns out [batch, s_q, h_q, 512] in q's dtype (bfloat16 for float8_e4m3fn) and lse
+    [batch, h_q, s_q] float32 (natural logarithm). A query that sees no key gives out = 0 and
+    lse = +inf. All arrays are of one framework and device, and so are the results: NumPy, CuPy,
+    PyTorch or JAX, under torch.compile and JAX's transformations too. Arrays of any other framework
+    that has __dlpack__ count as CuPy arrays, or NumPy's in host memory. The work is queued on the
+    framework's current stream; nothing synchronises. There is no gradient.
 
     Raises an ArgumentError before anything is allocated or launched, an environment error where
     the GPU or its compiler is missing, and DeviceCheckError when an *earlier* call met a page
     number, a length or metadata that it had to refuse (that request's rows are NaN; see check()).
     """
-    if is_fp8_kvcache is not False or indices is not None:
-        scalars.dense_only(DECODE.function, is_fp8_kvcache, indices=indices)
     lazy: SchedMeta | None = None
     if type(tile_scheduler_metadata) is SchedMeta:
         lazy, tile_scheduler_metadata = tile_scheduler_metadata, None
         if num_splits is not None:  # a call that was seen before would not look at it again
             checks.metadata_kind(None, num_splits, is_lazy=True)
+    options = head_dim_v, softmax_scale, causal, lazy is not None
+    if is_fp8_kvcache is not False or not (
+        indices is attn_sink is extra_k_cache is extra_indices_in_kvcache is None
+        and topk_length is extra_topk_length is descale_q is descale_k is None
+    ):
+        named = {
+            "q": q,
+            "k_cache": k_cache,
+            "block_table": block_table,
+            "cache_seqlens": cache_seqlens,
+            "indices": indices,
+            "tile_scheduler_metadata": tile_scheduler_metadata,
+            "num_splits": num_splits,
+            "topk_length": topk_length,
+            "attn_sink": attn_sink,
+            "extra_k_cache": extra_k_cache,
+            "extra_indices_in_kvcache": extra_indices_in_kvcache,
+            "extra_topk_length": extra_topk_length,
+            "descale_q": descale_q,
+            "descale_k": descale_k,
+            "out": out,
+            "lse": lse,
+        }
+        return gathered(named, options, is_fp8_kvcache, lazy)
     arrays: tuple[Any, ...] = q, k_cache, block_table, cache_seqlens
     if out is not None or lse is not None:
         arrays = (*arrays, tile_scheduler_metadata, num_splits, out, lse)
     elif lazy is None:
         arrays = (*arrays, tile_scheduler_metadata, num_splits)
-    options = head_dim_v, softmax_scale, causal, lazy is not None
     compiler = _modules.get("torch.compiler")
     if compiler is not None and compiler.is_dynamo_compiling():  # of this thread: Dynamo says so
         return _decode("torch", arrays, options, lazy)
     return decode.eager(arrays, options, lazy, _decode)
+
+
+def flash_mla_sparse_fwd(
+    q: Any,
+    kv: Any,
+    indices: Any,
+    sm_scale: float,
+    d_v: int = HEAD_DIM_V,
+    attn_sink: Any = None,
+    topk_length: Any = None,
+    *,
+    out: Any = None,
+    max_logits: Any = None,
+    lse: Any = None,
+) -> tuple[Any, Any, Any]:
+    """Sparse MLA attention of a prompt; `reference_sparse` holds the definition.
+
+    q            [s_q, h_q, d_qk] bfloat16 or float16; d_qk is 576, or 512 where the rotary columns
+                 are among those of V
+    kv           [s_kv, 1, d_qk] of q's dtype; V is its first 512 columns
+    indices      [s_q, 1, topk] int32, the tokens of kv that each query token sees; what is below 0
+                 or not below s_kv is no token. For a batch, add the offset of each sequence.
+    sm_scale     of the scores
+    d_v          512
+    attn_sink    [h_q] float32: out is scaled by exp(lse) / (exp(lse) + exp(attn_sink))
+    topk_length  [s_q] int32: how much of each list counts
+    out, max_logits, lse
+                 contiguous arrays to write into, instead of new ones (not in JAX)
+
+    Returns out [s_q, h_q, 512] in q's dtype, and max_logits, the largest score, and lse (natural
+    logarithm), both [s_q, h_q] float32. A query token that sees none gives out = 0, max_logits =
+    -inf and lse = +inf; one whose topk_length is not from 0 to topk gives NaN, and is reported as
+    in flash_mla_with_kvcache(). Arrays may be of any framework there, but in host memory: on a GPU
+    they raise an OptionError, as there is no kernel yet. Raises an ArgumentError.
+    """
+    arrays = q, kv, indices, attn_sink, topk_length, out, max_logits, lse
+    results: tuple[Any, Any, Any] = run(sparse_prefill.PREFILL, arrays, (sm_scale, d_v))
+    return results
 
 
 def register_torch_ops() -> None:
@@ -157,7 +267,7 @@ def _make_metadata(
 def _traced(where: Where) -> ModuleType:
     """Who makes calls of arrays without an address. Imported when it is first needed."""
     if where == "torch":
-        from .traced import torch_op
+        from .traced import torch_op, torch_operations  # noqa: F401, whose ops go with them
 
         return torch_op
     if where == "jax":

@@ -23,7 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import DeviceCheckError
-from .sizes import HEAD_DIM, HEAD_DIM_V
+from .formats.gather import TokenValues
+from .frameworks import numpy_dtype
+from .sizes import HEAD_DIM_V
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -44,21 +46,28 @@ def decode(
     softmax_scale: float | None = None,
     causal: bool = False,
     *,
+    descale_q: Array | None = None,
+    descale_k: Array | None = None,
     stale: npt.NDArray[np.bool_] | None = None,
     out: Array | None = None,
     lse: Array | None = None,
 ) -> Result:
     """MLA decode attention of every request, as the head of this file defines it.
 
-    q [batch, s_q, h_q, 576] and k_cache [num_pages, page_size, h_kv, 576] of any float dtype,
+    q [batch, s_q, h_q, d_qk] and k_cache [num_pages, page_size, h_kv, d_qk] of any float dtype,
     block_table [batch, max_pages] and cache_seqlens [batch] of any int dtype, softmax_scale
-    576 ** -0.5 by default. `stale` [batch] marks requests whose metadata does not fit; `out` and
-    `lse` are written when given. The arguments are taken to fit together: `checks` sees to that.
+    d_qk ** -0.5 by default; d_qk is 576. An FP8 cache, [num_pages, page_size, 1, width] of bytes,
+    stands for the values that its CacheFormat says. descale_q and descale_k, float32 [1], are
+    factors of q and of the keys in the e4m3 format. `stale` [batch] marks requests whose metadata
+    does not fit; `out` and `lse` are written when given. The arguments are taken to fit together:
+    `checks` sees to that.
     """
-    batch, s_q, h_q, _ = q.shape
-    scale = HEAD_DIM**-0.5 if softmax_scale is None else float(softmax_scale)
-    out = np.empty((batch, s_q, h_q, HEAD_DIM_V), q.dtype) if out is None else out
+    batch, s_q, h_q, d_qk = q.shape
+    scale = d_qk**-0.5 if softmax_scale is None else float(softmax_scale)
+    out = np.empty((batch, s_q, h_q, HEAD_DIM_V), out_dtype(q)) if out is None else out
     lse = np.empty((batch, h_q, s_q), np.float32) if lse is None else lse
+    factor = 1.0 if descale_q is None else float(descale_q.item())
+    values = TokenValues(k_cache, descale_k) if k_cache.dtype.itemsize == 1 else None
     first: DeviceCheckError | None = None
     for b in range(batch if out.size else 0):
         is_stale = stale is not None and bool(stale[b])
@@ -67,10 +76,15 @@ def decode(
             out[b], lse[b] = np.nan, np.nan
             first = first or refused
             continue
-        keys = gather(k_cache, block_table[b], int(cache_seqlens[b])).astype(np.float64)
+        length = int(cache_seqlens[b])
+        if values is None:
+            keys = gather(k_cache, block_table[b], length).astype(np.float64)
+        else:
+            keys = values(slots(block_table[b], values.page_size, length))
         for i in range(s_q):
             seen = max(0, len(keys) - s_q + i + 1) if causal else len(keys)
-            out[b, i], lse[b, :, i] = attend(q[b, i].astype(np.float64), keys[:seen], scale)
+            query = q[b, i].astype(np.float64) * factor
+            out[b, i], lse[b, :, i] = attend(query, keys[:seen], scale)
     return Result(out, lse, first)
 
 
@@ -100,6 +114,18 @@ def gather(k_cache: Array, pages: Array, length: int) -> Array:
     used = pages[: -(-length // page_size)]
     tokens = k_cache[used].reshape(-1, *k_cache.shape[2:])
     return tokens[:length]
+
+
+def slots(pages: Array, page_size: int, length: int) -> Array:
+    """Where the first `length` tokens of the sequence in these pages lie in the pool."""
+    token = np.arange(length)
+    where: Array = pages[token // page_size].astype(np.int64) * page_size + token % page_size
+    return where
+
+
+def out_dtype(q: Array) -> np.dtype[Any]:
+    """That of q; bfloat16 where q is of a dtype that no result is."""
+    return q.dtype if q.dtype.itemsize > 1 else numpy_dtype("bfloat16")
 
 
 def bad_length(cache_seqlens: Array, block_table: Array, page_size: int) -> int:

@@ -36,9 +36,10 @@ import numpy.typing as npt
 
 from .errors import DeviceCheckError
 from .formats.gather import TokenValues
-from .frameworks import numpy_dtype
-from .reference import Result
+from .reference import Result, out_dtype
 from .sizes import HEAD_DIM_V
+
+PREFILL = "flash_mla_sparse_fwd"
 
 Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
@@ -59,6 +60,7 @@ class Lists(NamedTuple):
     length: Array  # [batch, s_q] of any int dtype: entries of each list that count
 
 
+@np.errstate(all="ignore")  # NaN and Inf in tokens that are seen are the caller's, and travel
 def decode(
     q: Array,
     k_cache: Array,
@@ -107,6 +109,7 @@ def decode(
     return Result(out, lse, first)
 
 
+@np.errstate(all="ignore")
 def prefill(
     q: Array,
     kv: Array,
@@ -136,7 +139,7 @@ def prefill(
         length = topk if topk_length is None else int(topk_length[i])
         if not 0 <= length <= topk:
             out[i], max_logits[i], lse[i] = np.nan, np.nan, np.nan
-            first = first or DeviceCheckError(i, -1, "topk_length")
+            first = first or DeviceCheckError(i, -1, "topk_length", function=PREFILL)
             continue
         listed = indices[i, 0, :length]
         listed = listed[(listed >= 0) & (listed < len(kv))]
@@ -154,16 +157,24 @@ def attend(
     h_q = len(q)
     if len(keys) == 0:
         return np.zeros((h_q, HEAD_DIM_V)), np.full(h_q, -np.inf), np.full(h_q, np.inf)
-    with np.errstate(all="ignore"):  # NaN and Inf in tokens that are seen are the caller's
-        score = scale * (q @ keys.T)  # [h_q, n]
-        top = score.max(axis=1, keepdims=True)
-        weight = np.exp(score - top)
-        total = weight.sum(axis=1, keepdims=True)
-        lse = (top + np.log(total))[:, 0]
-        out = (weight / total) @ keys[:, :HEAD_DIM_V]
-        if sink is not None:
-            out /= 1 + np.exp(sink - lse)[:, None]
+    score = scale * (q @ keys.T)  # [h_q, n]
+    top = score.max(axis=1, keepdims=True)
+    weight = np.exp(score - top)
+    total = weight.sum(axis=1, keepdims=True)
+    lse = (top + np.log(total))[:, 0]
+    out = (weight / total) @ keys[:, :HEAD_DIM_V]
+    if sink is not None:
+        out /= 1 + np.exp(sink - lse)[:, None]
     return out, top[:, 0], lse
+
+
+def bad_length(topk: int, length: Array | None) -> int:
+    """The first request whose topk_length, [batch] or [batch, s_q], is outside [0, topk]; -1:
+    none."""
+    if length is None:
+        return -1
+    wrong = np.argwhere((length < 0) | (length > topk))
+    return int(wrong[0][0]) if wrong.size else -1
 
 
 def violation(b: int, i: int, pools: list[Lists], stale: bool) -> DeviceCheckError | None:
@@ -179,11 +190,6 @@ def violation(b: int, i: int, pools: list[Lists], stale: bool) -> DeviceCheckErr
         if wrong.size:
             return DeviceCheckError(b, int(wrong[0]), f"{prefix}index")
     return None
-
-
-def out_dtype(q: Array) -> np.dtype[Any]:
-    """That of q; bfloat16 where q is of a dtype that no result is."""
-    return q.dtype if q.dtype.itemsize > 1 else numpy_dtype("bfloat16")
 
 
 def _lists(k_cache: Array, indices: Array, length: Array | None, descale_k: Any) -> Lists:

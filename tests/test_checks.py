@@ -256,8 +256,9 @@ BAD_METADATA = [
     ("heads-none", {"num_heads_k": None}, ArgTypeError, "num_heads_k", "None"),
     ("heads-huge", {"num_heads_k": 2**31}, ScalarError, "num_heads_k", "2147483647"),
     ("q-heads-string", {"num_heads_q": "16"}, ArgTypeError, "num_heads_q", "str '16'"),
-    ("fp8", {"is_fp8_kvcache": True}, OptionError, "is_fp8_kvcache", "fp8"),
-    ("topk", {"topk": 2048}, OptionError, "topk", "Sparse"),
+    ("fp8", {"is_fp8_kvcache": 1}, OptionError, "is_fp8_kvcache", "fp8"),
+    ("topk", {"topk": 2048}, ArgTypeError, "num_heads_q", "list"),
+    ("topk-length", {"topk_length": LENGTHS}, OptionError, "topk_length", "without topk"),
 ]
 
 

@@ -8,6 +8,7 @@ and its use. A tuple of arrays may end before the table does, with the last one 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,10 @@ from ..sizes import HEAD_DIM, HEAD_DIM_V, METADATA_COLUMNS
 Role = Literal["input", "schedule", "optional", "output"]
 
 FLOATS = ("bfloat16", "float16")
+E4M3 = ("float8_e4m3fn",)
+BYTES = ("uint8", "int8", "float8_e4m3fn")  # of an FP8 cache
 INT32 = ("int32",)
+FLOAT32 = ("float32",)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Array:
     dtypes: tuple[str, ...]  # those it may have
     alignment: int  # of its address, in bytes: 16 where a kernel moves 16 bytes at a time
     role: Role = "input"
+    may_lack_axes: int = 0  # so many of the last ones
 
     @property
     def shape(self) -> str:
@@ -96,7 +101,8 @@ class Table:
         lack and, if they are given to the op, the outputs."""
         arguments = [f"Tensor {array.name}" for array in self.having("input", "schedule")]
         arguments += [f"{option.schema} {option.name}" for option in self.options if option.schema]
-        arguments += [f"Tensor? {array.name}=None" for array in self.having("optional")]
+        default = "" if with_outputs else "=None"  # nothing without one may follow
+        arguments += [f"Tensor? {array.name}{default}" for array in self.having("optional")]
         if with_outputs:
             written = zip("abcdefgh", self.having("output"), strict=False)
             arguments += [f"Tensor({letter}!) {array.name}" for letter, array in written]
@@ -131,4 +137,90 @@ METADATA = Table(
         Option("num_heads_k", (int,), "int"),
         Option("num_heads_q", (NoneType, int)),
     ),
+)
+
+# FP8 caches and lists of tokens. A cache is of the formats.CacheFormat that its last axis and dtype
+# say; d_qk is that of the format.
+
+_SCHEDULE = DECODE.having("schedule")
+_DESCALES = (
+    Array("descale_q", (1,), FLOAT32, 4, "optional"),
+    Array("descale_k", (1,), FLOAT32, 4, "optional"),
+)
+_OUT, _LSE = DECODE.having("output")
+
+FP8_DECODE = Table(
+    "flash_mla_with_kvcache",
+    (
+        Array("q", ("batch", "s_q", "h_q", "d_qk"), FLOATS + E4M3, 16),
+        Array("k_cache", ("num_pages", "page_size", 1, "width"), BYTES, 16),
+        DECODE["block_table"],
+        DECODE["cache_seqlens"],
+        *_SCHEDULE,
+        *_DESCALES,
+        _OUT,
+        _LSE,
+    ),
+    DECODE.options,
+)
+
+SPARSE_DECODE = Table(
+    "flash_mla_with_kvcache",
+    (
+        Array("q", ("batch", "s_q", "h_q", "d_qk"), FLOATS + E4M3, 16),
+        Array("k_cache", ("num_pages", "page_size", 1, "width"), FLOATS + BYTES, 16),
+        Array("indices", ("batch", "s_q", "topk"), INT32, 4),
+        *_SCHEDULE,
+        Array("topk_length", ("batch", "s_q"), INT32, 4, "optional", may_lack_axes=1),
+        Array("attn_sink", ("h_q",), FLOAT32, 4, "optional"),
+        Array(
+            "extra_k_cache",
+            ("extra_num_pages", "extra_page_size", 1, "width"),
+            FLOATS + BYTES,
+            16,
+            "optional",
+        ),
+        Array("extra_indices_in_kvcache", ("batch", "s_q", "extra_topk"), INT32, 4, "optional"),
+        Array("extra_topk_length", ("batch", "s_q"), INT32, 4, "optional", may_lack_axes=1),
+        *_DESCALES,
+        _OUT,
+        _LSE,
+    ),
+    (
+        Option("head_dim_v", (int,)),
+        Option("softmax_scale", (NoneType, float), "float"),
+        Option("is_fp8_kvcache", (bool,), "bool"),
+        Option("is_lazy", (bool,)),
+    ),
+)
+
+SPARSE_METADATA = Table(
+    "get_mla_metadata",
+    (
+        DECODE["cache_seqlens"],  # of which only the batch counts
+        *(SPARSE_DECODE[name] for name in ("topk_length", "extra_topk_length")),
+        *(dataclasses.replace(array, role="output") for array in _SCHEDULE),
+    ),
+    (
+        Option("num_q_tokens_per_head_k", (int,), "SymInt"),
+        Option("num_heads_k", (int,), "int"),
+        Option("num_heads_q", (int,), "int"),
+        Option("topk", (int,), "SymInt"),
+        Option("extra_topk", (int,), "SymInt"),
+    ),
+)
+
+SPARSE_PREFILL = Table(
+    "flash_mla_sparse_fwd",
+    (
+        Array("q", ("s_q", "h_q", "d_qk"), FLOATS, 16),
+        Array("kv", ("s_kv", 1, "d_qk"), FLOATS, 16),
+        Array("indices", ("s_q", 1, "topk"), INT32, 4),
+        Array("attn_sink", ("h_q",), FLOAT32, 4, "optional"),
+        Array("topk_length", ("s_q",), INT32, 4, "optional"),
+        Array("out", ("s_q", "h_q", HEAD_DIM_V), FLOATS, 16, "output"),
+        Array("max_logits", ("s_q", "h_q"), FLOAT32, 4, "output"),
+        Array("lse", ("s_q", "h_q"), FLOAT32, 4, "output"),
+    ),
+    (Option("sm_scale", (float,), "float"), Option("d_v", (int,))),
 )

@@ -108,10 +108,10 @@ def cache(k_cache: ArrayInfo, q: ArrayInfo) -> None:
     """k_cache [num_pages, page_size, h_kv, 576] of q's dtype; q has been checked."""
     name = "k_cache"
     four_axes(DECODE[name], k_cache.shape, show(k_cache))
-    num_pages, page_size, h_kv, head_dim = k_cache.shape
+    num_pages, _, h_kv, head_dim = k_cache.shape
     got, dtype = show(k_cache), f"{q.dtype}, the dtype of q"
     if k_cache.dtype.startswith("float8") or head_dim in _FP8_BYTES:
-        remedy = "fp8 caches are not supported; dequantise the cache first."
+        remedy = "Pass is_fp8_kvcache=True for an fp8 cache, or dequantize_kv() it."
         raise DTypeError(name, dtype, f"{got}, an fp8 cache", remedy)
     if k_cache.dtype != q.dtype:
         remedy = "Convert q to the dtype of k_cache, or make the cache in that of q."
@@ -119,10 +119,7 @@ def cache(k_cache: ArrayInfo, q: ArrayInfo) -> None:
     if head_dim != HEAD_DIM:
         remedy = f"Store the latent part and the rotary part of a token side by side. {_PADDING}"
         raise ShapeError(name, _COLUMNS, got, remedy)
-    if page_size not in PAGE_SIZES:
-        sizes = ", ".join(map(str, PAGE_SIZES))
-        remedy = f"Make the cache with one of these page sizes.{_smaller_pages(page_size)}"
-        raise ShapeError(name, f"a page_size (second axis) of {sizes}", got, remedy)
+    page_size(k_cache)
     if h_kv < 1:
         remedy = "Make the cache with the kv heads of the model; DeepSeek's have one."
         raise ShapeError(name, "an h_kv (third axis) of at least 1", got, remedy)
@@ -133,6 +130,17 @@ def cache(k_cache: ArrayInfo, q: ArrayInfo) -> None:
     if num_pages < 1 and 0 not in q.shape:
         raise ShapeError(name, "at least one page", got, "Make the cache with num_pages >= 1.")
     latent_rows(name, k_cache)
+
+
+def page_size(k_cache: ArrayInfo, is_divisible: bool = True) -> None:
+    """k_cache [num_pages, page_size, ...] with pages that a table can name; is_divisible: whether
+    parts of pages are pages."""
+    size = k_cache.shape[1]
+    if size not in PAGE_SIZES:
+        sizes = ", ".join(map(str, PAGE_SIZES))
+        remedy = "Make the cache with one of these page sizes."
+        remedy += _smaller_pages(size) if is_divisible else ""
+        raise ShapeError("k_cache", f"a page_size (second axis) of {sizes}", show(k_cache), remedy)
 
 
 def _smaller_pages(page_size: int) -> str:

@@ -16,14 +16,14 @@ TMA_STRIDE_LIMIT = 2**40
 
 
 def latent_rows(name: str, info: ArrayInfo) -> None:
-    """[a, b, c, 576] that a tensor map can read, no element twice."""
+    """Rows in the last axis that a tensor map can read, no element twice."""
     if 0 in info.shape:
         return
     copy = f"Pass a contiguous copy of {name}."
-    if info.strides[3] != 1:
+    if info.strides[-1] != 1:
         raise StrideError(name, "a contiguous last axis (stride 1)", strides(info), copy)
     size = itemsize(info)
-    outer = [(s, n) for s, n in zip(info.strides[:3], info.shape[:3], strict=True) if n > 1]
+    outer = [(s, n) for s, n in zip(info.strides[:-1], info.shape[:-1], strict=True) if n > 1]
     if any(stride == 0 for stride, _ in outer):
         raise StrideError(name, "no broadcast axis (stride 0)", strides(info), copy)
     if any(stride < 0 for stride, _ in outer):
@@ -34,7 +34,7 @@ def latent_rows(name: str, info: ArrayInfo) -> None:
         )
     if any(stride * size >= TMA_STRIDE_LIMIT for stride, _ in outer):
         raise StrideError(name, "strides below 2**40 bytes", strides(info), copy)
-    reach = info.shape[3]
+    reach = info.shape[-1]
     for stride, length in sorted(outer):
         if stride < reach:
             raise StrideError(name, "rows that do not overlap", strides(info), copy)

@@ -29,11 +29,12 @@ def head_dim_v(value: Any) -> None:
         )
 
 
-def softmax_scale(value: Any) -> float:
-    """A positive number that float32 holds as a normal number; None stands for 576 ** -0.5."""
+def softmax_scale(value: Any, head_dim: int = HEAD_DIM, name: str = "softmax_scale") -> float:
+    """A positive number that float32 holds as a normal number; None stands for
+    head_dim ** -0.5."""
     if value is None:
-        return float(HEAD_DIM**-0.5)
-    name, remedy = "softmax_scale", "Pass a Python float, or None for 576 ** -0.5."
+        return float(head_dim**-0.5)
+    remedy = f"Pass a Python float, or None for {head_dim} ** -0.5."
     if isinstance(value, bool):
         remedy = "It comes before causal; pass causal by keyword: causal=True."
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -42,7 +43,7 @@ def softmax_scale(value: Any) -> float:
         scale = float(value)
     except OverflowError:
         scale = math.inf
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # which a compiler can trace, unlike math.isfinite
         raise ScalarError(name, "a finite number", f"{scale}", remedy)
     if scale <= 0:
         raise ScalarError(name, "a positive number", f"{scale}", remedy)
@@ -63,25 +64,28 @@ def causal(value: Any) -> bool:
     return value
 
 
-def dense_only(function: str, is_fp8_kvcache: Any, **sparse: Any) -> None:
-    """FlashMLA's options for fp8 caches and for sparse attention are not supported."""
-    if is_fp8_kvcache is not False:
-        raise OptionError(
-            "is_fp8_kvcache",
-            "False",
-            kind(is_fp8_kvcache),
-            "fp8 caches are not supported; pass a bfloat16 or float16 cache.",
-            function,
-        )
-    for name, value in sparse.items():
+def is_fp8_kvcache(value: Any, function: str = DECODE.function) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        remedy = "Pass True for an FP8 cache, which holds bytes."
+        raise OptionError("is_fp8_kvcache", "True or False", kind(value), remedy, function)
+    return value
+
+
+def says_fp8(value: Any, is_fp8: bool, got: str) -> None:
+    """is_fp8_kvcache says whether the cache is one; got: what k_cache is."""
+    if is_fp8_kvcache(value) is not is_fp8:
+        remedy = f"Pass is_fp8_kvcache={is_fp8}, or a k_cache of the other kind."
+        expected = f"{is_fp8}, as k_cache is {got}"
+        raise OptionError("is_fp8_kvcache", expected, f"{value}", remedy)
+
+
+def without(what: str, function: str, **given: Any) -> None:
+    """Arguments that have no meaning where the argument `what` is not given."""
+    for name, value in given.items():
         if value is not None:
-            raise OptionError(
-                name,
-                "None",
-                kind(value),
-                "Sparse attention is not supported; leave it out for dense attention.",
-                function,
-            )
+            remedy = f"Leave {name} out, or pass {what} too."
+            raise OptionError(name, f"None without {what}", kind(value), remedy, function)
 
 
 def integer(name: str, value: Any, function: str, least: int = 0) -> int:

@@ -93,10 +93,13 @@ class Codes:
     def from_e4m3(self, codes: Any) -> Any:
         """float32 of codes."""
         codes = codes.astype(np.uint32)
-        # Shifted, a code is a float32 whose exponent has the wrong bias: one that is 120 larger.
-        size = ((codes & 0x7F) << 20).view(np.float32) * np.float32(2.0**120)
-        size = self.xp.where(codes & 0x7F == E4M3_NAN, np.float32(np.nan), size)
-        return self.xp.where(codes >= 0x80, -size, size)
+        where = self.xp.where
+        normal = (((codes & 0x7F) << 20) + np.uint32(120 << 23)).view(np.float32)
+        # No subnormal float32 comes up on the way: XLA's threads take those for 0.
+        subnormal = (codes & 7).astype(np.float32) * np.float32(2.0**-9)
+        size = where(codes & 0x78 == 0, subnormal, normal)
+        size = where(codes & 0x7F == E4M3_NAN, np.float32(np.nan), size)
+        return where(codes >= 0x80, -size, size)
 
     def from_e8m0(self, codes: Any) -> Any:
         """float32 of codes."""

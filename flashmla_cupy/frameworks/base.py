@@ -14,7 +14,10 @@ from ..errors import StrideError
 
 HOST = -1
 HERE: AbstractContextManager[Any] = nullcontext()  # guards nothing: the device is current already
-SPECIAL_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}  # those NumPy does not know by name
+SPECIAL_DTYPES = {  # those NumPy does not know by name
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+}
 
 
 class ArrayInfo(NamedTuple):

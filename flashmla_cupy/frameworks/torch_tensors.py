@@ -34,6 +34,7 @@ class Torch(Adapter):
         self._int16 = torch.int16
         self._int32 = torch.int32
         self._bfloat16 = torch.bfloat16
+        self._uint8, self._float8 = torch.uint8, getattr(torch, "float8_e4m3fn", None)
         self._dtypes = {
             name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int32")
         }
@@ -161,6 +162,9 @@ class Torch(Adapter):
         if x.dtype == self._bfloat16:  # torch hands no bfloat16 to NumPy; the bits do travel
             bits: np.ndarray = x.view(self._int16).numpy()
             return bits.view(ml_dtypes.bfloat16)
+        if x.dtype == self._float8:
+            codes: np.ndarray = x.view(self._uint8).numpy()
+            return codes.view(ml_dtypes.float8_e4m3fn)
         view: np.ndarray = x.numpy()
         return view
 

@@ -26,6 +26,10 @@ class Configuration(NamedTuple):
     h_kv: int
     page_size: int
     causal: bool
+    format: str = ""  # of an FP8 cache, or of one that lists of tokens look into
+    topk: int = 0  # of the lists
+    extra_page_size: int = 0
+    extra_topk: int = 0
 
 
 class SchedMeta:

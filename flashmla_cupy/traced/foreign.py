@@ -8,6 +8,7 @@ from typing import Any
 from ..calls.arguments import DECODE, METADATA, Table
 from ..calls.decode import eager as eager_decode
 from ..calls.metadata import eager as eager_metadata
+from ..calls.operation import Operation
 from ..errors import ArgumentError
 from ..frameworks import is_foreign
 from ..frameworks.dlpack import from_dlpack
@@ -28,6 +29,15 @@ def decode(
 def metadata(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, Any]:
     """get_mla_metadata()."""
     return eager_metadata(_imported(METADATA, arrays), options)
+
+
+def run(
+    operation: Operation, arrays: tuple[Any, ...], options: tuple[Any, ...], lazy: SchedMeta | None
+) -> tuple[Any, ...]:
+    """An operation; outputs that the caller gave are returned as they are."""
+    results = operation.eager(_imported(operation.table, arrays), options, lazy)
+    given = (arrays[i] for i in operation.table.outputs)
+    return tuple(r if x is None else x for r, x in zip(results, given, strict=True))
 
 
 def _imported(table: Table, arrays: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -58,7 +58,7 @@ def decode(
 ) -> tuple[Any, Any]:
     """flash_mla_with_kvcache() of JAX arrays or tracers. A SchedMeta is not bound: a tracer must
     not outlive its trace, so each such call makes its own schedule."""
-    on_gpu = _placed(DECODE.named(arrays), DECODE.function)
+    on_gpu = placed(DECODE.named(arrays), DECODE.function)
     signature = _signature(arrays, options, on_gpu)
     call = _calls.get(signature)
     if call is None:
@@ -75,7 +75,7 @@ def decode(
 def metadata(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, Any]:
     """get_mla_metadata(): int32 [num_sm_parts, 8] and [batch + 1]."""
     _, lengths, rows, h_kv = validate_metadata(arrays, options)
-    on_gpu = _placed({"cache_seqlens": arrays[0]}, METADATA.function)
+    on_gpu = placed({"cache_seqlens": arrays[0]}, METADATA.function)
     parts = num_sm_parts(_num_sms(on_gpu), rows, h_kv)
     if lengths.shape[0] == 0:
         return jnp.zeros((parts, METADATA_COLUMNS), jnp.int32), jnp.zeros(1, jnp.int32)
@@ -139,7 +139,7 @@ def _num_sms(on_gpu: bool) -> int:
     return num_sms[0]
 
 
-def _placed(arrays: dict[str, Any], function: str) -> bool:
+def placed(arrays: dict[str, Any], function: str) -> bool:
     """Whether the call will run on a GPU, as far as can be known while tracing. Raises
     DeviceMismatchError for arrays of two devices, and for one that is sharded over several."""
     first: tuple[str, Any] | None = None

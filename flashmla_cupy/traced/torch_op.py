@@ -31,7 +31,7 @@ torch: Any = importlib.import_module("torch")
 _library: Any = torch.library.Library("flashmla_cupy", "DEF")  # the ops live as long as it does
 # Strides are part of the contract: a compiler that copied the cache to change them would cost more
 # than the call.
-_TAGS = tuple(
+TAGS = tuple(
     getattr(torch.Tag, name)
     for name in ("needs_exact_strides", "pt2_compliant_tag")
     if hasattr(torch.Tag, name)
@@ -155,11 +155,11 @@ def _no_backward(ctx: Any, *gradients: Any) -> Any:
 
 def _register() -> None:
     arguments = METADATA.schema(with_outputs=False)
-    _library.define(f"metadata({arguments}) -> (Tensor, Tensor)", tags=_TAGS)
+    _library.define(f"metadata({arguments}) -> (Tensor, Tensor)", tags=TAGS)
     arguments = DECODE.schema(with_outputs=False)
-    _library.define(f"decode({arguments}) -> (Tensor, Tensor)", tags=_TAGS)
+    _library.define(f"decode({arguments}) -> (Tensor, Tensor)", tags=TAGS)
     arguments = DECODE.schema(with_outputs=True)
-    _library.define(f"decode_out({arguments}) -> ()", tags=_TAGS)
+    _library.define(f"decode_out({arguments}) -> ()", tags=TAGS)
     implementations: dict[str, tuple[Any, Any]] = {
         "metadata": (_metadata, _fake_metadata),
         "decode": (_decode, _fake_decode),

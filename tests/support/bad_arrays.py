@@ -439,7 +439,9 @@ BAD_ARRAYS = [
     ("causal-array", {"causal": np.array([True])}, ArgTypeError, "causal", "ndarray"),
     ("fp8", {"is_fp8_kvcache": True}, OptionError, "is_fp8_kvcache", "fp8"),
     ("fp8-none", {"is_fp8_kvcache": None}, OptionError, "is_fp8_kvcache", "False"),
-    ("indices", {"indices": np.zeros((3, 2, 64), np.int32)}, OptionError, "indices", "Sparse"),
+    ("indices", {"indices": np.zeros((3, 2, 64), np.int32)}, OptionError, "causal", "indices"),
+    ("sink-alone", {"attn_sink": np.zeros(16, np.float32)}, OptionError, "attn_sink", "indices"),
+    ("descale-alone", {"descale_k": np.ones(1, np.float32)}, OptionError, "descale_k", "fp8"),
     (
         "metadata-flashmla",
         {"tile_scheduler_metadata": FlashMLASchedMeta()},

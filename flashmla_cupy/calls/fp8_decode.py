@@ -1,0 +1,90 @@
+"""flash_mla_with_kvcache() of FP8 caches with block_table: every query token sees its request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import reference
+from ..errors import DeviceCheckError
+from ..schedule import split
+from ..schedule.sched_meta import Configuration, stale_requests
+from ..sizes import HEAD_DIM_V, NUM_SMS_CPU, num_sm_parts
+from . import checks, fits, scalars
+from .arguments import FP8_DECODE
+from .operation import Operation, Output, Valid, Views
+
+
+def _outputs(named: dict[str, Any], options: tuple[Any, ...]) -> tuple[Output, ...]:
+    q = named["q"]
+    batch, s_q, h_q, _ = q.shape
+    dtype = fits.out_dtype(str(q.dtype).removeprefix("torch."))
+    return Output((batch, s_q, h_q, HEAD_DIM_V), dtype), Output((batch, h_q, s_q), "float32")
+
+
+def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
+    head_dim_v, softmax_scale, causal, is_lazy = options
+    scalars.head_dim_v(head_dim_v)
+    causal = scalars.causal(causal)
+    named = dict(zip(FP8_DECODE.names, arrays, strict=True))
+    checks.metadata_kind(named["tile_scheduler_metadata"], named["num_splits"], is_lazy)
+    framework, infos, sizes = fits.described(FP8_DECODE, arrays)
+    q, k_cache = infos["q"], infos["k_cache"]
+    found = fits.cache("k_cache", k_cache)
+    checks.page_size(k_cache, is_divisible=not found.tail_bytes)
+    fits.query(q, found, k_cache.dtype)
+    fits.descales(infos, found)
+    batch, s_q, h_q = sizes["batch"], sizes["s_q"], sizes["h_q"]
+    checks.table(infos["block_table"], batch, k_cache.shape[1])
+    checks.lengths(infos["cache_seqlens"], batch)
+    if "tile_scheduler_metadata" in infos:
+        parts = num_sm_parts(NUM_SMS_CPU, s_q * h_q, 1)
+        checks.metadata(infos["tile_scheduler_metadata"], infos["num_splits"], batch, parts)
+    outputs = _outputs(infos, options)
+    fits.outputs(FP8_DECODE, infos, outputs)
+    page_size, name = k_cache.shape[1], framework.name
+    configuration = Configuration(name, q.device, batch, s_q, h_q, 1, page_size, causal, found.name)
+    scale = scalars.softmax_scale(softmax_scale, found.d_qk)
+    return Valid(framework, infos, (scale, causal and s_q > 1), outputs, configuration)
+
+
+def _refused(valid: Valid, views: Views) -> DeviceCheckError | None:
+    named: dict[str, Any] = dict(views)
+    page_size = valid.infos["k_cache"].shape[1]
+    request = reference.bad_length(named["cache_seqlens"], named["block_table"], page_size)
+    return DeviceCheckError(request, -1, "length", False) if request >= 0 else None
+
+
+def _schedule(valid: Valid, views: Views) -> tuple[np.ndarray, np.ndarray]:
+    _, s_q, h_q, _ = valid.infos["q"].shape
+    lengths: Any = views["cache_seqlens"]
+    return split.plan(lengths, num_sm_parts(NUM_SMS_CPU, s_q * h_q, 1), s_q * h_q, 1)
+
+
+def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:
+    named: dict[str, Any] = dict(views)
+    metadata, lengths = named["tile_scheduler_metadata"], named["cache_seqlens"]
+    return reference.decode(
+        named["q"],
+        named["k_cache"],
+        named["block_table"],
+        lengths,
+        *valid.options,
+        descale_q=named["descale_q"],
+        descale_k=named["descale_k"],
+        stale=None if metadata is None else stale_requests(metadata, lengths),
+        out=named["out"],
+        lse=named["lse"],
+    ).violation
+
+
+FP8 = Operation(
+    name="fp8_decode",
+    table=FP8_DECODE,
+    outputs=_outputs,
+    validate=_validate,
+    refused=_refused,
+    compute=_compute,
+    schedule=_schedule,
+)

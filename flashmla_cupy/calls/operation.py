@@ -1,0 +1,165 @@
+"""Calls over FP8 caches and lists of tokens: what such a call is, and how it runs in host memory.
+
+An Operation is a public function, or one of the things that it does: the table of its arguments,
+its checks, and how its results are computed by the definitions in NumPy. PyTorch's ops and JAX's
+follow from the same (`traced`). There are no kernels for them yet: arrays on a GPU are refused,
+with an OptionError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import DeviceCheckError, OptionError
+from ..frameworks import HOST, Adapter, ArrayInfo, elsewhere
+from ..locks import Lock
+from ..schedule.sched_meta import Configuration, SchedMeta
+from . import refusals
+from .arguments import Table
+from .signatures import Checked, Pointers, Signatures, pointers, spans
+
+Arrays = tuple[Any, ...]
+Results = tuple[Any, ...]
+Views = dict[str, np.ndarray | None]  # of all arrays of the table
+_bind_lock = Lock()
+
+
+class Output(NamedTuple):
+    """What a result is."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Valid(NamedTuple):
+    """What the checks leave of a call's arguments."""
+
+    framework: Adapter
+    infos: dict[str, ArrayInfo]  # of the arrays that the call has
+    options: tuple[Any, ...]  # what `compute` needs of them
+    outputs: tuple[Output, ...]
+    configuration: Configuration | None = None  # what a SchedMeta is bound to
+
+    @property
+    def is_empty(self) -> bool:
+        return any(0 in output.shape for output in self.outputs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OperationCall(Checked):
+    """A signature that passed the checks."""
+
+    valid: Valid
+    new: tuple[Callable[[], Any], ...]  # makes each output
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One kind of call."""
+
+    name: str  # of the PyTorch op, and in JAX's profiles
+    table: Table
+    # (arrays by name, options) -> what the results are; of symbolic shapes too.
+    outputs: Callable[[dict[str, Any], tuple[Any, ...]], tuple[Output, ...]]
+    # (arrays, options) of the table -> Valid; raises an ArgumentError.
+    validate: Callable[[Arrays, tuple[Any, ...]], Valid]
+    # A length in host memory that cannot be, which raises before anything is computed; or None.
+    refused: Callable[[Valid, Views], DeviceCheckError | None]
+    # Writes the outputs; the first request that it has to refuse, or None.
+    compute: Callable[[Valid, Views], DeviceCheckError | None]
+    # (tile_scheduler_metadata, num_splits) for a SchedMeta; None: there is none.
+    schedule: Callable[[Valid, Views], tuple[np.ndarray, np.ndarray]] | None = None
+    _calls: Signatures[OperationCall] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_calls", Signatures(self.table))
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    def eager(
+        self,
+        arrays: Arrays,
+        options: tuple[Any, ...],
+        lazy: SchedMeta | None = None,
+        otherwise: Callable[..., Results] | None = None,
+        *,
+        is_op: bool = False,
+    ) -> Results:
+        """The results, in the order of the table's outputs; lazy: the SchedMeta that stands for the
+        arrays of the schedule.
+
+        otherwise(where, operation, arrays, options, lazy) makes the call if the arrays have no
+        address, where `frameworks.elsewhere` says. is_op: a compiled program makes the call, in
+        which a bad length in host memory is reported later, as on a GPU, and does not raise."""
+        call, addresses, key = self._calls.find(arrays, options, tuple(map(type, options)))
+        if call is None or not call.accepts(addresses):
+            where = elsewhere(arrays)
+            if where and otherwise is not None:
+                return otherwise(where, self, arrays, options, lazy)
+            call, addresses = self._make(arrays, options, key)
+        refusals.raise_host()
+        given = dict(zip(self.table.names, arrays, strict=True))
+        view = call.valid.framework.to_numpy
+        views = {name: None if x is None else view(x) for name, x in given.items()}
+        if not (is_op or call.valid.is_empty):
+            violation = self.refused(call.valid, views)
+            if violation is not None:
+                raise violation
+        names = [array.name for array in self.table.having("output")]
+        for name, new in zip(names, call.new, strict=True):
+            if given[name] is None:
+                given[name] = new()
+                views[name] = view(given[name])
+        if not call.valid.is_empty:
+            self.run_on_host(call.valid, views, lazy)
+        return tuple(given[name] for name in names)
+
+    def run_on_host(self, valid: Valid, views: Views, lazy: SchedMeta | None = None) -> None:
+        """Writes the outputs among the views, and reports what had to be refused."""
+        framework, configuration = valid.framework, valid.configuration
+        if lazy is not None and self.schedule is not None and configuration is not None:
+            with _bind_lock.held():
+                if lazy.bound is None:
+                    made = [_copy(framework, array) for array in self.schedule(valid, views)]
+                    lazy.bind(configuration, *made)
+            lazy.require(configuration)
+            views["tile_scheduler_metadata"] = framework.to_numpy(lazy.tile_scheduler_metadata)
+        refusals.report(self.compute(valid, views))
+
+    def _make(
+        self, arrays: Arrays, options: tuple[Any, ...], key: Any
+    ) -> tuple[OperationCall, Pointers]:
+        valid = self.validate(arrays, options)
+        first = valid.infos[self.table.names[0]]
+        if first.device != HOST:
+            raise self.no_kernel(f"{first.dtype} on CUDA device {first.device}")
+        new = tuple(
+            valid.framework.allocator(output.shape, output.dtype, HOST) for output in valid.outputs
+        )
+        call = OperationCall(
+            table=self.table, spans=spans(self.table, valid.infos), valid=valid, new=new
+        )
+        return self._calls.keep(key, call), pointers(self.table, valid.infos)
+
+    def no_kernel(self, got: str) -> OptionError:
+        """For arrays on a GPU."""
+        return OptionError(
+            self.table.names[0],
+            "arrays in host memory, since FP8 caches and lists of tokens have no kernel yet",
+            got,
+            "Move the arrays to the host, or dequantize_kv() the cache and attend to all tokens"
+            " with block_table and cache_seqlens.",
+            self.table.function,
+        )
+
+
+def _copy(framework: Adapter, array: np.ndarray) -> Any:
+    """An int32 array of the framework."""
+    new = framework.empty(array.shape, "int32", HOST)
+    framework.to_numpy(new)[...] = array
+    return new

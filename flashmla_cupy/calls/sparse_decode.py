@@ -1,0 +1,157 @@
+"""flash_mla_with_kvcache() with indices: every query token sees the tokens that its list names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import reference_sparse
+from ..errors import ArgTypeError, DeviceCheckError, ShapeError
+from ..formats.cache_format import format_of
+from ..frameworks import ArrayInfo
+from ..schedule import split
+from ..schedule.lists import list_lengths
+from ..schedule.sched_meta import Configuration, stale_requests
+from ..sizes import HEAD_DIM_V, NUM_SMS_CPU, num_sm_parts
+from . import checks, fits, scalars
+from .arguments import SPARSE_DECODE
+from .operation import Operation, Output, Valid, Views
+from .wording import show
+
+
+def _outputs(named: dict[str, Any], options: tuple[Any, ...]) -> tuple[Output, ...]:
+    q = named["q"]
+    batch, s_q, h_q, _ = q.shape
+    dtype = fits.out_dtype(str(q.dtype).removeprefix("torch."))
+    return Output((batch, s_q, h_q, HEAD_DIM_V), dtype), Output((batch, h_q, s_q), "float32")
+
+
+def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
+    head_dim_v, softmax_scale, is_fp8_kvcache, is_lazy = options
+    scalars.head_dim_v(head_dim_v)
+    named = dict(zip(SPARSE_DECODE.names, arrays, strict=True))
+    checks.metadata_kind(named["tile_scheduler_metadata"], named["num_splits"], is_lazy)
+    framework, infos, sizes = fits.described(SPARSE_DECODE, arrays)
+    q, k_cache = infos["q"], infos["k_cache"]
+    found = fits.cache("k_cache", k_cache)
+    scalars.says_fp8(is_fp8_kvcache, found.is_fp8, show(k_cache))
+    fits.query(q, found, k_cache.dtype)
+    fits.descales(infos, found)
+    _lists(infos, "")
+    _extra(infos)
+    batch, s_q, h_q = sizes["batch"], sizes["s_q"], sizes["h_q"]
+    fits.requests("q", q, batch * s_q)
+    if "tile_scheduler_metadata" in infos:
+        parts = num_sm_parts(NUM_SMS_CPU, h_q, 1)
+        schedule = infos["tile_scheduler_metadata"], infos["num_splits"]
+        checks.metadata(*schedule, batch * s_q, parts)
+    outputs = _outputs(infos, options)
+    fits.outputs(SPARSE_DECODE, infos, outputs)
+    configuration = Configuration(
+        framework.name,
+        q.device,
+        batch,
+        s_q,
+        h_q,
+        1,
+        sizes["page_size"],
+        False,
+        found.name,
+        sizes["topk"],
+        sizes.get("extra_page_size", 0),
+        sizes.get("extra_topk", 0),
+    )
+    scale = scalars.softmax_scale(softmax_scale, found.d_qk)
+    return Valid(framework, infos, (scale,), outputs, configuration)
+
+
+def _lists(infos: dict[str, ArrayInfo], prefix: str) -> None:
+    name = f"{prefix}indices_in_kvcache" if prefix else "indices"
+    if infos[name].shape[2] < 1:
+        remedy = "Pass -1 where there is no token."
+        raise ShapeError(name, "lists of at least one entry", show(infos[name]), remedy)
+
+
+def _extra(infos: dict[str, ArrayInfo]) -> None:
+    """The second pool comes with its lists, and in the format of the first."""
+    names = "extra_k_cache", "extra_indices_in_kvcache"
+    for name, other in (names, names[::-1]):
+        if name in infos and other not in infos:
+            remedy = f"Pass {other}, or leave {name} out."
+            raise ArgTypeError(other, f"an array, since {name} is one", "None", remedy)
+    if "extra_topk_length" in infos and names[1] not in infos:
+        remedy = "Leave extra_topk_length out."
+        raise ArgTypeError(names[1], "an array, for extra_topk_length", "None", remedy)
+    if names[0] not in infos:
+        return
+    cache, extra = infos["k_cache"], infos[names[0]]
+    found = fits.cache(names[0], extra)
+    if found != format_of(cache.dtype, cache.shape[3]):
+        expected = f"the format of k_cache, {show(cache)}"
+        raise ShapeError(names[0], expected, show(extra), "Make both caches of one format.")
+    _lists(infos, "extra_")
+
+
+def _lengths(valid: Valid, views: Views) -> np.ndarray:
+    """The lengths of the split's requests: [batch * s_q]."""
+    batch, s_q, topk = valid.infos["indices"].shape
+    extra = valid.infos.get("extra_indices_in_kvcache")
+    return list_lengths(
+        batch,
+        s_q,
+        topk,
+        views["topk_length"],
+        0 if extra is None else extra.shape[2],
+        views["extra_topk_length"],
+    )
+
+
+def _refused(valid: Valid, views: Views) -> DeviceCheckError | None:
+    lists = ("indices", "topk_length"), ("extra_indices_in_kvcache", "extra_topk_length")
+    for name, length in lists:
+        if name in valid.infos:
+            topk = valid.infos[name].shape[2]
+            request = reference_sparse.bad_length(topk, views[length])
+            if request >= 0:
+                return DeviceCheckError(request, -1, length.replace("extra_", "extra "), False)
+    return None
+
+
+def _schedule(valid: Valid, views: Views) -> tuple[np.ndarray, np.ndarray]:
+    h_q = valid.infos["q"].shape[2]
+    return split.plan(_lengths(valid, views), num_sm_parts(NUM_SMS_CPU, h_q, 1), h_q, 1)
+
+
+def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:
+    (scale,) = valid.options
+    named: dict[str, Any] = dict(views)
+    metadata = named["tile_scheduler_metadata"]
+    stale = None if metadata is None else stale_requests(metadata, _lengths(valid, views))
+    return reference_sparse.decode(
+        named["q"],
+        named["k_cache"],
+        named["indices"],
+        scale,
+        topk_length=named["topk_length"],
+        attn_sink=named["attn_sink"],
+        extra_k_cache=named["extra_k_cache"],
+        extra_indices=named["extra_indices_in_kvcache"],
+        extra_topk_length=named["extra_topk_length"],
+        descale_q=named["descale_q"],
+        descale_k=named["descale_k"],
+        stale=stale,
+        out=named["out"],
+        lse=named["lse"],
+    ).violation
+
+
+SPARSE = Operation(
+    name="sparse_decode",
+    table=SPARSE_DECODE,
+    outputs=_outputs,
+    validate=_validate,
+    refused=_refused,
+    compute=_compute,
+    schedule=_schedule,
+)

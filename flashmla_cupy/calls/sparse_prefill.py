@@ -1,0 +1,106 @@
+"""flash_mla_sparse_fwd(): a prompt whose query tokens each see the tokens that their list names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import reference_sparse
+from ..errors import (
+    ArgTypeError,
+    ArgumentError,
+    DeviceCheckError,
+    DTypeError,
+    OptionError,
+    ShapeError,
+)
+from ..frameworks import ArrayInfo
+from ..sizes import HEAD_DIM_V
+from . import fits, scalars
+from .arguments import SPARSE_PREFILL
+from .operation import Operation, Output, Valid, Views
+from .scalars import INT_LIMIT
+from .wording import kind, show
+
+FUNCTION = SPARSE_PREFILL.function
+WIDTHS = (576, 512)  # d_qk: with the rotary columns beside V's, or among them
+
+
+def _outputs(named: dict[str, Any], options: tuple[Any, ...]) -> tuple[Output, ...]:
+    q = named["q"]
+    s_q, h_q, _ = q.shape
+    dtype = str(q.dtype).removeprefix("torch.")
+    row = Output((s_q, h_q), "float32")
+    return Output((s_q, h_q, HEAD_DIM_V), dtype), row, row
+
+
+def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
+    try:
+        return _checked(arrays, options)
+    except ArgumentError as error:
+        raise error.of(FUNCTION) from error.__cause__
+
+
+def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
+    sm_scale, d_v = options
+    if scalars.integer("d_v", d_v, FUNCTION) != HEAD_DIM_V:
+        remedy = "V is the first 512 columns of kv."
+        raise OptionError("d_v", f"{HEAD_DIM_V}", f"{d_v}", remedy)
+    if sm_scale is None:
+        remedy = "Pass the scale of the scores, such as q.shape[-1] ** -0.5."
+        raise ArgTypeError("sm_scale", "a real number", kind(sm_scale), remedy)
+    scale = scalars.softmax_scale(sm_scale, name="sm_scale")
+    framework, infos, sizes = fits.described(SPARSE_PREFILL, arrays)
+    q, kv, indices = infos["q"], infos["kv"], infos["indices"]
+    if q.dtype != kv.dtype:
+        remedy = "Convert q to the dtype of kv."
+        raise DTypeError("q", f"{kv.dtype}, the dtype of kv", show(q), remedy)
+    if sizes["d_qk"] not in WIDTHS:
+        remedy = "Concatenate the latent part and the rotary part."
+        raise ShapeError("q", "a last axis of 576 or 512 columns", show(q), remedy)
+    if sizes["topk"] < 1:
+        remedy = "Pass -1 where there is no token."
+        raise ShapeError("indices", "lists of at least one entry", show(indices), remedy)
+    _fits_int32("q", q)
+    _fits_int32("kv", kv)
+    outputs = _outputs(infos, options)
+    fits.outputs(SPARSE_PREFILL, infos, outputs)
+    return Valid(framework, infos, (scale,), outputs)
+
+
+def _fits_int32(name: str, info: ArrayInfo) -> None:
+    rows = info.shape[0] * info.shape[1]
+    if rows > INT_LIMIT:
+        expected = f"at most {INT_LIMIT} rows, so that their numbers fit int32"
+        raise ShapeError(name, expected, show(info), "Split the prompt.")
+
+
+def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:
+    named: dict[str, Any] = dict(views)
+    return reference_sparse.prefill(
+        named["q"],
+        named["kv"],
+        named["indices"],
+        *valid.options,
+        attn_sink=named["attn_sink"],
+        topk_length=named["topk_length"],
+        out=named["out"],
+        max_logits=named["max_logits"],
+        lse=named["lse"],
+    ).violation
+
+
+def _refused(valid: Valid, views: Views) -> DeviceCheckError | None:
+    topk = valid.infos["indices"].shape[2]
+    token = reference_sparse.bad_length(topk, views["topk_length"])
+    reason = "topk_length"
+    return DeviceCheckError(token, -1, reason, False, FUNCTION) if token >= 0 else None
+
+
+PREFILL = Operation(
+    name="sparse_prefill",
+    table=SPARSE_PREFILL,
+    outputs=_outputs,
+    validate=_validate,
+    refused=_refused,
+    compute=_compute,
+)

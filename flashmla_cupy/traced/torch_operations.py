@@ -1,0 +1,175 @@
+"""The operations of `calls` under torch.compile, torch.export and fake tensors, as `torch_op` does
+for the calls with kernels.
+
+Each is two ops, flashmla_cupy::<name>, which returns new results, and, for a call whose outputs the
+caller may give, flashmla_cupy::<name>_out, which writes into them. Their arguments follow from the
+tables. There is no backward: it raises.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ..calls import fp8_decode, scalars, sparse_decode, sparse_metadata, sparse_prefill
+from ..calls.operation import Operation
+from ..errors import ShapeError
+from ..frameworks.torch_tensors import needs_gradient
+from ..schedule.sched_meta import SchedMeta
+from ..sizes import HEAD_DIM_V
+from .torch_op import TAGS
+
+torch: Any = importlib.import_module("torch")
+
+OPERATIONS = (
+    fp8_decode.FP8,
+    sparse_decode.SPARSE,
+    sparse_metadata.METADATA,
+    sparse_prefill.PREFILL,
+)
+_library: Any = torch.library.Library("flashmla_cupy", "FRAGMENT")  # ops live as long as it does
+_DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int32")}
+
+
+class _Op:
+    """What a compiler traces of one operation; made beforehand, as compilers trace plain values."""
+
+    def __init__(self, operation: Operation) -> None:
+        table = operation.table
+        at = {name: i for i, name in enumerate(table.names)}
+        self.operation = operation
+        self.required = tuple(at[array.name] for array in table.having("input", "schedule"))
+        self.optional = tuple(at[array.name] for array in table.having("optional"))
+        self.outputs = table.outputs
+        self.options = tuple(i for i, option in enumerate(table.options) if option.schema)
+        self.ranks = tuple(
+            (a.name, a.shape, len(a.axes) - a.may_lack_axes, len(a.axes)) for a in table.arrays
+        )
+        self.schedule = tuple(at[array.name] for array in table.having("schedule"))
+        self.lengths = tuple(at.get(n, -1) for n in ("topk_length", "extra_topk_length"))
+        self.lists = tuple(at.get(n, -1) for n in ("indices", "extra_indices_in_kvcache"))
+        self.new = operation.name
+        self.into = f"{operation.name}_out"
+
+
+_OPS = {operation.name: _Op(operation) for operation in OPERATIONS}
+
+
+# --- what the compiler traces ------------------------------------------------------------------
+
+
+def run(
+    operation: Operation, arrays: tuple[Any, ...], options: tuple[Any, ...], lazy: SchedMeta | None
+) -> tuple[Any, ...]:
+    """The operation as an op. The first layer that uses a SchedMeta makes it, for all of them."""
+    op = _OPS[operation.name]
+    tensors = list(arrays)
+    for x, (name, shape, least, most) in zip(tensors, op.ranks, strict=True):
+        if x is not None and not least <= x.dim() <= most:
+            remedy = f"See {operation.table.function}() for the shapes."
+            function = operation.table.function
+            raise ShapeError(name, f"shape {shape}", f"{tuple(x.shape)}", remedy, function)
+    values = _values(operation.name, tensors[0], options)
+    if lazy is not None:
+        if lazy.tile_scheduler_metadata is None:
+            made = _metadata(op, tensors)
+            lazy.tile_scheduler_metadata, lazy.num_splits = made
+        metadata, num_splits = op.schedule
+        tensors[metadata], tensors[num_splits] = lazy.tile_scheduler_metadata, lazy.num_splits
+    inputs = (
+        *[tensors[i] for i in op.required],
+        *[values[i] for i in op.options],
+        *[tensors[i] for i in op.optional],
+    )
+    given = [tensors[i] for i in op.outputs]
+    if all(x is None for x in given):
+        results: tuple[Any, ...] = getattr(torch.ops.flashmla_cupy, op.new)(*inputs)
+        return results
+    named = dict(zip(operation.table.names, tensors, strict=True))
+    for i, output in enumerate(operation.outputs(named, values)):
+        if given[i] is None:
+            given[i] = tensors[0].new_empty(output.shape, dtype=_DTYPES[output.dtype])
+    getattr(torch.ops.flashmla_cupy, op.into)(*inputs, *given)
+    return tuple(given)
+
+
+def _values(name: str, q: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The options with the softmax scale as a number."""
+    if name == "sparse_metadata":
+        return options
+    if name == "sparse_prefill":
+        return scalars.softmax_scale(options[0], name="sm_scale"), options[1]
+    scalars.head_dim_v(options[0])
+    return options[0], scalars.softmax_scale(options[1], q.shape[-1]), *options[2:]
+
+
+def _metadata(op: _Op, tensors: list[Any]) -> tuple[Any, Any]:
+    """The schedule of a SchedMeta."""
+    q = tensors[0]
+    batch, s_q, h_q, _ = q.shape
+    if op.operation.name == "fp8_decode":
+        made: tuple[Any, Any] = torch.ops.flashmla_cupy.metadata(tensors[3], s_q * h_q, 1)
+        return made
+    indices, extra = (tensors[i] for i in op.lists)
+    sizes = s_q * h_q, 1, h_q, indices.shape[2], 0 if extra is None else extra.shape[2]
+    of_batch = q.new_empty((batch,), dtype=torch.int32)  # only its shape counts
+    lengths = [tensors[i] for i in op.lengths]
+    schedule: tuple[Any, Any] = torch.ops.flashmla_cupy.sparse_metadata(of_batch, *sizes, *lengths)
+    return schedule
+
+
+# --- what the ops do, and what the compiler knows of them --------------------------------------
+
+
+def _named(op: _Op, inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(arrays, options) of the table, from inputs in the order of the schema."""
+    table = op.operation.table
+    arrays: list[Any] = [None] * len(table.arrays)
+    options: list[Any] = [False if o.name == "is_lazy" else HEAD_DIM_V for o in table.options]
+    rest = list(inputs)
+    for i in op.required:
+        arrays[i] = rest.pop(0)
+    for i in op.options:
+        options[i] = rest.pop(0)
+    for i in (*op.optional, *op.outputs):
+        arrays[i] = rest.pop(0) if rest else None
+    return tuple(arrays), tuple(options)
+
+
+def _register(op: _Op) -> None:
+    operation, results = op.operation, len(op.outputs)
+
+    def real(*inputs: Any) -> tuple[Any, ...]:
+        return operation.eager(*_named(op, inputs), is_op=True)
+
+    def fake(*inputs: Any) -> tuple[Any, ...]:
+        arrays, options = _named(op, inputs)
+        named = dict(zip(operation.table.names, arrays, strict=True))
+        return tuple(
+            arrays[0].new_empty(output.shape, dtype=_DTYPES[output.dtype])
+            for output in operation.outputs(named, options)
+        )
+
+    def real_out(*inputs: Any) -> None:
+        real(*inputs)
+
+    def fake_out(*inputs: Any) -> None:
+        return None
+
+    def no_backward(ctx: Any, *gradients: Any) -> Any:
+        raise needs_gradient("q")
+
+    new, into = (operation.table.schema(with_outputs=w) for w in (False, True))
+    returned = ", ".join(["Tensor"] * results)
+    _library.define(f"{op.new}({new}) -> ({returned})", tags=TAGS)
+    _library.define(f"{op.into}({into}) -> ()", tags=TAGS)
+    for name, do, know in ((op.new, real, fake), (op.into, real_out, fake_out)):
+        for device in ("CUDA", "CPU"):
+            _library.impl(name, do, device)
+        torch.library.register_fake(f"flashmla_cupy::{name}", know, lib=_library)
+    if operation is not sparse_metadata.METADATA:
+        torch.library.register_autograd(f"flashmla_cupy::{op.new}", no_backward, lib=_library)
+
+
+for _op in _OPS.values():
+    _register(_op)
