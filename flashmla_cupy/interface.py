@@ -7,7 +7,6 @@ JAX arrays, and those of other frameworks.
 
 from __future__ import annotations
 
-import sys
 from types import ModuleType
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from .calls import checks, decode, metadata, scalars, sparse_metadata, sparse_pr
 from .calls.arguments import METADATA
 from .calls.refusals import check
 from .errors import ArgTypeError, MissingDependencyError
+from .frameworks.tracing import is_compiling
 from .operations import gathered, run
 from .schedule.sched_meta import SchedMeta
 from .sizes import HEAD_DIM_V
@@ -26,8 +26,6 @@ __all__ = [
     "get_mla_metadata",
     "register_torch_ops",
 ]
-
-_modules = sys.modules
 
 
 def get_mla_metadata(
@@ -84,8 +82,7 @@ def get_mla_metadata(
         lengths = {"topk_length": topk_length, "extra_topk_length": extra_topk_length}
         scalars.without("topk", METADATA.function, extra_topk=extra_topk, **lengths)
     arrays, options = (cache_seqlens,), (num_q_tokens_per_head_k, num_heads_k, num_heads_q)
-    compiler = _modules.get("torch.compiler")
-    if compiler is not None and compiler.is_dynamo_compiling():
+    if is_compiling(cache_seqlens):
         return _make_metadata("torch", arrays, options)
     return metadata.eager(arrays, options, _make_metadata)
 
@@ -189,8 +186,7 @@ def flash_mla_with_kvcache(
         arrays = (*arrays, tile_scheduler_metadata, num_splits, out, lse)
     elif lazy is None:
         arrays = (*arrays, tile_scheduler_metadata, num_splits)
-    compiler = _modules.get("torch.compiler")
-    if compiler is not None and compiler.is_dynamo_compiling():  # of this thread: Dynamo says so
+    if is_compiling(q):
         return _decode("torch", arrays, options, lazy)
     return decode.eager(arrays, options, lazy, _decode)
 

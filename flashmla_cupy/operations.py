@@ -5,7 +5,6 @@ Arrays with an address go to the operation itself; others to `traced`, as in `in
 
 from __future__ import annotations
 
-import sys
 from types import ModuleType
 from typing import Any, Literal
 
@@ -13,9 +12,9 @@ from .calls import fp8_decode, scalars, sparse_decode
 from .calls.arguments import DECODE, FLOATS, FP8_DECODE, SPARSE_DECODE
 from .calls.operation import Operation
 from .errors import OptionError
+from .frameworks.tracing import is_compiling
 from .schedule.sched_meta import SchedMeta
 
-_modules = sys.modules
 Where = Literal["torch", "jax", "foreign"]
 
 
@@ -68,8 +67,7 @@ def run(
     lazy: SchedMeta | None = None,
 ) -> Any:
     """The results of one of `calls.operation`."""
-    compiler = _modules.get("torch.compiler")
-    if compiler is not None and compiler.is_dynamo_compiling():
+    if is_compiling(arrays[0]):
         return _elsewhere("torch", operation, arrays, options, lazy)
     return operation.eager(arrays, options, lazy, _elsewhere)
 

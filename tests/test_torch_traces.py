@@ -233,3 +233,30 @@ def test_other_strides_of_contiguous_arguments_are_another_signature():
     with pytest.raises(ValueError, match="cache_seqlens: expected a C-contiguous array"):
         flash_mla_with_kvcache(q, k_cache, table, gaps, 512, *metadata)
     assert np.isfinite(EXPECTED[1].numpy()).all()
+
+
+MODULES_THAT_LOAD = """
+import itertools, sys, types
+import torch
+from flashmla_cupy import get_mla_metadata
+
+class Lazy(types.ModuleType):  # as importlib's lazy modules: to look at one is to load it
+    numbers = itertools.count()
+
+    @property
+    def __class__(self):
+        name = f"loaded_by_a_look_{next(Lazy.numbers)}"
+        sys.modules[name] = types.ModuleType(name)
+        return types.ModuleType
+
+def step(lengths):
+    return get_mla_metadata(lengths, 16, 1)
+
+sys.modules["lazy"] = Lazy("lazy")
+torch.compile(step, fullgraph=True, backend="eager")(torch.tensor([5, 6], dtype=torch.int32))
+"""
+
+
+def test_modules_that_load_when_they_are_looked_at():
+    """A trace does not go through sys.modules, where CuPy keeps cupyx unloaded, for one."""
+    subprocess.run([sys.executable, "-c", MODULES_THAT_LOAD], check=True)

@@ -96,7 +96,8 @@ class Operation:
         otherwise(where, operation, arrays, options, lazy) makes the call if the arrays have no
         address, where `frameworks.elsewhere` says. is_op: a compiled program makes the call, in
         which a bad length in host memory is reported later, as on a GPU, and does not raise."""
-        call, addresses, key = self._calls.find(arrays, options, tuple(map(type, options)))
+        is_usual = tuple(map(type, options)) in self.table.usual_types
+        call, addresses, key = self._calls.find(arrays, options, is_usual)
         if call is None or not call.accepts(addresses):
             where = elsewhere(arrays)
             if where and otherwise is not None:
@@ -123,7 +124,7 @@ class Operation:
         """Writes the outputs among the views, and reports what had to be refused."""
         framework, configuration = valid.framework, valid.configuration
         if lazy is not None and self.schedule is not None and configuration is not None:
-            with _bind_lock.held():
+            with _bind_lock:
                 if lazy.bound is None:
                     made = [_copy(framework, array) for array in self.schedule(valid, views)]
                     lazy.bind(configuration, *made)
