@@ -218,7 +218,9 @@ def test_wgmma_is_not_serialised(variant, compiled):
 def test_registers_and_spills(variant, compiled):
     found, row = compiled[variant].resources, variant.row
     assert 0 < found.registers <= row.registers
-    assert found.spill_stores <= row.spill_bytes
+    # NVRTC 12.8 spills two registers more, before and after the tile loops, with small pages.
+    more = 8 if NVRTC == (12, 8) and row.spill_bytes else 0
+    assert found.spill_stores <= row.spill_bytes + more
 
 
 @pytest.mark.parametrize("variant", WITH_MMA, ids=identity)
