@@ -32,6 +32,17 @@ DEVICE uint32_t thread_index() {
 DEVICE uint32_t lane_index() { return thread_index() & 31; }
 // The same in all lanes of the warp, and known to be by the compiler.
 DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
+// For what the compiler finds to be uniform by itself, except for NVRTC 12.5 and 12.6: these take a
+// descriptor that is added to for one that differs between lanes, and move both halves of it to
+// uniform registers (R2UR) ahead of every wgmma.
+DEVICE uint32_t surely_uniform(uint32_t x) {
+#if __CUDACC_VER_MAJOR__ == 12 && (__CUDACC_VER_MINOR__ == 5 || __CUDACC_VER_MINOR__ == 6)
+  return uniform(x);
+#else
+  return x;
+#endif
+}
 DEVICE uint32_t warp_in_group() { return (thread_index() >> 5) & 3; }  // of a warpgroup
 
 // elect.sync (9.7.13): one lane of a converged warp, always the same.

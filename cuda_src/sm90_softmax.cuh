@@ -56,7 +56,7 @@ DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], Place place) {
 // only a few wgmmas.
 DEVICE void issue_scores(float (&s)[32], const uint32_t (&q)[4 * Q_STEPS], Place place,
                          uint32_t to_release) {
-  const uint64_t k_tile = descriptor_k_major(stage_address(place.stage));
+  const uint64_t k_tile = descriptor_k_major(surely_uniform(stage_address(place.stage)));
   const uint64_t q_rope = descriptor_k_major(shared_base() + Q_ROPE);
   auto columns = [&](int step) {
     return k_tile + (step >> 2) * (BLOCK_BYTES >> 4) + (step & 3) * 2;
