@@ -112,6 +112,12 @@ def test_every_kernel_is_there():
         assert f"[{source}](../cuda_src/{source})" in text
 
 
+def test_every_reason_to_refuse_is_in_errors():
+    table = PAGES["errors.md"].section("## What is found on the device")
+    reasons = set(re.findall(r"`([^`]+)`", "".join(re.findall(r"^\| (`[^|]+) \|", table, re.M))))
+    assert reasons == {*errors._REASONS, "foreign metadata"}
+
+
 def test_every_room_of_the_package_is_described():
     section = PAGES["contributing.md"].section("## The house")
     rooms = {
