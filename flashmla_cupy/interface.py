@@ -120,8 +120,8 @@ def flash_mla_with_kvcache(
     head_dim_v               512
     tile_scheduler_metadata, num_splits
                              both results of get_mla_metadata(), of either style
-    softmax_scale            the width of q to the power of -0.5 by default, as in FlashMLA, which is
-                             no model's: DeepSeek-V3 needs 0.1352 (deepseek.softmax_scale)
+    softmax_scale            the width of q to the power of -0.5 by default, as FlashMLA's; no model
+                             has this one: DeepSeek-V3 needs 0.1352 (deepseek.softmax_scale)
     causal                   query i of s_q sees keys j <= cache_seqlens - s_q + i
     out, lse                 contiguous arrays to write into, instead of new ones (not in JAX)
 
