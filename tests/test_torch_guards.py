@@ -58,7 +58,7 @@ def test_the_third_call_reads_no_facts(adapter, kind, monkeypatch):
     monkeypatch.setattr(torch_tensors, "Facts", None)  # would be called for facts that are read
     arrays = arguments_of(kind, 2)
     facts, addresses = signature(adapter, arrays)
-    assert facts is signatures[1][0]
+    assert facts is signatures[0][0]
     assert addresses == tuple(x.data_ptr() for x in arrays if x is not None)
 
 

@@ -37,6 +37,7 @@ class DecodeCall(Checked):
     """A signature that passed the checks, and what follows from it."""
 
     framework: Adapter
+    device: int
     configuration: Configuration
     engine: Engine | None  # None: arrays in host memory
     launch: DecodeLaunch | None  # None: no engine, or nothing to do
@@ -81,7 +82,7 @@ def eager(
         refusals.raise_host()
         return _on_host(call, arrays, lazy, is_op)
     engine.raise_pending()
-    guard = framework.device_guard(call.configuration.device)
+    guard = framework.device_guard(call.device)
     if guard is HERE:  # the usual case; entering a context that does nothing takes time
         if lazy is None:
             return _launch(call, arrays, pointers)
@@ -191,6 +192,7 @@ def _make(
         table=DECODE,
         spans=spans(DECODE, infos),
         framework=framework,
+        device=q.device,
         configuration=configuration,
         engine=engine,
         launch=launch,
@@ -255,7 +257,7 @@ def _launch(
         _room, scratch = call.new_scratch()
     q, k_cache, table, cache_seqlens, *_ = pointers
     call.launch(
-        framework.stream(call.configuration.device),
+        framework.stream(call.device),
         _addresses(
             (
                 q,

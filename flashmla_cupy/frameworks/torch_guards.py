@@ -45,7 +45,8 @@ class Guards:
         if facts != self.last or self._make is None:
             self.last = facts
             return
-        self.last = None
+        # The older object of the two, which whoever kept it finds again without a comparison.
+        facts, self.last = self.last, None
         try:
             guard = self._make(
                 *tensors,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+_others: set[type] = set()  # of arrays that are no tensors
 _asks: Callable[[], bool] | None = None  # torch.compiler.is_dynamo_compiling, once it is known
 
 
@@ -17,7 +18,11 @@ def is_compiling(x: Any) -> bool:
     global _asks
     if _asks is not None:
         return _asks()
-    if not hasattr(x, "__torch_function__"):
+    kind = type(x)
+    if kind in _others:
+        return False
+    if not hasattr(kind, "__torch_function__"):
+        _others.add(kind)
         return False
     from torch.compiler import is_dynamo_compiling
 
