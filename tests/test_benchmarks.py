@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from flashmla_cupy.bench import cases as bench
+from flashmla_cupy.build import compiler, nvrtc
+from flashmla_cupy.gpu.kernels import Variant
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 if not FOLDER.is_dir():
@@ -23,6 +25,7 @@ if not FOLDER.is_dir():
 sys.path.append(str(FOLDER))
 
 import fetch_peers
+import nvrtc_versions
 import peers
 from peers import Result, Row
 
@@ -258,3 +261,21 @@ def test_problems_and_reference():
         assert not agrees
     error, agrees = gpu.error_of(out[0] * np.nan, gpu.reference(problems[1], 0))
     assert not agrees
+
+
+def test_kernels_of_an_nvrtc_in_a_folder(tmp_path, has_nvrtc, monkeypatch, capsys):
+    """As pip install --target lays it out; the cubins are those of this NVRTC."""
+    library = nvrtc.library().path
+    if Path(library).parent.parent.parent.name != "nvidia":
+        pytest.skip("NVRTC is of no wheel")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "nvidia").symlink_to(Path(library).parent.parent.parent)
+    schedule = Variant("schedule")
+    monkeypatch.setattr(nvrtc_versions, "all_variants", lambda: [schedule])
+    arguments = ["compile", str(tmp_path / "own"), "--to", str(tmp_path / "cubins")]
+    assert nvrtc_versions.main(arguments) == 0
+    cubin = (tmp_path / "cubins" / "own" / "schedule.cubin").read_bytes()
+    assert cubin == compiler.compile_variant(schedule).cubin
+    assert "schedule" in capsys.readouterr().out
+    (loaded,) = nvrtc_versions.from_folder(tmp_path / "cubins" / "own", [schedule])
+    assert (loaded.variant, loaded.cubin) == (schedule, cubin)
