@@ -218,6 +218,19 @@ def test_e4m3_byte_by_byte():
     assert quantize_kv(kv, "e4m3").tobytes() == kv.astype(E4M3).tobytes()
 
 
+@pytest.mark.parametrize("framework", HERE)
+@pytest.mark.parametrize("given", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("format", ["bfloat16", "float16", "float16_512"])
+def test_values_of_16_bit_formats_are_of_their_dtype(framework, given, format):
+    kv = np.random.default_rng(0).standard_normal((1, 2, 1, FORMATS[format].d_qk), np.float32)
+    kv = kv.astype(BFLOAT16 if given == "bfloat16" else given)
+    dtype = FORMATS[format].dtypes[0]
+    cache = quantize_kv(here(framework, kv), format)
+    assert str(cache.dtype).removeprefix("torch.") == dtype
+    want = kv.astype(np.float32).astype(BFLOAT16 if dtype == "bfloat16" else dtype)
+    assert np.array_equal(as_bytes(cache), as_bytes(want))
+
+
 def test_what_is_large_saturates_and_what_is_not_finite_becomes_nan():
     kv = np.zeros((1, 1, 1, 576), np.float32)
     kv[..., :5] = 449, -1e30, np.inf, -np.inf, np.nan

@@ -10,10 +10,18 @@ from support.oracle import assert_within_bound, worst_ratio
 from support.sparse_oracle import (
     flashmla_allclose,
     pool_values,
+    prefill_oracle,
     sparse_oracle,
     times_seen,
 )
-from support.sparse_problems import Pool, make_sparse_problem, poison, token_bytes
+from support.sparse_problems import (
+    NO_TOKEN,
+    Pool,
+    make_sparse_problem,
+    poison,
+    prefill_problem,
+    token_bytes,
+)
 
 from flashmla_cupy import reference_sparse
 from flashmla_cupy.formats.cache_format import FORMATS
@@ -306,55 +314,10 @@ def test_sixteen_bit_pools_see_what_dense_attention_sees():
 
 # --- prefill -----------------------------------------------------------------------------------
 
-NO_TOKEN = (INT_MIN, -123456, -1, "s_kv", 114514, 1919810, 2147480000, INT_MAX)
 PREFILL = [
     (128, 128), (256, 256), (512, 512), (592, 128), (1840, 256), (1592, 384), (1521, 512),
     (95, 128), (153, 256), (114, 384),
 ]  # fmt: skip
-
-
-def prefill_problem(s_q, h_q, d_qk, s_kv, topk, *, sink=True, lengths=True, seed=0):
-    """FlashMLA's recipe (tests/test_flash_mla_sparse_prefill.py): the lists hold random tokens, and
-    what is no token in the places that are left."""
-    import ml_dtypes
-
-    rng = np.random.default_rng(seed)
-    bfloat16 = ml_dtypes.bfloat16
-    q = (rng.standard_normal((s_q, h_q, d_qk)) / 10).astype(bfloat16)
-    kv = (rng.standard_normal((s_kv, 1, d_qk)) / 10).astype(bfloat16)
-    invalid = [s_kv if x == "s_kv" else x for x in NO_TOKEN if x == "s_kv" or not 0 <= x < s_kv]
-    indices = rng.choice(invalid, (s_q, 1, topk)).astype(np.int32)
-    for i in range(s_q):
-        seen = rng.permutation(s_kv)[: rng.integers(0, min(topk, s_kv) + 1)]
-        indices[i, 0, rng.permutation(topk)[: len(seen)]] = seen
-    return {
-        "q": q,
-        "kv": kv,
-        "indices": indices,
-        "sm_scale": 0.5,
-        "attn_sink": rng.standard_normal(h_q).astype(np.float32) if sink else None,
-        "topk_length": rng.integers(0, topk + 1, s_q).astype(np.int32) if lengths else None,
-    }
-
-
-def prefill_oracle(q, kv, indices, sm_scale, attn_sink=None, topk_length=None):
-    """All tokens with a mask of how often each is seen."""
-    topk, s_kv = indices.shape[2], len(kv)
-    listed = np.where((indices >= 0) & (indices < s_kv), indices, s_kv)[:, 0]
-    if topk_length is not None:
-        listed = np.where(np.arange(topk) < topk_length[:, None], listed, s_kv)
-    count = np.stack([np.bincount(row, minlength=s_kv + 1)[:s_kv] for row in listed])
-    q, keys = q.astype(np.float64), kv[:, 0].astype(np.float64)
-    logits = sm_scale * np.einsum("qhd,nd->qhn", q, keys)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        weighted = logits + np.log(count)[:, None]
-        lse = np.logaddexp.reduce(weighted, axis=2)
-        weight = np.exp(weighted - lse[..., None])
-        share = 1 if attn_sink is None else np.exp(lse - np.logaddexp(lse, attn_sink))[..., None]
-        out = np.einsum("qhn,nd->qhd", weight, keys[:, :512]) * share
-    lonely = ~count.any(axis=1)
-    out[lonely], lse[lonely] = 0, np.inf
-    return out, np.where(count[:, None] > 0, logits, -np.inf).max(axis=2), lse
 
 
 @pytest.mark.parametrize(("s_kv", "topk"), PREFILL)

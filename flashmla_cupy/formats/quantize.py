@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DTypeError
-from .arguments import VALUES, cache_format, descale, known_format, pow2, values
+from .arguments import VALUES, cache_format, descale, dtype_name, known_format, pow2, values
 from .cache_format import CacheFormat, Columns
 from .codes import E4M3_MAX, Codes
 from .layout import new_cache, rows_and_tail
@@ -92,7 +92,7 @@ def encoded(
     [..., tail_bytes] or None); in 16-bit formats (values [..., d_qk] of the dtype, None)."""
     x = codes.widen(kv)
     if not format.is_fp8:
-        same = str(kv.dtype).endswith(format.dtypes[0])
+        same = dtype_name(kv) == format.dtypes[0]
         return (kv if same else codes.narrow(x, format.dtypes[0])), None
     if format.scales is None:
         return codes.e4m3(x if descale_k is None else x * (1 / descale_k)), None
@@ -102,7 +102,7 @@ def encoded(
     if pow2_scales:
         scale = codes.at_least(POW2_FLOOR, codes.power_of_two_above(scale))
     latent = codes.e4m3(groups * (1 / scale)[..., None]).reshape(*x.shape[:-1], nope.count)
-    kept = str(kv.dtype).endswith("bfloat16")  # then its bits are, those of NaN too
+    kept = dtype_name(kv) == "bfloat16"  # then its bits are, those of NaN too
     rotary = kv[..., nope.count :]
     rotary = codes.to_bytes(rotary) if kept else codes.bfloat16(codes.widen(rotary))
     if scales.offset is not None:

@@ -52,12 +52,18 @@ def widths(problem: SparseProblem) -> dict:
     return found
 
 
+def schedule_arguments(problem: SparseProblem) -> tuple:
+    """The positional arguments of get_mla_metadata(): lengths, of which the batch counts, rows,
+    kv heads, heads, and whether the cache is FP8."""
+    batch, s_q, h_q, _ = problem.q.shape
+    return np.zeros(batch, np.int32), s_q * h_q, 1, h_q, problem.format in FP8
+
+
 def schedule(problem: SparseProblem, framework: str = "numpy") -> dict:
     """Both results of get_mla_metadata() for the lists."""
-    batch, s_q, h_q, _ = problem.q.shape
-    lengths = here(framework, np.zeros(batch, np.int32))
+    lengths, *rows = schedule_arguments(problem)
     sizes = {name: here(framework, value) for name, value in widths(problem).items()}
-    made = get_mla_metadata(lengths, s_q * h_q, 1, h_q, problem.format in FP8, **sizes)
+    made = get_mla_metadata(here(framework, lengths), *rows, **sizes)
     return dict(zip(("tile_scheduler_metadata", "num_splits"), made, strict=True))
 
 

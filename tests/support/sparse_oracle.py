@@ -106,6 +106,26 @@ def sparse_oracle(
     return Oracle(out, lse, out_bound, lse_bound)
 
 
+def prefill_oracle(q, kv, indices, sm_scale, attn_sink=None, topk_length=None):
+    """All tokens with a mask of how often each is seen."""
+    topk, s_kv = indices.shape[2], len(kv)
+    listed = np.where((indices >= 0) & (indices < s_kv), indices, s_kv)[:, 0]
+    if topk_length is not None:
+        listed = np.where(np.arange(topk) < topk_length[:, None], listed, s_kv)
+    count = np.stack([np.bincount(row, minlength=s_kv + 1)[:s_kv] for row in listed])
+    q, keys = q.astype(np.float64), kv[:, 0].astype(np.float64)
+    logits = sm_scale * np.einsum("qhd,nd->qhn", q, keys)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        weighted = logits + np.log(count)[:, None]
+        lse = np.logaddexp.reduce(weighted, axis=2)
+        weight = np.exp(weighted - lse[..., None])
+        share = 1 if attn_sink is None else np.exp(lse - np.logaddexp(lse, attn_sink))[..., None]
+        out = np.einsum("qhn,nd->qhd", weight, keys[:, :512]) * share
+    lonely = ~count.any(axis=1)
+    out[lonely], lse[lonely] = 0, np.inf
+    return out, np.where(count[:, None] > 0, logits, -np.inf).max(axis=2), lse
+
+
 def flashmla_allclose(got, want, abs_tol: float, rel_tol: float, cos_tol: float) -> None:
     """FlashMLA's own measure (tests/kernelkit/compare.py): positions of inf and NaN equal, each
     element near by either tolerance, and the two almost parallel as one vector."""

@@ -19,6 +19,9 @@ from flashmla_cupy.formats.quantize import quantize_kv
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 Q_DTYPES = {"bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
+INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
+# What FlashMLA's tests of prefill take for no token.
+NO_TOKEN = (INT_MIN, -123456, -1, "s_kv", 114514, 1919810, 2147480000, INT_MAX)
 BEYOND = 2147480000  # in list entries beyond a length, which nobody may look at
 
 
@@ -94,6 +97,8 @@ def make_sparse_problem(
             pow2_scales, descale,
         )  # fmt: skip
 
+    if not FORMATS[format].is_fp8:
+        q_dtype = FORMATS[format].dtypes[0]
     q = np.clip(rng.standard_normal((batch, s_q, h_q, d_qk)), -1, 1).astype(np.float32)
     attn_sink = None
     if sink:
@@ -164,3 +169,24 @@ def token_bytes(k_cache: np.ndarray, format: str, slots: np.ndarray) -> list[np.
         else:
             views.append(k_cache[page, offset].reshape(-1).view(np.uint8))
     return views
+
+
+def prefill_problem(s_q, h_q, d_qk, s_kv, topk, *, sink=True, lengths=True, seed=0):
+    """FlashMLA's recipe (tests/test_flash_mla_sparse_prefill.py): the lists hold random tokens, and
+    what is no token in the places that are left."""
+    rng = np.random.default_rng(seed)
+    q = (rng.standard_normal((s_q, h_q, d_qk)) / 10).astype(BFLOAT16)
+    kv = (rng.standard_normal((s_kv, 1, d_qk)) / 10).astype(BFLOAT16)
+    invalid = [s_kv if x == "s_kv" else x for x in NO_TOKEN if x == "s_kv" or not 0 <= x < s_kv]
+    indices = rng.choice(invalid, (s_q, 1, topk)).astype(np.int32)
+    for i in range(s_q):
+        seen = rng.permutation(s_kv)[: rng.integers(0, min(topk, s_kv) + 1)]
+        indices[i, 0, rng.permutation(topk)[: len(seen)]] = seen
+    return {
+        "q": q,
+        "kv": kv,
+        "indices": indices,
+        "sm_scale": 0.5,
+        "attn_sink": rng.standard_normal(h_q).astype(np.float32) if sink else None,
+        "topk_length": rng.integers(0, topk + 1, s_q).astype(np.int32) if lengths else None,
+    }

@@ -1,0 +1,434 @@
+"""FP8 caches and lists of tokens on a GPU: FlashMLA's grids, random configurations against the
+float64 oracle, needles, bytes that nobody may look at, corrupt lists, repeated runs and replays.
+
+    FLASHMLA_CUPY_TEST_CASES=2000 pytest tests/gpu/test_sparse.py -k random -s        (default 200)
+
+Formats whose kernel there is not (an OptionError says so) are skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+
+import numpy as np
+import pytest
+from support.gpu.arrays import DRY, differing, fill_nan, from_float, host, mark, release_memory, xp
+from support.gpu.arrays import same as same_on_device
+from support.oracle import Oracle, assert_within_bound
+from support.sparse_calls import FP8, keywords, schedule_arguments
+from support.sparse_oracle import flashmla_allclose, pool_values, prefill_oracle, sparse_oracle
+from support.sparse_problems import make_sparse_problem, prefill_problem, token_bytes
+
+import flashmla_cupy
+from flashmla_cupy import (
+    OptionError,
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    reference_sparse,
+)
+from flashmla_cupy.formats.cache_format import FORMATS
+from flashmla_cupy.formats.write import write_kv
+
+pytestmark = mark
+
+CASES = int(os.environ.get("FLASHMLA_CUPY_TEST_CASES", "10" if DRY else "200"))
+RUNS, REPLAYS = (2, 2) if DRY else (100, 200)
+RAW = 2.0**-10  # what a kernel that holds keys in float16 adds for scales that are no power of two
+
+
+@pytest.fixture(autouse=True)
+def _lengths_are_looked_at_as_on_a_gpu(monkeypatch):
+    """A bad length in host memory is refused before anything is computed; on a GPU, later."""
+    monkeypatch.setattr(reference_sparse, "bad_length", lambda *_: -1)
+    release_memory()
+
+
+def put(x):
+    """The same array on the GPU."""
+    if not isinstance(x, np.ndarray):
+        return x
+    if x.dtype.name == "bfloat16":
+        return xp.asarray(x.view(np.uint16)).view(x.dtype)
+    return x if DRY else xp.asarray(x)
+
+
+@functools.cache
+def missing(format: str, kind: str) -> str:
+    """Why calls of this kind cannot be made; "" if they can."""
+    try:
+        if kind == "prefill":
+            flash_mla_sparse_fwd(
+                **prompt_on_gpu(prefill_problem(1, 16, FORMATS[format].d_qk, 9, 5))
+            )
+        else:
+            extra = (9, 5, 64) if kind == "extra" else None
+            decode(make_sparse_problem(format, batch=1, s_k=9, topk=5, extra=extra))
+    except OptionError as error:
+        return str(error)
+    return ""
+
+
+def need(format: str, kind: str = "decode") -> None:
+    why = missing(format, kind)
+    if why:
+        pytest.skip(why)
+
+
+def on_gpu(problem) -> dict:
+    return {name: put(value) for name, value in keywords(problem).items()}
+
+
+def decode(problem, arrays: dict | None = None, **outputs):
+    """Both calls of a step; the arrays may be on the GPU already."""
+    arrays = on_gpu(problem) if arrays is None else arrays
+    lengths, *rows = schedule_arguments(problem)
+    sizes = {
+        "topk": arrays["indices"].shape[2],
+        "topk_length": arrays.get("topk_length"),
+        "extra_topk": problem.extra and arrays["extra_indices_in_kvcache"].shape[2],
+        "extra_topk_length": arrays.get("extra_topk_length"),
+    }
+    made = get_mla_metadata(put(lengths), *rows, **sizes)
+    named = dict(zip(("tile_scheduler_metadata", "num_splits"), made, strict=True))
+    return flash_mla_with_kvcache(**arrays, **named, **outputs)
+
+
+def results_of(problem) -> tuple[np.ndarray, np.ndarray]:
+    return tuple(host(x) for x in decode(problem))
+
+
+def outputs_of(problem) -> dict:
+    batch, s_q, h_q, _ = problem.q.shape
+    out = from_float(xp.zeros((batch, s_q, h_q, 512), "float32"), problem.q.dtype.name)
+    return {"out": out, "lse": xp.zeros((batch, h_q, s_q), "float32")}
+
+
+def prompt_on_gpu(problem: dict) -> dict:
+    return {name: put(value) for name, value in problem.items()}
+
+
+# --- numbers -----------------------------------------------------------------------------------
+
+SCOPES = [
+    (512, 64, 2), (512, 64, 64), (512, 64, 69), (1024, 576, 2), (1024, 576, 61), (2046, 2048, 2),
+    (2046, 2048, 64), (2046, 2048, 576),
+]  # fmt: skip
+AXES = {"format": ("v32", "v4"), "h_q": (64, 128), "scope": SCOPES, "batch": (4, 74), "s_q": (1, 3)}
+GRID = list(itertools.product(*AXES.values()))[:: 7 if DRY else 1]
+
+
+@pytest.mark.parametrize(("format", "h_q", "scope", "batch", "s_q"), GRID)
+def test_flashmla_grid(format, h_q, scope, batch, s_q):
+    """tests/test_flash_mla_sparse_decoding.py of FlashMLA, its recipe and tolerances."""
+    need(format)
+    s_k, topk, page_size = scope
+    if DRY or (batch == 74 and topk == 2048):
+        batch, h_q = 2, h_q if topk == 2048 and not DRY else 8
+    for lengths in ("none", "request"):
+        problem = make_sparse_problem(
+            format, batch=batch, s_q=s_q, h_q=h_q, s_k=s_k, topk=topk, page_size=page_size,
+            lengths=lengths, seed=batch,
+        )  # fmt: skip
+        out, lse = results_of(problem)
+        few = slice(0, 4)  # requests that the oracle, on the host, looks at
+        expected = sparse_oracle(first_requests(problem, few))
+        flashmla_allclose(out[few], expected.out, 1e-3, 2.01 / 128, 5e-6)
+        flashmla_allclose(lse[few], expected.lse, 1e-6, 8.01 / 65536, 1e-7)
+        flashmla_cupy.check()
+
+
+def first_requests(problem, some: slice):
+    """The problem of some requests, over the same pool."""
+    length = problem.pool.topk_length
+    pool = problem.pool._replace(
+        indices=problem.pool.indices[some], topk_length=None if length is None else length[some]
+    )
+    fewer = type(problem)(**{**vars(problem), "pool": pool, "q": problem.q[some]})
+    if problem.extra is not None:
+        length = problem.extra.topk_length
+        fewer.extra = problem.extra._replace(
+            indices=problem.extra.indices[some],
+            topk_length=None if length is None else length[some],
+        )
+    return fewer
+
+
+def random_problem(seed: int):
+    rng = np.random.default_rng((11, seed))
+
+    def pick(options):
+        return options[int(rng.integers(len(options)))]
+
+    formats = [name for name in FORMATS if not missing(name, "decode")]
+    if not formats:
+        pytest.skip("there is no kernel")
+    format, with_extra = pick(formats), rng.random() < 0.3
+    if with_extra and missing(format, "extra"):
+        with_extra = False
+    extra = (int(rng.integers(1, 300)), pick((1, 17, 64, 300)), pick((2, 64)))
+    extra = extra if with_extra else None
+    return make_sparse_problem(
+        format,
+        batch=int(rng.integers(1, 9)),
+        s_q=pick((1, 1, 2, 3)),
+        h_q=pick((1, 3, 8) if DRY else (1, 8, 16, 20, 32, 40, 64, 96, 128)),
+        s_k=int(rng.integers(1, 600 if DRY else 3000)),
+        topk=pick((1, 17, 63, 64, 65) if DRY else (1, 17, 63, 64, 65, 512, 2047, 2048)),
+        page_size=pick((1, 2, 16, 53, 64, 69, 256)),
+        extra=(int(rng.integers(1, 300)), pick((1, 17, 64, 300)), pick((2, 64)))
+        if with_extra
+        else None,
+        lengths=pick(("none", "request", "query")),
+        extra_lengths=pick(("none", "request", "query")),
+        sink=bool(rng.integers(2)),
+        pow2_scales=format != "v32" or bool(rng.integers(2)),
+        q_dtype=pick(("bfloat16", "float16")) if format in FP8 else format.split("_")[0],
+        softmax_scale=None if rng.random() < 0.3 else 0.0,
+        all_invalid=rng.random() < 0.03,
+        seed=seed,
+    )
+
+
+def test_random():
+    """Every element within the bound of the oracle; seed by seed, so that one can be replayed."""
+    failures = []
+    for seed in range(CASES):
+        problem = random_problem(seed)
+        out, lse = results_of(problem)
+        flashmla_cupy.check()
+        expected: Oracle = sparse_oracle(problem, k=RAW)
+        try:
+            assert_within_bound(out, lse, expected, f"seed {seed}: {problem.format}")
+        except AssertionError as failure:
+            failures.append(str(failure))
+    print(f"\n{CASES} configurations, {len(failures)} outside the bound")
+    assert not failures, f"{len(failures)} of {CASES}:\n" + "\n".join(failures[:5])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_needles(format):
+    """A key like the query, far from all others: all the weight of its head is its."""
+    need(format)
+    d_qk = FORMATS[format].d_qk
+    rng = np.random.default_rng(5)
+    problem = make_sparse_problem(
+        format, batch=3, topk=300, s_k=700, page_size=16, h_q=16, sink=False, varlen=False
+    )
+    problem.softmax_scale = 1.0
+    if problem.descale_k is not None:
+        problem.descale_k = np.array([2.0**-8], np.float32)
+    for trial in range(3 if DRY else 40):
+        query = np.sign(rng.standard_normal(d_qk)) * 0.5  # e4m3 has it exactly
+        b, head = int(rng.integers(3)), int(rng.integers(16))
+        edges = (0, 1, 11, 12, 47, 48, 63, 64, 127, 128, 255, 256, 298, 299)
+        position = edges[trial % len(edges)]
+        problem.q[b, 0, head] = query
+        slot = problem.pool.indices[b, 0, position]
+        write_kv(
+            problem.pool.k_cache, query.astype(np.float32)[None, None], np.array([slot]),
+            descale_k=problem.descale_k,
+        )  # fmt: skip
+        out, lse = results_of(problem)
+        factor = 1.0 if problem.descale_k is None else float(problem.descale_k[0])
+        values = pool_values(problem.pool.k_cache, format, factor)[slot]
+        assert np.array_equal(out[b, 0, head].astype(np.float64), values[:512]), (trial, position)
+        assert np.isclose(lse[b, head, 0], d_qk / 4, rtol=1e-5), (trial, position)
+        problem.q[b, 0, head] = 0
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_bytes_of_tokens_that_are_not_selected_change_no_bit(format):
+    need(format)
+    results = []
+    for fill in (0xFF, 0x7F, 0x00):
+        problem = make_sparse_problem(
+            format, batch=3, s_q=2, topk=130, s_k=400, page_size=16, h_q=16, lengths="query"
+        )
+        slots = np.arange(problem.pool.k_cache.shape[0] * 16)
+        length = problem.pool.topk_length[..., None]
+        seen = problem.pool.indices[np.arange(130) < length]
+        for part in token_bytes(problem.pool.k_cache, format, np.setdiff1d(slots, seen)):
+            part[:] = fill
+        results.append(decode(problem))
+    assert np.isfinite(host(results[0][0]).astype(np.float32)).all()
+    for other in results[1:]:
+        assert all(same_on_device(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_corrupt_lists(format):
+    """A bad index or length: NaN in the rows of its query token, no bit changed elsewhere."""
+    need(format)
+    rng = np.random.default_rng(3)
+    problem = make_sparse_problem(format, batch=5, s_q=2, topk=200, s_k=300, h_q=16, varlen=False)
+    problem.pool = problem.pool._replace(topk_length=np.full((5, 2), 150, np.int32))
+    before = results_of(problem)
+    slots = problem.pool.k_cache.shape[0] * problem.pool.k_cache.shape[1]
+    arrays = on_gpu(problem)
+    made = get_mla_metadata()[0]
+    for trial in range(4 if DRY else 40):
+        b, i, place = (int(rng.integers(n)) for n in (5, 2, 150))
+        indices, length = problem.pool.indices.copy(), problem.pool.topk_length.copy()
+        is_length = trial % 4 == 3
+        if is_length:
+            length[b, i] = rng.choice([-1, 201, 2**31 - 1, -(2**31)])
+        else:
+            indices[b, i, place] = rng.choice([-2, slots, 2**31 - 1, -(2**31), slots + 7])
+        indices[..., 150:] = rng.choice([-5, slots], indices[..., 150:].shape)
+        changed = {"indices": put(indices), "topk_length": put(length)}
+        made = get_mla_metadata()[0]
+        out, lse = (
+            host(x)
+            for x in flash_mla_with_kvcache(**(arrays | changed), tile_scheduler_metadata=made)
+        )
+        assert np.isnan(out[b, i].astype(np.float32)).all() and np.isnan(lse[b, :, i]).all()
+        others = np.ones((5, 2), bool)
+        others[b, i] = False
+        flat = out.view(np.uint16)[others]
+        if not is_length:  # which changes the schedule, and so may the order of sums
+            assert np.array_equal(flat, before[0].view(np.uint16)[others])
+        else:
+            assert np.isfinite(out[others].astype(np.float32)).all()
+        with pytest.raises(flashmla_cupy.DeviceCheckError) as raised:
+            flashmla_cupy.check()
+        reason = "topk_length" if is_length else "index"
+        place = -1 if is_length else place
+        assert (raised.value.request, raised.value.column, raised.value.reason) == (
+            b,
+            place,
+            reason,
+        )
+        flashmla_cupy.check()
+
+
+# --- repetition --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("batch", [1, 7, 80])
+def test_runs_are_bit_identical(format, batch):
+    need(format)
+    problem = make_sparse_problem(
+        format, batch=2 if DRY else batch, s_q=2, topk=700, s_k=2000, h_q=8 if DRY else 64,
+        page_size=64, lengths="query",
+    )  # fmt: skip
+    arrays, given = on_gpu(problem), outputs_of(problem)
+    first = decode(problem, arrays)
+    wrong = []
+    for _ in range(RUNS):
+        fill_nan(given["out"])
+        fill_nan(given["lse"])
+        decode(problem, arrays, **given)
+        wrong.append(differing(given["out"], first[0]) + differing(given["lse"], first[1]))
+    assert not host(xp.stack(wrong)).any()
+
+
+@pytest.mark.parametrize("format", ["v32", "e4m3", "bfloat16"])
+def test_replays_with_changed_lists(format):
+    """A graph with both calls; lists, lengths and queries change in place between its replays."""
+    need(format)
+    rng = np.random.default_rng(4)
+    problem = make_sparse_problem(
+        format, batch=3 if DRY else 30, s_q=2, topk=500, s_k=1500, h_q=8 if DRY else 64,
+        page_size=64, varlen=False, sink=True,
+    )  # fmt: skip
+    batch = len(problem.q)
+    problem.pool = problem.pool._replace(topk_length=np.full((batch, 2), 500, np.int32))
+    stream = contextlib.nullcontext() if DRY else xp.cuda.Stream(non_blocking=True)
+    with stream:
+        arrays, given, eager = on_gpu(problem), outputs_of(problem), outputs_of(problem)
+        decode(problem, arrays, **given)
+        if DRY:
+            replay = lambda: decode(problem, arrays, **given)  # noqa: E731
+        else:
+            stream.begin_capture()
+            kept = decode(problem, arrays, **given)
+            graph = stream.end_capture()
+            replay = lambda: (graph.launch(stream), kept)  # noqa: E731
+        wrong = []
+        for _ in range(REPLAYS):
+            order = rng.permutation(problem.pool.indices.reshape(-1))
+            arrays["indices"][...] = put(order.reshape(problem.pool.indices.shape))
+            arrays["topk_length"][...] = put(rng.integers(0, 501, (batch, 2)).astype(np.int32))
+            fill_nan(given["out"])
+            fill_nan(given["lse"])
+            replay()
+            decode(problem, arrays, **eager)
+            wrong.append(
+                differing(given["out"], eager["out"]) + differing(given["lse"], eager["lse"])
+            )
+        assert not host(xp.stack(wrong)).any()
+        flashmla_cupy.check()
+
+
+# --- prefill -----------------------------------------------------------------------------------
+
+PROMPTS = [
+    (128, 128), (256, 256), (512, 512), (592, 128), (1840, 256), (1592, 384), (1521, 512),
+    (95, 128), (153, 256), (114, 384),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("s_kv", "topk"), PROMPTS)
+@pytest.mark.parametrize("d_qk", [512, 576])
+def test_prefill_grid(s_kv, topk, d_qk):
+    """tests/test_flash_mla_sparse_prefill.py of FlashMLA, its recipe and tolerances."""
+    need("bfloat16" if d_qk == 576 else "bfloat16_512", "prefill")
+    for s_q, h_q, features in itertools.product((1, 62), (64, 128), (False, True)):
+        s_q, h_q = (min(s_q, 3), 4) if DRY else (s_q, h_q)
+        problem = prefill_problem(s_q, h_q, d_qk, s_kv, topk, sink=features, lengths=features)
+        got = [host(x) for x in flash_mla_sparse_fwd(**prompt_on_gpu(problem))]
+        out, top, lse = prefill_oracle(**problem)
+        flashmla_allclose(got[0], out, 8e-4, 3.01 / 128, 7e-6)
+        flashmla_allclose(got[1], top, 1e-6, 2.01 / 65536, 1e-7)
+        flashmla_allclose(got[2], lse, 1e-6, 2.01 / 65536, 1e-7)
+        flashmla_cupy.check()
+
+
+@pytest.mark.parametrize("h_q", [1, 8, 16, 20, 40, 96, 128])
+@pytest.mark.parametrize("topk", [1, 17, 63, 65, 2047])
+def test_prefill_of_any_size(h_q, topk):
+    need("bfloat16", "prefill")
+    problem = prefill_problem(5, 4 if DRY else h_q, 576, 300, topk, seed=h_q)
+    got = [host(x) for x in flash_mla_sparse_fwd(**prompt_on_gpu(problem))]
+    out, top, lse = prefill_oracle(**problem)
+    flashmla_allclose(got[0], out, 8e-4, 3.01 / 128, 1e-5)
+    flashmla_allclose(got[1], top, 1e-6, 2.01 / 65536, 1e-7)
+    flashmla_allclose(got[2], lse, 1e-6, 2.01 / 65536, 1e-7)
+
+
+# --- dense FP8 ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FP8)
+@pytest.mark.parametrize("h_q", [8, 16, 64, 128])
+def test_dense_attention_over_fp8(format, h_q):
+    """A block table is a list of all tokens: the oracle of lists looks at it."""
+    from support.sparse_dense import dense_problem
+
+    rng = np.random.default_rng(h_q)
+    for causal, page_size in itertools.product((False, True), (16, 64, 256)):
+        lengths = [0, 1, 2, 63, 64, 65] + ([] if DRY else rng.integers(1, 3000, 6).tolist())
+        dense, lists = dense_problem(
+            format, lengths, s_q=2, h_q=2 if DRY else h_q, page_size=page_size, causal=causal,
+        )  # fmt: skip
+        arrays = {name: put(value) for name, value in dense.items()}
+        rows = 2 * arrays["q"].shape[2]
+        try:
+            made = get_mla_metadata(arrays["cache_seqlens"], rows, 1, is_fp8_kvcache=True)
+            out, lse = flash_mla_with_kvcache(
+                **arrays, head_dim_v=512, tile_scheduler_metadata=made[0], num_splits=made[1],
+                causal=causal, is_fp8_kvcache=True,
+            )  # fmt: skip
+        except OptionError as error:
+            pytest.skip(str(error))
+        flashmla_cupy.check()
+        expected = sparse_oracle(lists, k=RAW)
+        assert_within_bound(host(out), host(lse), expected, f"{format} {causal} {page_size}")
