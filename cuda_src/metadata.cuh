@@ -29,7 +29,7 @@ constexpr int BEGINS_IN_PAIR = 1 << 16, ENDS_IN_PAIR = 1 << 17;
 constexpr int CHECK_SHIFT = 18;
 constexpr int UNCHECKED = (1 << CHECK_SHIFT) - 1;  // the bits of column 4 below the check
 constexpr uint32_t CHECK_FACTOR = 0x9E3779B1;
-DEVICE uint32_t check_term(int place, uint32_t value) {
+DEVICE constexpr uint32_t check_term(int place, uint32_t value) {
   for (int i = 0; i <= place; ++i) value *= CHECK_FACTOR;
   return value;
 }

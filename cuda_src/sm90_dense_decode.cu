@@ -46,14 +46,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   if (begins) init_row_block(params);
   if (thread_index() >> 5 == 2) prefetch_tables(params);
   griddepcontrol_wait();
-  uint32_t column = 0;
-  if (begins) column = init_part_row(params);
+  if (begins) init_part_row(params);
   __syncthreads();
-  if (begins) check_part_row(params, column);
   const int warpgroup = __shfl_sync(~0u, thread_index() >> 7, 0);
   if (warpgroup == 0) {
     setmaxnreg_inc<184>();
     softmax_role(params);
+    if (thread_index() >> 5 == 1) check_part_row(params);
   } else {
     setmaxnreg_dec<160>();
     const int half = warpgroup - 1;

@@ -5,6 +5,7 @@
 // Grid (row blocks, h_kv, parts). Row r of a slab (geometry.py) is query position slab + r / group
 // and query head kv_head * group + r % group.
 #pragma once
+#include "merge.cuh"
 #include "metadata.cuh"
 #include "sm90_shared.cuh"
 
@@ -132,6 +133,24 @@ DEVICE void store_lse(const Params& params, int request, const RowBlock& block, 
   params.lse[((int64_t)request * params.h_q + head) * params.s_q + block.slab + position] = lse;
 }
 
+// The results of a request without keys, out 0 and lse +inf, or NaN if it is refused. By `threads`
+// threads, of which this is number `thread`.
+DEVICE void store_no_keys(const Params& params, int request, bool refused, int thread,
+                          int threads) {
+  const RowBlock block = row_block();
+  const int rows = min(ROWS, params.slab_rows - block.first_row);
+#pragma unroll 1
+  for (int row = thread; row < rows; row += threads) {
+    store_lse(params, request, block, block.first_row + row, refused ? QUIET_NAN : POS_INF);
+  }
+  const uint32_t pair = refused ? 0x7fff7fffu : 0;
+  uint16_t* to = params.out + out_row(params, request, block, block.first_row) * 512;
+#pragma unroll 1
+  for (int i = thread; i < rows * 64; i += threads) {
+    st_global_v4(to + i * 8, {pair, pair, pair, pair});
+  }
+}
+
 // ---- the beginning, by one warp -------------------------------------------------------------
 // All roles wait for it, so it does the least that lets them begin.
 
@@ -146,24 +165,58 @@ DEVICE void init_row_block(const Params& params) {
   // What it holds by now does not matter: it is the way there that takes long.
   if (lane == 1) prefetch_l2(params.tile_scheduler_metadata + blockIdx.z * 8);
 }
-// After the wait: fills what part_of() reads. Returns the lane's column for check_part_row().
-DEVICE uint32_t init_part_row(const Params& params) {
+// After the wait: fills what part_of() reads.
+DEVICE void init_part_row(const Params& params) {
   const int lane = lane_index();
-  uint32_t value = 0;
   if (lane < 8) {
-    value = __ldg(params.tile_scheduler_metadata + blockIdx.z * 8 + lane);
-    st_shared_u32(part_row() + lane * 4, value);
+    st_shared_u32(part_row() + lane * 4,
+                  __ldg(params.tile_scheduler_metadata + blockIdx.z * 8 + lane));
   }
-  return value;
 }
-// Reports metadata that schedule.cu did not make for this part of such a batch, since it may leave
+// ---- the end, by one warp -------------------------------------------------------------------
+// Not at the beginning, where other roles would wait for it, or for its instructions.
+
+// Metadata may have been made for fewer requests than the batch has, as when a serving engine fills
+// up the batch of a captured graph. The requests after those must have length 0; this part stores
+// its share of their results. `requests`: how many the metadata was made for.
+DEVICE void store_padding(const Params& params, int requests) {
+#pragma unroll 1
+  for (int request = requests + blockIdx.z; request < params.batch; request += gridDim.z) {
+    const int length = __ldg(params.cache_seqlens + request);
+    if (length != 0 && lane_index() == 0) {
+      const bool bad_length = (uint32_t)length > (uint32_t)params.max_length;
+      refuse(params, request, bad_length ? LENGTH : STALE_METADATA, 0);
+    }
+    store_no_keys(params, request, length != 0, lane_index(), 32);
+  }
+}
+
+constexpr uint32_t BATCH_FACTOR = check_term(9, 1);  // what a request more adds to the sum
+
+// Looks whether schedule.cu made the metadata for this part of such a batch, or of fewer requests:
+// those up to the last one that any part has. Any other metadata is reported, since it may leave
 // rows of out as they are.
-DEVICE void check_part_row(const Params& params, uint32_t value) {
+DEVICE void check_part_row(const Params& params) {
   const int lane = lane_index();
-  uint32_t check = 0;
+  uint32_t check = 0, value = lane < 8 ? ld_shared_u32(part_row() + lane * 4) : 0;
   if (lane == 4) check = value >> CHECK_SHIFT, value &= UNCHECKED;
   if (lane == 8) value = blockIdx.z;
   if (lane == 9) value = params.batch;
   const uint32_t sum = __reduce_add_sync(~0u, check_term(lane, value));
-  if (lane == 4 && sum >> CHECK_SHIFT != check) refuse(params, 0, FOREIGN_METADATA, 0);
+  auto passes = [&](uint32_t sum) {
+    return !__any_sync(~0u, lane == 4 && sum >> CHECK_SHIFT != check);
+  };
+  if (passes(sum)) return;
+  int requests = 0;
+#pragma unroll 1
+  for (int part = lane; part < gridDim.z; part += 32) {
+    requests = max(requests, __ldg(params.tile_scheduler_metadata + part * 8 + 2) + 1);
+  }
+  requests = __reduce_max_sync(~0u, requests);
+  const int padding = params.batch - requests;
+  if (padding > 0 && passes(sum - BATCH_FACTOR * padding)) {
+    store_padding(params, requests);
+  } else if (lane == 0) {
+    refuse(params, 0, FOREIGN_METADATA, 0);
+  }
 }

@@ -82,7 +82,9 @@ DEVICE void issue_scores(float (&s)[32], const uint32_t (&q)[4 * Q_STEPS], Place
 }
 
 // Makes S -inf for keys that a row does not see: those past the end of the request and, if causal,
-// past the row's position. NaN among the live keys stays, so that a refused page reaches every row.
+// past the row's position. A live key that a row does not see but whose score is not finite makes
+// the row NaN instead. So a refused page reaches every row of its request, and so does a NaN or an
+// Inf that the caller left in a live key, whatever the split.
 DEVICE void mask(float (&s)[32], const Params& params, int request, int first_token) {
   const int live = __ldg(params.cache_seqlens + request) - first_token - column_pair();
 #pragma unroll
@@ -98,7 +100,9 @@ DEVICE void mask(float (&s)[32], const Params& params, int request, int first_to
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& x = s[4 * j + 2 * h + i];
-        if (8 * j + i >= seen && !(x != x && 8 * j + i < live)) x = NEG_INF;
+        const bool spoils = 8 * j + i < live && !(fabsf(x) < POS_INF);
+        // As bits: a choice between floats costs ptxas one instruction more for each of the 32.
+        if (8 * j + i >= seen) x = __int_as_float(spoils ? 0xffc00000 : 0xff800000);
       }
     }
   }
@@ -169,29 +173,20 @@ DEVICE void softmax_step(float (&s)[32], float (&m)[2], float (&l)[2], uint32_t 
   l[0] += a0 + b0, l[1] += a1 + b1;
 }
 
-// The results of a piece without tiles: NaN if the request is refused, else those of no keys, out 0
-// and lse +inf.
-DEVICE void store_no_keys(const Params& params, int request, const Piece& piece) {
+// The results of a piece without tiles, by the softmax warpgroup.
+DEVICE void store_no_tiles(const Params& params, int request, const Piece& piece) {
   const uint32_t thread = thread_in_group();
   if (piece.refused && thread == 0) refuse(params, request, piece.reason, 0);
-  const RowBlock block = row_block();
-  const int rows = min(ROWS, params.slab_rows - block.first_row);
-  if (piece.slot >= 0) {  // a split piece has tiles unless refused; combine makes the row NaN
-    if (thread < rows) {
-      const int64_t row = partial_row(params, piece.slot, block, block.first_row + thread);
-      st_global_v4_f32(params.row_partial + row * 4, QUIET_NAN, 1.f, 1.f, 0.f);
-    }
+  if (piece.slot < 0) {
+    store_no_keys(params, request, piece.refused, thread, GROUP_THREADS);
     return;
   }
-  if (thread < rows) {
-    store_lse(params, request, block, block.first_row + thread,
-              piece.refused ? QUIET_NAN : POS_INF);
+  // A split piece has tiles unless it is refused; combine makes the row NaN.
+  const RowBlock block = row_block();
+  if (thread < min(ROWS, params.slab_rows - block.first_row)) {
+    const int64_t row = partial_row(params, piece.slot, block, block.first_row + thread);
+    st_global_v4_f32(params.row_partial + row * 4, QUIET_NAN, 1.f, 1.f, 0.f);
   }
-  const uint32_t pair = piece.refused ? 0x7fff7fffu : 0;
-  uint16_t* to = params.out + out_row(params, request, block, block.first_row) * 512;
-#pragma unroll 1
-  for (int i = thread; i < rows * 64; i += GROUP_THREADS)
-    st_global_v4(to + i * 8, {pair, pair, pair, pair});
 }
 
 // The end of a front, which is the last piece of its part: this warpgroup looks whether the back is
@@ -243,7 +238,7 @@ DEVICE void softmax_role(const Params& params) {
       tiles_to_mask = uniform(masked_tiles(params, piece)),
       result = uniform(result_word(piece.kind, piece.slot));
       if (tiles_left == 0) {
-        store_no_keys(params, request, piece);
+        store_no_tiles(params, request, piece);
         continue;
       }
     }

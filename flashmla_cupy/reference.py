@@ -13,6 +13,12 @@ A query that sees no key gives out = 0 and lse = +inf. Computed in float64 and r
 dtype of q for out and to float32 for lse. No slot beyond n, no other page and no other entry of
 block_table is read. A request that cannot be computed (see `violation`) gives NaN in its rows and
 leaves the other requests alone.
+
+What is not finite in a live key is the caller's, and is computed with. A NaN makes every query of
+the request NaN in out and lse, in the heads that share the kv head; so does an Inf for queries that
+do not see the key, while for those that do it follows IEEE arithmetic. Neither reaches another
+request. (The causal mask is applied to scores, and 0 * Inf is NaN: who does not see a key cannot be
+shielded from it at no cost, so that the definition does not promise it.)
 """
 
 from __future__ import annotations
@@ -85,6 +91,10 @@ def decode(
             seen = max(0, len(keys) - s_q + i + 1) if causal else len(keys)
             query = q[b, i].astype(np.float64) * factor
             out[b, i], lse[b, :, i] = attend(query, keys[:seen], scale)
+            spoiled = ~np.isfinite(keys[seen:]).all(axis=(0, 2))  # [h_kv], by keys not seen
+            if spoiled.any():
+                heads = np.repeat(spoiled, h_q // len(spoiled))
+                out[b, i, heads], lse[b, heads, i] = np.nan, np.nan
     return Result(out, lse, first)
 
 

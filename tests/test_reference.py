@@ -165,6 +165,39 @@ def test_nan_in_a_live_latent_stays_in_its_request(value):
         assert np.array_equal(lse[other], before.lse[other])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("column", [3, 511, 575])
+def test_what_is_not_finite_reaches_queries_that_do_not_see_it(value, column):
+    """In the last live key, which the last of three queries alone sees, in one of two kv heads."""
+    problem = make_problem([10, 70, 30], s_q=3, h_q=4, h_kv=2, causal=True)
+    before = solve(problem)
+    page, slot = problem.token(1, 69)
+    problem.k_cache[page, slot, 1, column] = value
+    out, lse, violation = solve(problem)
+    assert violation is None
+    assert np.isnan(out[1, :2, 2:].astype(np.float32)).all() and np.isnan(lse[1, 2:, :2]).all()
+    seen = out[1, 2, 2:].astype(np.float32)
+    if np.isnan(value):
+        assert np.isnan(seen).all() and np.isnan(lse[1, 2:, 2]).all()
+    else:
+        # A score of +Inf is NaN in all columns; the weight of -Inf is 0, and 0 * Inf is NaN.
+        wrong = np.isnan(seen).sum(axis=-1)
+        expected = np.where(np.isnan(lse[1, 2:, 2]), 512, int(column < 512))
+        assert wrong.tolist() == expected.tolist()
+    assert np.array_equal(bits(out[1, :, :2]), bits(before.out[1, :, :2]))
+    for other in (0, 2):
+        assert np.array_equal(bits(out[other]), bits(before.out[other]))
+        assert np.array_equal(lse[other], before.lse[other])
+
+
+def test_a_query_without_keys_is_nan_when_a_key_it_does_not_see_is():
+    problem = make_problem([2], s_q=4, causal=True)
+    page, slot = problem.token(0, 1)
+    problem.k_cache[page, slot, 0, 0] = np.nan
+    out, lse, _ = solve(problem)
+    assert np.isnan(out.astype(np.float32)).all() and np.isnan(lse).all()
+
+
 @pytest.mark.parametrize("factor", [1e-30, 1e4, 1e15])
 def test_extreme_scores_are_finite(factor):
     problem = make_problem([130], softmax_scale=factor)

@@ -7,18 +7,22 @@ constants are compared.
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.oracle import assert_within_bound, oracle
+from support.problems import make_problem
 
 import flashmla_cupy
 from flashmla_cupy.errors import ArgTypeError, ArgumentError, DTypeError, ScalarError, ShapeError
 from flashmla_cupy.schedule import split as schedule
 from flashmla_cupy.schedule import view
-from flashmla_cupy.schedule.sched_meta import stale_requests
+from flashmla_cupy.schedule.sched_meta import SchedMeta, stale_requests
 from flashmla_cupy.schedule.view import Schedule
 from flashmla_cupy.sizes import num_sm_parts
 
@@ -192,6 +196,81 @@ def test_same_lengths_same_schedule():
     lengths, parts, rows, h_kv = random_case(1)
     one, two = (schedule.plan(lengths.copy(), parts, rows, h_kv) for _ in range(2))
     assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+# ---- which requests metadata fits ---------------------------------------------------------------
+
+
+def test_a_request_whose_recorded_tiles_are_others_is_stale():
+    """One part has all three, whole. Of the first and the last one the tiles are recorded; the one
+    between them is computed with the length it has."""
+    lengths = np.array([100, 100, 100], np.int32)
+    metadata, _ = schedule.plan(lengths, 1, 16, 1)
+    assert metadata[0, :4].tolist() == [0, 0, 2, 2]
+    for request, expected in [(0, True), (1, False), (2, True)]:
+        for length in (300, 0, 64):
+            changed = lengths.copy()
+            changed[request] = length
+            assert stale_requests(metadata, changed).tolist() == [
+                expected and other == request for other in range(3)
+            ]
+    # A part that ends inside of a request records how long that is, though it covers less.
+    lengths = np.array([6400], np.int32)
+    metadata, _ = schedule.plan(lengths, 4, 16, 1)
+    assert len(Schedule(metadata, np.array([0, 4], np.int32), lengths).pieces) == 4
+    for column, part in ((6, 0), (5, 3)):
+        changed = metadata.copy()
+        changed[part, column] += 1
+        assert stale_requests(changed, lengths).all()
+    assert not stale_requests(metadata, lengths).any()
+
+
+def test_requests_without_tokens_after_those_of_the_metadata_fit():
+    lengths = np.array([700, 0, 300, 0], np.int32)
+    metadata, _ = schedule.plan(lengths, 4, 16, 1)
+    padded = np.concatenate([lengths, np.zeros(4, np.int32)])
+    assert not stale_requests(metadata, padded).any()
+    padded[[5, 6]] = 1, -5
+    assert stale_requests(metadata, padded).tolist() == [False] * 5 + [True, False, False]
+    # A request without tokens that the metadata has, and one after a request that it has not.
+    one, _ = schedule.plan(lengths[:1], 4, 16, 1)
+    assert stale_requests(one, lengths).tolist() == [False, False, True, False]
+
+
+# ---- SchedMeta ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_a_copy_of_a_bound_sched_meta_is_unbound(copied):
+    """It keeps no array, and so no address, of the original; its first call makes its own."""
+    problem = make_problem([300, 70], h_q=4)
+    original, _ = flashmla_cupy.get_mla_metadata()
+    expected = flashmla_cupy.flash_mla_with_kvcache(*problem.arrays(), 512, original)
+    assert original.have_initialized
+    made = copied(original)
+    assert type(made) is SchedMeta and not made.have_initialized
+    assert made.tile_scheduler_metadata is None and made.num_splits is None
+    problem.cache_seqlens[:] = 130, 64  # of another step
+    out, lse = flashmla_cupy.flash_mla_with_kvcache(*problem.arrays(), 512, made)
+    assert_within_bound(out, lse, oracle(*problem.arrays()))
+    assert made.tile_scheduler_metadata is not original.tile_scheduler_metadata
+    problem.cache_seqlens[:] = 300, 70
+    again = flashmla_cupy.flash_mla_with_kvcache(*problem.arrays(), 512, original)
+    assert all(map(np.array_equal, again, expected))
+    flashmla_cupy.check()
+
+
+def test_a_sched_meta_holds_no_address():
+    """What it keeps is its configuration and the two arrays."""
+    problem = make_problem([300], h_q=4)
+    made, _ = flashmla_cupy.get_mla_metadata()
+    flashmla_cupy.flash_mla_with_kvcache(*problem.arrays(), 512, made)
+    kept = {name: getattr(made, name) for name in SchedMeta.__slots__}
+    assert set(kept) == {"bound", "tile_scheduler_metadata", "num_splits"}
+    address = made.tile_scheduler_metadata.ctypes.data
+    assert address not in made.bound
 
 
 # ---- quality ---------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Scheduling metadata: FlashMLA's lazy object, and whether metadata fits a batch (on the host).
 
-The records themselves are made by `schedule.plan` on the host and by the schedule kernel on the
-device; `schedule` documents their eight columns.
+The records themselves are made by `split.plan` on the host and by the schedule kernel on the
+device; `split` documents their eight columns.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ class SchedMeta:
 
     From then on it serves calls of the same configuration with the same cache_seqlens, such as
     the layers of one decoding step. Make a new one, with get_mla_metadata(), for the next step.
+
+    A copy, in this process or pickled to another one, is not bound: its first call makes metadata
+    of its own, where and for which lengths that call is.
     """
 
     __slots__ = ("bound", "num_splits", "tile_scheduler_metadata")
@@ -50,6 +53,9 @@ class SchedMeta:
     def have_initialized(self) -> bool:
         """Whether a call has made the metadata."""
         return self.bound is not None
+
+    def __reduce__(self) -> tuple[type[SchedMeta], tuple[()]]:
+        return SchedMeta, ()
 
     def __repr__(self) -> str:
         return f"SchedMeta({self.bound or 'made at the first call'})"
@@ -86,7 +92,9 @@ def stale_requests(
     """Which requests the metadata does not fit: [batch] bool.
 
     A request fits when parts cover its tiles 0, 1, ... without a gap, and every part that begins
-    or ends in it has recorded the number of tiles it has now. Lengths are clamped at 0.
+    or ends in it has recorded the number of tiles it has now. A request after all that the metadata
+    has fits if it has no tokens: metadata may be of the first requests of a batch alone, as when a
+    serving engine fills up the batch of a captured graph. Lengths are clamped at 0.
     """
     batch = len(cache_seqlens)
     tiles = -(-np.maximum(cache_seqlens.astype(np.int64), 0) // TOKENS_PER_TILE)
@@ -96,13 +104,14 @@ def stale_requests(
     for first, begin, last, end, _, first_tiles, last_tiles, _ in tile_scheduler_metadata.tolist():
         if not 0 <= first <= last < batch:
             continue
-        recorded = {first: first_tiles, last: last_tiles}
+        stale[first] |= first_tiles != tiles[first]
+        stale[last] |= last_tiles != tiles[last]
         for request in range(first, last + 1):
             start = begin if request == first else 0
             stop = end if request == last else tiles[request]
             stale[request] |= start != covered[request]
-            stale[request] |= recorded.get(request, tiles[request]) != tiles[request]
             covered[request] = stop
             seen[request] = True
-    stale |= ~seen | (covered != tiles)
+    padding = np.arange(batch) > np.flatnonzero(seen).max(initial=-1)
+    stale |= (~seen & ~padding) | (covered != tiles)
     return stale

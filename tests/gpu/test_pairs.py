@@ -1,8 +1,8 @@
-"""Pairs of pieces: the head merges the tail, or `combine` does, and no bit tells which.
+"""Pairs of pieces: the front merges the back, or `combine` does, and no bit tells which.
 
-On a GPU with nothing else to do, tails are done when heads end, and heads merge. Then a kernel on
+On a GPU with nothing else to do, backs are done when fronts end, and fronts merge. Then a kernel on
 another stream keeps most of the multiprocessors, so that thread blocks come one after another, and
-heads end before their tails have started: with one multiprocessor left, all of them.
+fronts end before their backs have started: with one multiprocessor left, all of them.
 """
 
 from __future__ import annotations
