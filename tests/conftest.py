@@ -56,3 +56,21 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(cache_folder, "_warned", set())
     monkeypatch.setattr(compiler, "_memo", {})
     return tmp_path / "cubins"
+
+
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory):
+    """The kernels, for the emulated GPU."""
+    from emulator import device
+
+    made = device.Kernels(tmp_path_factory.mktemp("kernels"))
+    made.make_all(device.variants().values())
+    return made
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, kernels):
+    """gpu(num_sms) -> an Emulator of that size."""
+    from emulator import device
+
+    return lambda num_sms: device.install(monkeypatch, kernels, num_sms)

@@ -2,57 +2,29 @@
 machine (tests/emulator) that runs their threads in random orders, and driven by the library's own
 front end. What only a GPU shows (its memory model, ptxas, speed) is the business of tests/gpu.
 
-The last tests break the kernels on purpose: the emulator has to notice.
+test_emulated_order.py has the order of threads, blocks and kernels, and what breaks it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from emulator import device
+from support.emulated import bits, decode, metadata_of
 from support.oracle import assert_within_bound, oracle
 from support.problems import PAGE_SIZES, make_problem, random_problem
 
-from flashmla_cupy import check, flash_mla_with_kvcache, get_mla_metadata
+from flashmla_cupy import check, flash_mla_with_kvcache, get_mla_metadata, reference
 from flashmla_cupy.errors import DeviceCheckError
 from flashmla_cupy.schedule import split as schedule
+from flashmla_cupy.schedule.sched_meta import stale_requests
 
 pytestmark = pytest.mark.skipif(
     device.host_compiler() is None, reason="needs a host C++ compiler: c++, g++ or clang++"
 )
 MERGED_LSE = 0x7FC0FFEE  # merge.cuh
-
-
-@pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
-    made = device.Kernels(tmp_path_factory.mktemp("kernels"))
-    made.make_all(device.variants().values())
-    return made
-
-
-@pytest.fixture
-def gpu(monkeypatch, kernels):
-    """gpu(num_sms) -> an Emulator of that size."""
-    return lambda num_sms: device.install(monkeypatch, kernels, num_sms)
-
-
-def decode(problem, metadata=None):
-    """(out, lse) of one call, into arrays that held NaN."""
-    batch, s_q, h_q, _ = problem.q.shape
-    out = np.full((batch, s_q, h_q, 512), np.nan, problem.q.dtype)
-    lse = np.full((batch, h_q, s_q), np.nan, np.float32)
-    metadata = metadata or metadata_of(problem)
-    return flash_mla_with_kvcache(
-        *problem.arrays(), 512, *metadata, **problem.options(), out=out, lse=lse
-    )
-
-
-def metadata_of(problem):
-    return get_mla_metadata(problem.cache_seqlens, problem.rows, problem.h_kv)
-
-
-def bits(out, lse) -> bytes:
-    return out.tobytes() + lse.tobytes()
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -256,106 +228,93 @@ def test_a_list_of_another_origin_leads_nowhere_else(gpu, seed):
         check()
 
 
-# ---- broken kernels -------------------------------------------------------------------------
+@pytest.mark.parametrize(("h_q", "num_sms"), [(8, 6), (100, 8)])
+def test_a_batch_filled_up_behind_its_metadata(gpu, h_q, num_sms):
+    """As serving engines fill up the batch of a captured graph: metadata of the real requests, then
+    requests of length 0, and num_splits repeats its last value."""
+    gpu(num_sms)
+    problem = make_problem([900, 0, 330, 450], h_q=h_q)
+    metadata, num_splits = metadata_of(problem)
+    alone = decode(problem, (metadata, num_splits))
+    padded = filled_up(problem, 7)
+    out, lse = decode(padded, (metadata, np.append(num_splits, [num_splits[-1]] * 7)))
+    check()
+    assert bits(out[:4], lse[:4]) == bits(*alone)
+    assert not out[4:].astype(np.float32).any() and np.isposinf(lse[4:]).all()
 
-RACE = (
-    "without fence.proxy.async|more arrivals|deadlock|no end in sight|out of bound|order of threads"
-)
-BROKEN = {  # what is broken: (file, text, what stands there instead, what is reported)
-    "P is not fenced": (
-        "sm90_softmax.cuh",
-        "DEVICE void release(uint32_t barrier) {\n  fence_proxy_async();",
-        "DEVICE void release(uint32_t barrier) {",
-        "without fence.proxy.async",
-    ),
-    "P is released before all lanes wrote it": (
-        "sm90_softmax.cuh",
-        "  __syncwarp();\n  if (arrives()) mbarrier_arrive(barrier);",
-        "  if (arrives()) mbarrier_arrive(barrier);",
-        RACE,
-    ),
-    "scores are read before they are there": (
-        "sm90_softmax.cuh",
-        "      wgmma_wait_all();\n",
-        "",
-        RACE,
-    ),
-    "K is read before it is there": (
-        "sm90_softmax.cuh",
-        "  mbarrier_wait(full(1, place.stage), place.phase);\n  wgmma_fence();",
-        "",
-        RACE,
-    ),
-    "a stage is never freed": (
-        "sm90_accumulate.cuh",
-        "if (half == 0) mbarrier_arrive(empty(0, place.stage));",
-        "",
-        "deadlock: .* in mbarrier_wait",
-    ),
-    "a stage is freed twice": (
-        "sm90_accumulate.cuh",
-        "if (half == 0) mbarrier_arrive(empty(0, place.stage));",
-        "mbarrier_arrive(empty(0, place.stage));",
-        RACE,
-    ),
-    "a stage is filled while it is read": (
-        "sm90_tma_producer.cuh",
-        "if (wait) mbarrier_wait(empty(half, place.stage), place.phase);",
-        "",
-        RACE,
-    ),
-    "the matrix warpgroups wait for Q's slot, which may be long past": (
-        "sm90_accumulate.cuh",
-        "    place.advance();  // past Q\n",
-        "    mbarrier_wait(p_ready(place.stage), place.phase), place.advance();\n",
-        "deadlock: .* in mbarrier_wait|no end in sight",
-    ),
-    "a descriptor says the wrong distance": (
-        "sm90_fragments.cuh",
-        "(uint64_t)512 << 16",
-        "(uint64_t)256 << 16",
-        "out of bound",
-    ),
-    "V past the end is not cleared": (
-        "sm90_accumulate.cuh",
-        "if (i + 1 == tiles && last_tokens < TOKENS)",
-        "if (false)",
-        RACE,
-    ),
-    "the other piece of a pair is not waited for": (
-        "sm90_accumulate.cuh",
-        "    mbarrier_wait(back_full(), 0);\n",
-        "",
-        RACE,
-    ),
-    "the warps of a row are added too early": (
-        "combine.cu",
-        "    bar_sync(1 + (warp >> warps_log2), 32 * warps);\n",
-        "",
-        RACE,
-    ),
-}
+    for length in (1, -1, 2**30):
+        padded.cache_seqlens[8] = length
+        out, lse = decode(padded, (metadata, np.append(num_splits, [num_splits[-1]] * 7)))
+        assert np.isnan(out[8].astype(np.float32)).all() and np.isnan(lse[8]).all()
+        others = np.arange(4, 11) != 8
+        assert bits(out[:4], lse[:4]) == bits(*alone)
+        assert not out[4:][others].astype(np.float32).any() and np.isposinf(lse[4:][others]).all()
+        with pytest.raises(DeviceCheckError) as caught:
+            check()
+        assert caught.value.request == 8
+        assert caught.value.reason == ("stale metadata" if length == 1 else "length")
 
 
-@pytest.mark.parametrize("what", BROKEN)
-def test_a_broken_kernel_is_noticed(monkeypatch, tmp_path, what):
-    name, right, wrong, reported = BROKEN[what]
+def filled_up(problem, more):
+    """With so many requests of length 0 behind, whose table entries are no pages."""
+    q = np.concatenate([problem.q, problem.q[:1].repeat(more, axis=0)])
+    table = np.concatenate(
+        [problem.block_table, np.full((more, problem.block_table.shape[1]), -1, np.int32)]
+    )
+    lengths = np.append(problem.cache_seqlens, np.zeros(more, np.int32))
+    return replace(problem, q=q, block_table=table, cache_seqlens=lengths)
 
-    def edit(file, text):
-        if file != name:
-            return text
-        assert text.count(right) == 1, f"{file} has changed"
-        return text.replace(right, wrong)
 
-    kernels = device.Kernels(tmp_path, edit)
-    with pytest.raises(AssertionError, match=reported):
-        for seed in range(20):
-            with monkeypatch.context() as patch:
-                lengths, num_sms = ([900, 330, 450], 5) if seed % 2 else ([1100], 16)
-                emulator = device.install(patch, kernels, num_sms)
-                emulator.seed = seed
-                problem = make_problem(lengths, h_q=8 if seed % 2 else 3, seed=seed)
-                results = {bits(*decode(problem)) for emulator.seed in (seed, seed + 100)}
-                out, lse = decode(problem)
-                assert_within_bound(out, lse, oracle(*problem.arrays()))
-                assert len(results) == 1, "the bits depend on the order of threads"
+def test_metadata_of_more_requests_than_the_batch_is_reported(gpu):
+    gpu(num_sms=4)
+    problem = make_problem([300, 500, 0], h_q=8)
+    metadata, num_splits = metadata_of(problem)
+    fewer = make_problem([300, 500], h_q=8)
+    decode(fewer, (metadata, num_splits[:-1]))
+    with pytest.raises(DeviceCheckError, match="metadata"):
+        check()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("lengths", "num_sms"), [([200, 130, 64], 1), ([1100, 300, 64], 12)])
+def test_what_is_not_finite_is_where_the_reference_has_it(gpu, value, lengths, num_sms):
+    """In keys of the first request that one or two of three queries do not see, and in its first,
+    as a whole and split into pieces."""
+    gpu(num_sms)
+    problem = make_problem(lengths, s_q=3, h_q=6, h_kv=2, causal=True)
+    metadata = metadata_of(problem)
+    before = decode(problem, metadata)
+    for position, column in [(lengths[0] - 1, 3), (lengths[0] - 2, 570), (0, 300)]:
+        spoiled = replace(problem, k_cache=problem.k_cache.copy())
+        page, slot = spoiled.token(0, position)
+        spoiled.k_cache[page, slot, 1, column] = value
+        out, lse = decode(spoiled, metadata)
+        check()
+        expected = reference.decode(*spoiled.arrays(), **spoiled.options())
+        assert np.array_equal(np.isnan(out), np.isnan(expected.out))
+        assert np.array_equal(np.isnan(lse), np.isnan(expected.lse))
+        assert np.isnan(lse[0, 3:, : position - lengths[0]]).all()  # of those that do not see it
+        assert bits(out[1:], lse[1:]) == bits(before[0][1:], before[1][1:])
+        assert bits(out[0, :, :3], lse[0, :3]) == bits(before[0][0, :, :3], before[1][0, :3])
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_the_kernels_refuse_what_stale_requests_says(gpu, seed):
+    """Of metadata that was made for other lengths."""
+    rng = np.random.default_rng([seed, 2])
+    gpu(num_sms=int(rng.integers(1, 9)))
+    lengths = rng.integers(0, 700, rng.integers(2, 7))
+    problem = make_problem(np.maximum(lengths, 1).tolist(), h_q=3, extra_columns=4)
+    problem.cache_seqlens[:] = lengths
+    metadata = metadata_of(problem)
+    change = rng.random(len(lengths)) < 0.5
+    problem.cache_seqlens[change] = rng.integers(0, np.maximum(lengths, 1)[change] + 1)
+    stale = stale_requests(metadata[0], problem.cache_seqlens)
+    out, lse = decode(problem, metadata)
+    assert np.isnan(lse).all(axis=(1, 2)).tolist() == stale.tolist()
+    assert np.isnan(out.astype(np.float32)).all(axis=(1, 2, 3)).tolist() == stale.tolist()
+    if stale.any():
+        with pytest.raises(DeviceCheckError) as caught:
+            check()
+        assert caught.value.request == np.flatnonzero(stale)[0]
+    check()

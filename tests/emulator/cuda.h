@@ -62,8 +62,8 @@ T __ldg(const T* p) {
 inline void atomicMin(uint64_t* p, uint64_t x) { *p = min(*p, x); }
 inline void atomicMax(int* p, int x) { *p = max(*p, x); }
 inline void atomicAdd(int* p, int x) { *p += x; }
-inline void __threadfence() {}
-inline void __threadfence_system() {}
+inline void __threadfence() { machine::fence_gpu(); }
+inline void __threadfence_system() { machine::fence_gpu(); }
 
 // ---- warps ----------------------------------------------------------------------------------
 

@@ -12,13 +12,16 @@ import contextlib
 import ctypes
 import functools
 import itertools
+import mmap
 import re
 import shutil
 import struct
 import subprocess
 import types
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from support.fake_device import forget_calls
@@ -35,6 +38,7 @@ CUDA_SRC = HERE.parent.parent / "cuda_src"
 FLAGS = (
     "-std=c++17", "-O2", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off",
     "-U_FORTIFY_SOURCE", "-Wno-attributes",
+    "-fvisibility=hidden",  # each library has a machine of its own
 )  # fmt: skip
 TENSOR_MAP = struct.Struct("Q6I4Q5I")  # TensorMap in ptx.cuh
 
@@ -47,16 +51,34 @@ class EmulationError(AssertionError):
     """What a kernel did wrong: a deadlock, a missing fence, ..."""
 
 
+class Launch(NamedTuple):
+    """One kernel to run."""
+
+    function: int
+    grid: Any
+    block: Any
+    arguments: int  # address
+
+
 class Kernels:
     """The kernels as shared libraries in `folder`, made when they are first asked for.
 
-    edit(name, text) -> text may change a source, for tests of what the emulator finds."""
+    edit(name, text) -> text may change a source, for tests of what the emulator finds; those that
+    it leaves alone are taken from `unedited`."""
 
-    def __init__(self, folder: Path, edit=lambda name, text: text) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        edit: Callable[[str, str], str] = lambda name, text: text,
+        unedited: Kernels | None = None,
+    ) -> None:
         self.folder = folder
+        self._unedited, self._edited = unedited, set()
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(CUDA_SRC.glob("*.cu*")):
             text = edit(path.name, path.read_text())
+            if text != path.read_text():
+                self._edited.add(path.name)
             # A variable of a thread block: static to C++, or the one array of machine.h.
             text = re.sub(r"^  extern __shared__", "  extern", text, flags=re.MULTILINE)
             text = re.sub(r"^  __shared__", "  static __shared__", text, flags=re.MULTILINE)
@@ -66,6 +88,8 @@ class Kernels:
         self._made: dict[str, ctypes.CDLL] = {}
 
     def __getitem__(self, variant: Variant):
+        if self._unedited is not None and not self._edited & _closure(variant.source):
+            return self._unedited[variant]
         if variant.name not in self._made:
             library = self.folder / f"{variant.name}.so"
             command = [
@@ -81,7 +105,8 @@ class Kernels:
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             self._made[variant.name] = loaded = ctypes.CDLL(str(library))
-            loaded.emulate.restype = ctypes.c_char_p
+            for function in (loaded.begin, loaded.release, loaded.finish):
+                function.restype = ctypes.c_char_p
         return self._made[variant.name]
 
     def make_all(self, variants) -> None:
@@ -89,13 +114,28 @@ class Kernels:
             list(pool.map(self.__getitem__, variants))
 
 
+def _closure(source: str) -> set[str]:
+    """A file of cuda_src and all that it includes."""
+    found, left = set(), {source}
+    while left:
+        found |= left
+        text = "".join((CUDA_SRC / name).read_text() for name in left)
+        left = set(re.findall(r'^#include "(.*)"$', text, re.MULTILINE)) - found
+    return found
+
+
 class Emulator:
-    """The part of the CUDA driver's interface that driver.py uses."""
+    """The part of the CUDA driver's interface that driver.py uses.
+
+    `ahead` may hold what a kernel ahead of the next launch does: a function, called once when those
+    that are launched have come to griddepcontrol.wait. The kernels of a graph overlap as dependent
+    launch permits; a kernel that is launched by itself overlaps `ahead` alone."""
 
     def __init__(self, kernels: Kernels) -> None:
         self.kernels = kernels
         self.resident = 3
         self.seed = 0
+        self.ahead: Callable[[], object] | None = None
         self.framework = _Framework()
         self._handles = itertools.count(1)
         self._modules: dict[int, tuple[Variant, ctypes.CDLL]] = {}
@@ -105,7 +145,7 @@ class Emulator:
         # Functions, no methods: argtypes are given to them.
         def launch_kernel(config, function, arguments, extra):
             seen = ctypes.cast(config, ctypes.POINTER(driver._Config)).contents
-            self._run(function, seen.grid, seen.block, arguments)
+            self._run([Launch(function, seen.grid, seen.block, arguments)])
             return 0
 
         self.cuLaunchKernelEx = launch_kernel
@@ -157,15 +197,38 @@ class Emulator:
         text._obj.value = b"invalid argument"
         return 0
 
-    def _run(self, function, grid, block, arguments):
-        variant, library = self._modules[function]
-        message = library.emulate(
-            (ctypes.c_uint32 * 3)(*grid),
-            (ctypes.c_uint32 * 3)(*block),
-            ctypes.c_void_p(arguments),
-            self.resident,
-            ctypes.c_uint64(self.seed),
-        )
+    def _run(self, launches: list[Launch]) -> None:
+        """Kernels that follow one another. Each may begin when all blocks of the one before it have
+        triggered, which they do before or after they wait themselves. It sees nothing of what they
+        do after they wait; or, for odd seeds, what they did before the last one triggered."""
+        begun = self._begin_from(launches, 0)
+        if self.ahead is not None:
+            ahead, self.ahead = self.ahead, None
+            ahead()
+        for place in range(len(launches)):
+            variant, library = self._modules[launches[place].function]
+            if self.seed % 2:
+                self._raise(variant, library.release())
+            if begun == place + 1:
+                begun = self._begin_from(launches, begun)
+            self._raise(variant, library.finish())
+
+    def _begin_from(self, launches: list[Launch], first: int) -> int:
+        """Begins this one, and those after it that may begin before it is released; returns how
+        many have begun in all."""
+        for place in range(first, len(launches)):
+            function, grid, block, arguments = launches[place]
+            variant, library = self._modules[function]
+            three = ctypes.c_uint32 * 3
+            seed = ctypes.c_uint64(self.seed)
+            where = ctypes.c_void_p(arguments)
+            begun = library.begin(three(*grid), three(*block), where, self.resident, seed)
+            self._raise(variant, begun)
+            if not library.has_triggered():
+                return place + 1
+        return len(launches)
+
+    def _raise(self, variant: Variant, message: bytes) -> None:
         if message:
             raise EmulationError(f"{variant.name}, seed {self.seed}: {message.decode()}")
 
@@ -175,6 +238,7 @@ class _Graphs:
 
     def __init__(self, handles, run) -> None:
         self.launched = 0  # graphs
+        self.last = 0  # the graph that was launched last
         self._handles, self._run = handles, run
         self._nodes: dict[int, dict[int, launch_graph._NodeParams]] = {}  # of each graph
 
@@ -210,9 +274,13 @@ class _Graphs:
         return 0
 
     def launch(self, executable):
-        self.launched += 1
-        for node in self._nodes[executable].values():
-            self._run(node.function, node.grid, node.block, node.arguments)
+        self.launched, self.last = self.launched + 1, executable
+        self._run(
+            [
+                Launch(node.function, node.grid, node.block, node.arguments)
+                for node in self._nodes[executable].values()
+            ]
+        )
         return 0
 
     def cuGraphExecDestroy(self, executable):
@@ -241,6 +309,22 @@ class _Framework(numpy_arrays.NumPy):
         made.view(np.uint8)[...] = 0xFF
         self.allocated.append(made)
         return made
+
+
+def guarded(array: np.ndarray, *, at_end: bool = True) -> np.ndarray:
+    """A copy whose last byte, or else its first, lies next to memory that may not be touched."""
+    page = mmap.PAGESIZE
+    room = -(-max(1, array.nbytes) // page) * page
+    whole = mmap.mmap(-1, room + 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(whole))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for edge in (start, start + page + room):
+        assert libc.mprotect(ctypes.c_void_p(edge), ctypes.c_size_t(page), 0) == 0
+    offset = page + (room - array.nbytes if at_end else 0)
+    copy = np.frombuffer(whole, np.uint8, array.nbytes, offset).view(array.dtype)
+    copy = copy.reshape(array.shape)
+    copy[...] = array
+    return copy
 
 
 def _cuda(num_sms: int) -> types.SimpleNamespace:

@@ -12,10 +12,24 @@ static void call(void (*kernel)(Parameters...), void* const* arguments) {
   call(kernel, arguments, std::index_sequence_for<Parameters...>());
 }
 
-// `arguments` as cuLaunchKernelEx takes them. Returns what went wrong, or "".
-extern "C" const char* emulate(const uint32_t* grid, const uint32_t* block, void* const* arguments,
-                               uint32_t resident, uint64_t seed) {
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// Runs the kernel up to griddepcontrol.wait. `arguments` as cuLaunchKernelEx takes them, to be kept
+// until it ends. Returns what went wrong, or "".
+EXPORTED const char* begin(const uint32_t* grid, const uint32_t* block, void* const* arguments,
+                           uint32_t resident, uint64_t seed) {
   machine::body = [arguments] { call(KERNEL, arguments); };
-  machine::run({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, resident, seed);
+  machine::begin({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, resident, seed);
+  return machine::error.c_str();
+}
+// Whether all of its thread blocks have let dependent kernels begin.
+EXPORTED int has_triggered() { return machine::grid->triggered == machine::grid->total(); }
+// The kernels ahead have ended: runs it until all blocks have triggered, and to its end.
+EXPORTED const char* release() {
+  machine::release();
+  return machine::error.c_str();
+}
+EXPORTED const char* finish() {
+  machine::finish();
   return machine::error.c_str();
 }

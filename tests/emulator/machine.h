@@ -7,14 +7,25 @@
 // waits in a queue and happens at a random time before it is waited for. When nothing can go on,
 // that is a deadlock, reported with what the threads wait for.
 //
-// Also reported: an asynchronous access to shared memory that a thread wrote without
-// fence.proxy.async, more arrivals than an mbarrier expects, and threads of a warpgroup that do not
-// agree on a wgmma.
+// Kernels follow one another as programmatic dependent launch permits at worst. Up to
+// griddepcontrol.wait a kernel finds memory as it was before the kernel ahead began; or, for other
+// seeds, as it is when all blocks of that kernel have triggered, of whose threads some may go on.
 //
-// Not modelled: the memory model of ordinary accesses, time, registers, and two kernels at once.
+// A thread block's stores to global memory (st.global) wait in a queue of the block. Other blocks see
+// each of them at a random time before the block's next fence of GPU scope. An asynchronous access to
+// global memory needs fence.proxy.async on both sides: by the block that wrote, after it wrote, and by
+// the thread that copies, after its block has acquired (ld.acquire). That is more than "PTX ISA"
+// demands, where one on the way is enough.
+//
+// Also reported: an asynchronous access to shared or global memory without such a fence, more arrivals
+// than an mbarrier expects, threads of a warpgroup that do not agree on a wgmma, and an access to
+// an unmapped address (device.guarded() puts arrays next to one).
+//
+// Not modelled: the memory model of loads, and of stores but those; time; registers.
 #pragma once
 
 #include <setjmp.h>
+#include <signal.h>
 #include <ucontext.h>
 
 #include <array>
@@ -26,6 +37,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 struct dim3 {
@@ -59,6 +71,7 @@ struct Thread {
   const char* waits_for = "";
   uint64_t products = 0;           // wgmmas issued
   std::vector<uint32_t> unfenced;  // chunks of shared memory written since the last proxy fence
+  uint32_t fenced_acquires = 0;    // acquires of its block that a proxy fence of its own follows
   std::unique_ptr<char[]> stack;
   ucontext_t start;
   jmp_buf context;
@@ -88,8 +101,16 @@ struct Barrier {  // bar.sync
   int sum = 0, result = 0;
 };
 
+// Bytes on their way to global memory.
+struct Store {
+  uint8_t* to;
+  uint32_t bytes;
+  std::array<uint8_t, 16> data;
+};
+
 struct Block {
   dim3 index;
+  uint64_t number;  // in the grid, from 1 on
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   std::vector<Warpgroup> warpgroups;
@@ -97,12 +118,32 @@ struct Block {
   std::vector<std::function<void()>> copies;
   std::vector<uint8_t> image;            // of shared memory, while another block goes on
   std::vector<uint16_t> unfenced_by;     // thread + 1 for each chunk of dynamic shared memory
+  std::deque<Store> stores;              // that other blocks do not see yet
+  std::vector<uint64_t> unfenced_global;  // chunks of global memory written since a proxy fence
+  uint32_t acquires = 0;
+  bool triggered = false;  // griddepcontrol.launch_dependents
   uint32_t alive = 0;
   bool copies_are_slow = false;
   uint32_t first_slow = 0, last_slow = 0;  // warps that are left behind: [first, last)
 };
 
+// A kernel under way.
+struct Grid {
+  dim3 size, block_size;
+  uint32_t resident;
+  uint64_t next = 0, triggered = 0;  // blocks: begun; that have triggered or ended
+  bool released = false;             // the kernels ahead have ended
+  bool pauses = false;               // when all blocks have triggered
+  uint64_t turns_left = MAX_TURNS;
+  std::vector<std::unique_ptr<Block>> blocks;  // that are resident
+  std::deque<Store> stores;                    // of blocks that have ended
+  std::unordered_map<uint64_t, uint64_t> unfenced_by;  // block for each chunk of global memory
+  uint64_t total() const { return (uint64_t)size.x * size.y * size.z; }
+  bool is_pausing() const { return pauses && triggered == total(); }
+};
+
 inline std::mt19937_64 random_numbers;
+inline std::unique_ptr<Grid> grid;
 inline Block* block;
 inline Thread* thread;
 inline jmp_buf scheduler, grid_runner;  // where a thread returns to; a failure without a thread
@@ -178,6 +219,61 @@ inline void resume(Thread& t) {
     setcontext(&t.start);
   }
   thread = nullptr;
+}
+
+// ---- kernels one after another --------------------------------------------------------------
+
+inline void wait_for_kernels_ahead() {
+  wait_until([](const Thread&) { return grid->released; }, nullptr, 0, "griddepcontrol.wait");
+}
+inline void trigger(Block& of) {
+  if (!of.triggered) ++grid->triggered;
+  of.triggered = true;
+}
+
+// ---- global memory --------------------------------------------------------------------------
+
+inline void store(void* to, const void* from, uint32_t bytes) {
+  Store made = {(uint8_t*)to, bytes, {}};
+  memcpy(made.data.data(), from, bytes);
+  block->stores.push_back(made);
+  const uint64_t chunk = (uint64_t)to / CHUNK;
+  uint64_t& by = grid->unfenced_by[chunk];
+  if (by != block->number) block->unfenced_global.push_back(chunk);
+  by = block->number;
+}
+// The first of the stores arrive.
+inline void drain(std::deque<Store>& stores, size_t count) {
+  for (; count && !stores.empty(); --count) {
+    const Store arriving = stores.front();
+    stores.pop_front();
+    memcpy(arriving.to, arriving.data.data(), arriving.bytes);
+  }
+}
+inline void fence_gpu() { drain(block->stores, SIZE_MAX); }
+inline void acquired() { ++block->acquires; }
+inline void fence_global_proxy() {
+  for (const uint64_t chunk : block->unfenced_global) {
+    const auto found = grid->unfenced_by.find(chunk);
+    if (found != grid->unfenced_by.end() && found->second == block->number) {
+      grid->unfenced_by.erase(found);
+    }
+  }
+  block->unfenced_global.clear();
+  thread->fenced_acquires = block->acquires;
+}
+// Before an asynchronous read by this thread.
+inline void require_global_fences(const void* from, uint32_t bytes) {
+  if (thread->fenced_acquires != block->acquires) {
+    fail("bulk copy of global memory without fence.proxy.async since its block acquired");
+  }
+  for (uint64_t chunk = (uint64_t)from / CHUNK; chunk * CHUNK < (uint64_t)from + bytes; ++chunk) {
+    const auto found = grid->unfenced_by.find(chunk);
+    if (found != grid->unfenced_by.end()) {
+      fail("bulk copy of global memory, which block " + std::to_string(found->second - 1) +
+           " wrote without fence.proxy.async since");
+    }
+  }
 }
 
 // ---- what threads do together ---------------------------------------------------------------
@@ -377,6 +473,7 @@ inline bool multiply_something() {
 // copies are: they happen only when no thread can go on.
 inline bool work_asynchronously(bool idle) {
   if (draw(256) == 0) block->copies_are_slow = draw(2);
+  if (draw(64) == 0) drain(block->stores, draw(64));
   if (!block->copies_are_slow) return copy_something() || multiply_something();
   return multiply_something() || (idle && copy_something());
 }
@@ -405,6 +502,7 @@ inline bool sweep(bool slow) {
     if (draw(8) == 0) continue;
     resume(t);
     if (!error.empty()) return false;
+    if (grid->is_pausing()) return true;
     if (draw(64) == 0) work_asynchronously(false);
   }
   return any;
@@ -419,9 +517,11 @@ inline void activate(Block& next) {
   blockIdx = next.index;
 }
 
-inline std::unique_ptr<Block> make_block(dim3 index, uint32_t threads) {
+inline std::unique_ptr<Block> make_block(uint64_t number) {
+  const uint32_t threads = blockDim.x * blockDim.y * blockDim.z;
   auto made = std::make_unique<Block>();
-  made->index = index;
+  made->index = place(number, gridDim);
+  made->number = number + 1;
   made->threads = std::vector<Thread>(threads);
   for (uint32_t i = 0; i < threads; ++i) made->threads[i].index = i;
   made->warps.resize(threads / WARP);
@@ -434,9 +534,18 @@ inline std::unique_ptr<Block> make_block(dim3 index, uint32_t threads) {
   return made;
 }
 
-inline void report_deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
+inline void end_block(size_t chosen) {
+  auto& blocks = grid->blocks;
+  if (!block->copies.empty()) fail("a thread block ended before its bulk copies did");
+  trigger(*block);
+  grid->stores.insert(grid->stores.end(), block->stores.begin(), block->stores.end());
+  block = nullptr;
+  blocks.erase(blocks.begin() + chosen);
+}
+
+inline void report_deadlock() {
   std::map<std::string, int> counts;
-  for (const auto& b : blocks) {
+  for (const auto& b : grid->blocks) {
     for (const Thread& t : b->threads) {
       if (!t.ended) ++counts["warp " + std::to_string(t.index / WARP) + " in " + t.waits_for];
     }
@@ -448,44 +557,76 @@ inline void report_deadlock(const std::vector<std::unique_ptr<Block>>& blocks) {
   error.pop_back();
 }
 
-// Runs a grid, `resident` thread blocks at a time. False: see `error`.
-inline bool run(dim3 grid, dim3 block_dim, uint32_t resident, uint64_t seed) {
-  random_numbers.seed(seed);
-  error.clear();
-  block = nullptr;
-  gridDim = grid, blockDim = block_dim;
-  const uint32_t threads = block_dim.x * block_dim.y * block_dim.z;
-  std::vector<std::unique_ptr<Block>> blocks;
-  const uint64_t total = (uint64_t)grid.x * grid.y * grid.z;
-  uint64_t next = 0;
+// Lets the thread blocks go on, `resident` at a time, until all have ended, or the grid pauses, or
+// nothing can go on. That is a deadlock, unless the kernels ahead are yet to end.
+inline void go_on() {
+  auto& blocks = grid->blocks;
   uint32_t stuck = 0;  // turns since something went on
-  uint64_t turns_left = MAX_TURNS;
+  if (_setjmp(grid_runner)) return;
   while (error.empty()) {
-    while (blocks.size() < resident && next < total) {
-      blocks.push_back(make_block(place(next++, grid), threads));
+    while (blocks.size() < grid->resident && grid->next < grid->total()) {
+      blocks.push_back(make_block(grid->next++));
     }
-    if (blocks.empty()) return true;
+    if (blocks.empty()) break;
+    if (grid->is_pausing()) return;
     const size_t chosen = draw(blocks.size());
     activate(*blocks[chosen]);
     bool any = false;
-    if (_setjmp(grid_runner)) break;
-    for (uint32_t turns = draw(200) + 1; turns && error.empty(); --turns) {
-      if (--turns_left == 0) error = "no end in sight";
+    for (uint32_t turns = draw(200) + 1; turns && error.empty() && !grid->is_pausing(); --turns) {
+      if (--grid->turns_left == 0) error = "no end in sight";
       if (draw(1024) == 0) leave_behind();
       const bool went_on = sweep(false);
       if (!error.empty() || !(went_on || work_asynchronously(true) || sweep(true))) break;
       any = true;
     }
     if (error.empty() && block->alive == 0) {
-      if (!block->copies.empty()) fail("a thread block ended before its bulk copies did");
-      block = nullptr;
-      blocks.erase(blocks.begin() + chosen);
+      end_block(chosen);
       any = true;
     }
     stuck = any ? 0 : stuck + 1;
-    if (stuck > 64 + 16 * blocks.size()) report_deadlock(blocks);
+    if (stuck > 64 + 16 * blocks.size()) {
+      if (!grid->released) return;
+      report_deadlock();
+    }
   }
-  return false;
+  drain(grid->stores, SIZE_MAX);
+}
+
+// ---- from outside ---------------------------------------------------------------------------
+
+inline void on_fault(int, siginfo_t* info, void*) {
+  char address[32];
+  snprintf(address, sizeof(address), "%p", info->si_addr);
+  fail(std::string("access to memory where no array is, at ") + address);
+}
+// The same, with faults as failures.
+inline void go_on_guarded() {
+  struct sigaction ours = {}, before;
+  ours.sa_sigaction = on_fault;
+  ours.sa_flags = SA_SIGINFO | SA_NODEFER;  // a failure leaves the handler by a jump
+  sigaction(SIGSEGV, &ours, &before);
+  gridDim = grid->size, blockDim = grid->block_size;
+  go_on();
+  thread = nullptr;
+  sigaction(SIGSEGV, &before, nullptr);
+}
+// A kernel up to griddepcontrol.wait.
+inline void begin(dim3 size, dim3 block_size, uint32_t resident, uint64_t seed) {
+  random_numbers.seed(seed);
+  error.clear();
+  block = nullptr, thread = nullptr;
+  grid = std::make_unique<Grid>();
+  grid->size = size, grid->block_size = block_size, grid->resident = resident;
+  go_on_guarded();
+}
+// From there until all blocks have triggered, and to its end.
+inline void release() {
+  grid->released = grid->pauses = true;
+  if (error.empty()) go_on_guarded();
+}
+inline void finish() {
+  grid->released = true, grid->pauses = false;
+  if (error.empty()) go_on_guarded();
 }
 
 }  // namespace machine

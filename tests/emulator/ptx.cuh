@@ -18,6 +18,7 @@ struct alignas(128) TensorMap {
 DEVICE uint32_t thread_index() { return threadIdx.x; }
 DEVICE uint32_t lane_index() { return thread_index() & 31; }
 DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+DEVICE uint32_t surely_uniform(uint32_t x) { return x; }
 DEVICE uint32_t warp_in_group() { return (thread_index() >> 5) & 3; }
 DEVICE bool elect_sync() {
   all_lanes(~0u, 0, "elect.sync");
@@ -49,7 +50,10 @@ DEVICE void mbarrier_wait(uint32_t barrier, uint32_t phase) {
 // ---- ordering -------------------------------------------------------------------------------
 
 DEVICE void fence_proxy_async() { machine::fence(); }
-DEVICE void fence_proxy_async_all() { machine::fence(); }
+DEVICE void fence_proxy_async_all() {
+  machine::fence();
+  machine::fence_global_proxy();
+}
 DEVICE void bar_sync(int barrier, int threads) {
   machine::barrier_arrive(barrier, threads, true);
 }
@@ -58,16 +62,16 @@ DEVICE void bar_arrive(int barrier, int threads) {
 }
 DEVICE uint64_t ld_acquire(const uint64_t* p) {
   machine::maybe_yield();
+  machine::acquired();
   return *p;
 }
 DEVICE void st_relaxed(uint64_t* p, uint64_t x) {
   *p = x;
   machine::maybe_yield();
 }
-DEVICE void fence_acq_rel_gpu() {}
-// Each kernel starts when the one before it has ended.
-DEVICE void griddepcontrol_wait() {}
-DEVICE void griddepcontrol_launch_dependents() {}
+DEVICE void fence_acq_rel_gpu() { machine::fence_gpu(); }
+DEVICE void griddepcontrol_wait() { machine::wait_for_kernels_ahead(); }
+DEVICE void griddepcontrol_launch_dependents() { machine::trigger(*machine::block); }
 template <int Registers>
 DEVICE void setmaxnreg_inc() {}
 template <int Registers>
@@ -114,6 +118,7 @@ DEVICE void cp_async_bulk_tensor_5d(uint32_t to, const TensorMap& map, uint32_t 
   });
 }
 DEVICE void cp_async_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  machine::require_global_fences(from, bytes);
   machine::block->copies.push_back([=] {
     for (uint32_t i = 0; i < bytes; i += 16) {
       memcpy(machine::at_async(to + i, 16), (const uint8_t*)from + i, 16);
@@ -149,9 +154,10 @@ DEVICE void st_shared_u16(uint32_t a, uint16_t x) { st_shared(a, x); }
 DEVICE float ld_global_f32(const float* p) { return *p; }
 DEVICE float4 ld_global_v4_f32(const float* p) { return *(const float4*)p; }
 DEVICE Vector4 ld_global_v4(const void* p) { return *(const Vector4*)p; }
-DEVICE void st_global_v4(void* p, Vector4 v) { *(Vector4*)p = v; }
+DEVICE void st_global_v4(void* p, Vector4 v) { machine::store(p, &v, sizeof(v)); }
 DEVICE void st_global_v4_f32(float* p, float x, float y, float z, float w) {
-  *(float4*)p = {x, y, z, w};
+  const float4 v = {x, y, z, w};
+  machine::store(p, &v, sizeof(v));
 }
 
 // Lane i has the address of row i % 8 of matrix i / 8; register r of a lane is two elements of row
