@@ -91,10 +91,10 @@ def decode(
             seen = max(0, len(keys) - s_q + i + 1) if causal else len(keys)
             query = q[b, i].astype(np.float64) * factor
             out[b, i], lse[b, :, i] = attend(query, keys[:seen], scale)
-            spoiled = ~np.isfinite(keys[seen:]).all(axis=(0, 2))  # [h_kv], by keys not seen
-            if spoiled.any():
-                heads = np.repeat(spoiled, h_q // len(spoiled))
-                out[b, i, heads], lse[b, heads, i] = np.nan, np.nan
+            if not np.isfinite(keys[seen:]).all():  # of keys that this query does not see
+                h_kv = keys.shape[1]
+                spoiled = np.repeat(~np.isfinite(keys[seen:]).all(axis=(0, 2)), h_q // h_kv)
+                out[b, i, spoiled], lse[b, spoiled, i] = np.nan, np.nan
     return Result(out, lse, first)
 
 
