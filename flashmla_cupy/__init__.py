@@ -46,6 +46,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .append import append_mla_kv
     from .cache.paged_cache import PagedKVCache
     from .formats.cache_format import CacheFormat
     from .formats.quantize import dequantize_kv, quantize_kv
@@ -94,6 +95,7 @@ __all__ = [
     "StepError",
     "StrideError",
     "UnsupportedArchError",
+    "append_mla_kv",
     "check",
     "dequantize_kv",
     "flash_mla_sparse_fwd",
@@ -107,6 +109,7 @@ __all__ = [
 
 # The module of each name that is imported when it is first asked for: these need NumPy.
 _LAZY = {
+    "append_mla_kv": "append",
     "check": "interface",
     "flash_mla_sparse_fwd": "interface",
     "flash_mla_with_kvcache": "interface",

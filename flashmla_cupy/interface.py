@@ -264,7 +264,7 @@ def _make_metadata(
 def _traced(where: Where) -> ModuleType:
     """Who makes calls of arrays without an address. Imported when it is first needed."""
     if where == "torch":
-        from .traced import torch_op, torch_operations  # noqa: F401, whose ops go with them
+        from .traced import torch_append, torch_op, torch_operations  # noqa: F401, whose ops go with them
 
         return torch_op
     if where == "jax":

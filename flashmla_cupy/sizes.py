@@ -5,6 +5,7 @@ pair of one kv head.
 """
 
 HEAD_DIM = 576  # of q and of a latent row: 512 latent and 64 rotary columns
+HEAD_DIM_ROPE = 64  # the rotary columns, the last ones of q and of a latent row
 HEAD_DIM_V = 512  # of V, the first columns of a latent row, and of out
 PAGE_SIZES = (16, 32, 64, 128, 256)  # tokens of a page of k_cache
 ROWS_PER_BLOCK = 64  # query rows of a tile, and of a thread block

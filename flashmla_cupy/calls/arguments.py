@@ -15,7 +15,7 @@ from functools import cached_property
 from types import NoneType
 from typing import Any, Literal
 
-from ..sizes import HEAD_DIM, HEAD_DIM_V, METADATA_COLUMNS
+from ..sizes import HEAD_DIM, HEAD_DIM_ROPE, HEAD_DIM_V, METADATA_COLUMNS
 
 # input: every call has it. schedule: the call makes it if it was given a SchedMeta. optional: calls
 # may lack it. output: written; the call makes it unless the caller gave one.
@@ -25,6 +25,7 @@ FLOATS = ("bfloat16", "float16")
 E4M3 = ("float8_e4m3fn",)
 BYTES = ("uint8", "int8", "float8_e4m3fn")  # of an FP8 cache
 INT32 = ("int32",)
+INT64 = ("int64",)
 FLOAT32 = ("float32",)
 
 
@@ -223,4 +224,19 @@ SPARSE_PREFILL = Table(
         Array("lse", ("s_q", "h_q"), FLOAT32, 4, "output"),
     ),
     (Option("sm_scale", (float,), "float"), Option("d_v", (int,))),
+)
+
+_ANGLES = ("num_positions", HEAD_DIM_ROPE // 2)
+
+APPEND = Table(
+    "append_mla_kv",
+    (
+        Array("rows", ("n", "h_kv", HEAD_DIM), FLOATS, 16),
+        Array("slot_mapping", ("n",), INT64, 8),
+        Array("cos", _ANGLES, FLOAT32, 16, "optional"),
+        Array("sin", _ANGLES, FLOAT32, 16, "optional"),
+        Array("positions", ("n",), INT64, 8, "optional"),
+        Array("k_cache", ("num_pages", "page_size", "h_kv", HEAD_DIM), FLOATS, 16, "output"),
+    ),
+    (Option("interleaved", (bool,), "bool"),),
 )

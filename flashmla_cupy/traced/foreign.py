@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..calls.arguments import DECODE, METADATA, Table
+from ..calls.append import eager as eager_append
+from ..calls.arguments import APPEND, DECODE, METADATA, Table
 from ..calls.decode import eager as eager_decode
 from ..calls.metadata import eager as eager_metadata
 from ..calls.operation import Operation
@@ -29,6 +30,12 @@ def decode(
 def metadata(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, Any]:
     """get_mla_metadata()."""
     return eager_metadata(_imported(METADATA, arrays), options)
+
+
+def append(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    """append_mla_kv(): k_cache as it was given, written."""
+    eager_append(_imported(APPEND, arrays), options)
+    return arrays[-1]
 
 
 def run(

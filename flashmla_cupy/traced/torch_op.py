@@ -7,6 +7,7 @@ file is imported, at the first traced call or by `register_torch_ops()`:
     flashmla_cupy::metadata     cache_seqlens -> (tile_scheduler_metadata, num_splits)
     flashmla_cupy::decode       returns new out and lse
     flashmla_cupy::decode_out   writes into the caller's
+    flashmla_cupy::append       writes rows into k_cache (torch_append)
 
 Their arguments follow from `arguments`. Shapes and lengths may be dynamic. There is no backward: it
 raises.
