@@ -162,7 +162,6 @@ def host(batch=128):
                 step.commit()
                 whole.append(time.perf_counter() - begin)
                 parts.append(middle - begin)
-                torch.cuda.synchronize()
             kind = "lasting arrays" if options else "new arrays"
             reserve, both = (1e6 * statistics.median(x) for x in (parts, whole))
             print(f"{layers:3} layers, {kind:15} reserve {reserve:6.1f} us, both {both:6.1f} us")

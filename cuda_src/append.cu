@@ -4,8 +4,8 @@
 // slot_mapping[i] = page * page_size + slot; a negative one is skipped, and so is one beyond the
 // pool. One launch writes one layer, or all: blockIdx.y.
 //
-// A row moves as 16-byte vectors, a thread each, up to four at a time so that their loads are in
-// flight together. With tables of cosines and sines the last 64 columns are rotated on their way:
+// A row moves as 16-byte vectors, up to four by a thread, so that their loads are in flight
+// together. With tables of cosines and sines the last 64 columns are rotated on their way:
 //
 //     (a, b) -> (a cos - b sin, a sin + b cos)      float32, each product and each sum rounded
 //
@@ -65,9 +65,64 @@ DEVICE Vector4 rotate_halves(Vector4 v, Vector4 other, bool is_second, const flo
   return {words[0], words[1], words[2], words[3]};
 }
 
+// Where rows come from and go to; strides in bytes.
+struct Layout {
+  const uint8_t* rows;
+  uint8_t* pool;
+  const int64_t* slot_mapping;
+  int64_t batch_stride, token_stride, head_stride, page_stride, slot_stride, pool_head_stride;
+  int64_t slots;
+  int heads, tokens, page_size_log2;
+
+  // A row of one head: its token, its bytes, and where they go, nullptr for nowhere.
+  DEVICE int locate(int row, const uint8_t*& from, uint8_t*& to) const {
+    int token = row, head = 0;
+    if (heads > 1) token = row / heads, head = row - token * heads;
+    const int request = token / tokens, in_request = token - request * tokens;
+    from = rows + request * batch_stride + in_request * token_stride + head * head_stride;
+    const int64_t slot = slot_mapping[token];
+    const int64_t page = slot >> page_size_log2, in_page = slot - (page << page_size_log2);
+    to = pool + page * page_stride + in_page * slot_stride + head * pool_head_stride;
+    if (slot < 0 || slot >= slots) to = nullptr;
+    return token;
+  }
+};
+struct Angles {
+  const float *cos, *sin;
+  const int64_t* positions;
+  int64_t num_positions;
+  bool interleaved;
+};
+
+// Vector i of the rotary ones: they need more loads, one behind another, than the others do, so
+// they have blocks of their own, which the launch begins with.
+DEVICE void rotate(const Layout& layout, const Angles& angles, int i, int vectors) {
+  const int row = i / ROTARY_VECTORS, v = i % ROTARY_VECTORS;
+  const uint8_t* from;
+  uint8_t* to;
+  const int token = layout.locate(row, from, to);
+  const int64_t position = angles.positions[token];
+  from += (vectors - ROTARY_VECTORS + v) * 16;
+  Vector4 x = ld_global_v4(from);
+  if (!to) return;
+  const bool is_known = position >= 0 && position < angles.num_positions;
+  const int64_t at = (is_known ? position : 0) * ROTARY_PAIRS;
+  if (angles.interleaved) {
+    x = rotate_interleaved(x, angles.cos + at + 4 * v, angles.sin + at + 4 * v);
+  } else {
+    const bool is_second = v >= ROTARY_VECTORS / 2;
+    const int64_t pair = at + 8 * (v % (ROTARY_VECTORS / 2));
+    const int away = ROTARY_VECTORS / 2 * 16;
+    const Vector4 other = ld_global_v4(from + (is_second ? -away : away));
+    x = rotate_halves(x, other, is_second, angles.cos + pair, angles.sin + pair);
+  }
+  if (!is_known) x = {NAN_X2, NAN_X2, NAN_X2, NAN_X2};
+  st_global_v4(to + (vectors - ROTARY_VECTORS + v) * 16, x);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
     append(const uint8_t* rows, const int64_t* __restrict__ slot_mapping, uint8_t* pool,
-           const float* __restrict__ cos, const float* __restrict__ sin,  // 0: no rotation
+           const float* __restrict__ cos, const float* __restrict__ sin,
            const int64_t* __restrict__ positions,
            int64_t layer_stride, int64_t batch_stride, int64_t token_stride,  // bytes, of the rows
            int64_t head_stride,
@@ -77,58 +132,37 @@ extern "C" __global__ void __launch_bounds__(THREADS)
            int64_t num_positions,
            int vectors,  // of a row of one head
            int heads, int tokens,  // of each of the batch
-           int total,              // vectors of a layer
-           int page_size_log2, int interleaved) {
+           int total,              // rows of a layer, of one head
+           int page_size_log2, int interleaved,
+           int rotary_blocks) {  // of the grid, the first ones; 0: no rotation
   griddepcontrol_launch_dependents();
   griddepcontrol_wait();
-  rows += blockIdx.y * layer_stride;
-  pool += blockIdx.y * pool_layer_stride;
-  const int step = gridDim.x * THREADS;
+  const Layout layout = {rows + blockIdx.y * layer_stride, pool + blockIdx.y * pool_layer_stride,
+                         slot_mapping, batch_stride, token_stride, head_stride, page_stride,
+                         slot_stride, pool_head_stride, slots, heads, tokens, page_size_log2};
+  if ((int)blockIdx.x < rotary_blocks) {
+    const int i = blockIdx.x * THREADS + threadIdx.x;
+    const Angles angles = {cos, sin, positions, num_positions, interleaved != 0};
+    if (i < total * ROTARY_VECTORS) rotate(layout, angles, i, vectors);
+    return;
+  }
+  const int copied = rotary_blocks ? vectors - ROTARY_VECTORS : vectors;  // of a row
+  const int first = (blockIdx.x - rotary_blocks) * THREADS + threadIdx.x;
+  const int step = (gridDim.x - rotary_blocks) * THREADS;
   Vector4 loaded[MOST_VECTORS];
-  const uint8_t* from[MOST_VECTORS];
   uint8_t* to[MOST_VECTORS];
-  int token[MOST_VECTORS], column[MOST_VECTORS];
 #pragma unroll
   for (int u = 0; u < MOST_VECTORS; ++u) {
-    const int i = blockIdx.x * THREADS + threadIdx.x + u * step;
+    const int i = first + u * step, row = i / copied, column = i - row * copied;
     to[u] = nullptr;
-    if (i >= total) continue;
-    const int row = i / vectors;
-    column[u] = i - row * vectors;
-    token[u] = row;
-    int head = 0;
-    if (heads > 1) token[u] = row / heads, head = row - token[u] * heads;
-    const int request = token[u] / tokens, in_request = token[u] - request * tokens;
-    from[u] = rows + request * batch_stride + in_request * token_stride + head * head_stride +
-              column[u] * 16;
-    loaded[u] = ld_global_v4(from[u]);
-    const int64_t slot = slot_mapping[token[u]];
-    if (slot < 0 || slot >= slots) continue;
-    const int64_t page = slot >> page_size_log2, in_page = slot - (page << page_size_log2);
-    to[u] = pool + page * page_stride + in_page * slot_stride + head * pool_head_stride +
-            column[u] * 16;
+    if (row >= total) continue;
+    const uint8_t* from;
+    layout.locate(row, from, to[u]);
+    loaded[u] = ld_global_v4(from + column * 16);
+    if (to[u]) to[u] += column * 16;
   }
 #pragma unroll
   for (int u = 0; u < MOST_VECTORS; ++u) {
-    if (!to[u]) continue;
-    const int v = column[u] - (vectors - ROTARY_VECTORS);  // of the rotary columns
-    if (cos && v >= 0) {
-      const int64_t position = positions[token[u]];
-      const bool is_second = !interleaved && v >= ROTARY_VECTORS / 2;
-      const int pair = interleaved ? 4 * v : 8 * (v % (ROTARY_VECTORS / 2));
-      if (position < 0 || position >= num_positions) {
-        loaded[u] = {NAN_X2, NAN_X2, NAN_X2, NAN_X2};
-      } else if (interleaved) {
-        loaded[u] = rotate_interleaved(loaded[u], cos + position * ROTARY_PAIRS + pair,
-                                       sin + position * ROTARY_PAIRS + pair);
-      } else {
-        const int away = ROTARY_VECTORS / 2 * 16;
-        const Vector4 other = ld_global_v4(from[u] + (is_second ? -away : away));
-        loaded[u] = rotate_halves(loaded[u], other, is_second,
-                                  cos + position * ROTARY_PAIRS + pair,
-                                  sin + position * ROTARY_PAIRS + pair);
-      }
-    }
-    st_global_v4(to[u], loaded[u]);
+    if (to[u]) st_global_v4(to[u], loaded[u]);
   }
 }

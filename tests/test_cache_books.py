@@ -19,7 +19,15 @@ from support.books_model import PAGE, BooksModel, run
 from support.fake_streams import FakeStreams
 
 from flashmla_cupy import errors
-from flashmla_cupy.cache import audit, fences, known_tokens, page_states, page_table, prefix
+from flashmla_cupy.cache import (
+    audit,
+    fences,
+    known_tokens,
+    page_states,
+    page_table,
+    prefix,
+    sequence_rows,
+)
 from flashmla_cupy.cache.fences import Fences
 from flashmla_cupy.cache.page_states import PageStates
 from flashmla_cupy.cache.page_table import PageTable
@@ -84,7 +92,13 @@ TestBooksOnStreams.settings = settings(max_examples=40, stateful_step_count=50, 
 BUGS = {  # name: (module, what is there, what a careless hand would write)
     "a fork does not count": (page_table, "self.states.hold(self.table[row, :held])", "pass"),
     "no copy on write": (
-        page_table, "shared = self.states.refcount[page] > 1", "shared = page < 0"
+        page_table, "    shared = self.states.refcount[page] > 1", "    shared = page < 0"
+    ),
+    "no copy on write of one token": (
+        page_table, "is_shared = self.states.refcount[page] > 1", "is_shared = page < 0"
+    ),
+    "a published page is written by one token": (
+        page_table, "self.states.write(page[slot > 0])", "pass"
     ),
     "a shared page is written before another's end": (
         page_table, "np.argsort(-begin[writes], kind=\"stable\")", "range(len(page))"
@@ -146,6 +160,7 @@ BUGS = {  # name: (module, what is there, what a careless hand would write)
         page_table, "if pages:\n            self.states", "if False:\n            self.states"
     ),
     "no vacant row": (page_table, "self.free_rows.append(row)", "pass"),
+    "rows of freed sequences are remembered": (sequence_rows, "members != self._members or ", ""),
 }  # fmt: skip
 
 
@@ -339,7 +354,7 @@ def test_a_rollback_finds_the_shared_page_as_it_was():
     shared = table.pages_of(int(rows[1])).tolist()
     made = table.reserve(rows, np.array([1, 1], np.int32))
     assert made.source.tolist() == shared
-    assert table.slots(made)[1].tolist() == [shared[0] * PAGE + 3]
+    assert made.slots[1].tolist() == [shared[0] * PAGE + 3]
     table.settle(made, np.array([1, 0], np.int32))
     assert table.pages_of(int(rows[1])).tolist() == shared
     assert table.pages_of(int(rows[0])).tolist() != shared

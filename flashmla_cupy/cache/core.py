@@ -8,7 +8,6 @@ memory as well. JAX's arrays and those of other frameworks pass through DLPack.
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from ..errors import (
     DeviceMismatchError,
     DTypeError,
     ScalarError,
-    SequenceError,
     ShapeError,
     StepError,
 )
@@ -194,7 +192,7 @@ class Core:
         try:
             self.open(made, stream)
             self.use(adapter, stream)
-            slots = array_of(self.table.slots(made), adapter.name, self.place)
+            slots = array_of(made.slots, adapter.name, self.place)
             self.write(rows, adapter, slots, slice(None))
         except BaseException:
             self.table.settle(made, np.zeros(len(made.rows), np.int32))
@@ -291,11 +289,3 @@ def handle_list(seqs: Any, function: str) -> tuple[Any, ...]:
     except TypeError:
         expected, remedy = "a list of sequence handles", "Put a single one into a list: [seq]."
         raise ArgTypeError("seqs", expected, kind_of(seqs), remedy, function) from None
-
-
-def require_distinct(handles: tuple[Any, ...], function: str) -> None:
-    """Raises SequenceError for a sequence that comes twice."""
-    if len(set(handles)) != len(handles):
-        seq, times = max(Counter(handles).items(), key=lambda item: item[1])
-        remedy = "Give each sequence all its rows in one entry."
-        raise SequenceError(f"{function}(): {seq} comes {times} times in seqs. {remedy}")

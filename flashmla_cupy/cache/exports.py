@@ -9,7 +9,8 @@ import numpy as np
 from ..calls import scalars
 from ..errors import SequenceError, ShapeError
 from ..frameworks import Adapter
-from .page_table import Index, PageTable
+from .page_table import PageTable
+from .sequence_rows import Index
 from .views import array_of
 
 

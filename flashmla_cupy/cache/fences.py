@@ -112,7 +112,7 @@ class CudaEvents:
     def record(self, stream: int) -> Any:
         with self._cuda.Device(self._device):
             event = self._cuda.Event(block=False, disable_timing=True)
-            event.record(self._stream(stream))
+            self._cuda.runtime.eventRecord(event.ptr, stream)
         return event
 
     def is_done(self, event: Any) -> bool:
@@ -123,7 +123,4 @@ class CudaEvents:
 
     def order(self, stream: int, event: Any) -> None:
         with self._cuda.Device(self._device):
-            self._stream(stream).wait_event(event)
-
-    def _stream(self, stream: int) -> Any:
-        return self._cuda.ExternalStream(stream, self._device)
+            self._cuda.runtime.streamWaitEvent(stream, event.ptr)

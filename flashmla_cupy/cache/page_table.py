@@ -1,8 +1,7 @@
 """Which page holds which tokens of which sequence: the bookkeeping of PagedKVCache, on the host.
 
-Small arrays have a row for each sequence: `table` (its page numbers), `_length` (its tokens) and
-`reserved` (those and the ones of a step that is open on it). Adding tokens takes two steps:
-reserve() says where they go, settle() keeps as many of them as were accepted, perhaps none.
+Adding tokens takes two steps: reserve() says where they go, settle() keeps as many of them as were
+accepted, perhaps none.
 
 Sequences may share pages. A token is written to a page only if nobody else holds it and it is not
 published as a known prefix; reserve() sees to that when the write is planned. Only the last page of
@@ -12,21 +11,15 @@ a sequence is ever written, and only where it is not full: if it is shared, a co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence as SequenceOf
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from ..calls.wording import kind
-from ..errors import ArgTypeError, SequenceError
-from .known_tokens import Known, KnownTokens
 from .page_states import PageStates
 from .sequence import Sequence
+from .sequence_rows import Index, Int32, Int64, SequenceRows
 
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
-Index = npt.NDArray[np.intp]
+_NONE: Index = np.zeros(0, np.intp)
 
 
 class Reservation(NamedTuple):
@@ -39,102 +32,33 @@ class Reservation(NamedTuple):
     source: Int32  # [copies] the page before
     target: Int32  # [copies] the page that takes its place
     grown: tuple[Index, Index, Int32]  # new pages: which of the batch, column, page
+    slots: Int64  # [batch, most] where the new tokens go, page * page_size + slot; those of a
+    # sequence with fewer are at the end, with -1 before them
 
 
-class PageTable:
-    """The sequences of a pool, and the pages that they hold."""
+class PageTable(SequenceRows):
+    """The sequences of a pool: how they grow, share pages and end."""
 
     def __init__(self, states: PageStates, page_size: int) -> None:
-        self.states, self.page_size = states, page_size
-        self._owner = object()
-        self._count = 0  # sequences ever added
+        super().__init__(states, page_size)
         self.edits = 0  # changes of what sequences hold, other than by keeping what was reserved
-        self.row_of: dict[Sequence, int] = {}  # of those in the pool, oldest first
-        self.away: dict[Sequence, tuple[int, Known | None]] = {}  # swapped out: their tokens
-        self.free_rows: list[int] = []
-        self.table = np.zeros((0, 1), np.int32)  # [rows, columns]
-        self._length = np.zeros(0, np.int32)  # [rows]
-        self.reserved = np.zeros(0, np.int32)  # [rows]
-        self.is_open = np.zeros(0, np.bool_)  # [rows] a step is open on it
-        self.known = KnownTokens(states, page_size)
-        self.kept_for_rollback: Counter[int] = (
-            Counter()
-        )  # pages that open steps hold for a rollback
-
-    # --- handles -------------------------------------------------------------------------------
-
-    @property
-    def sequences(self) -> tuple[Sequence, ...]:
-        """The handles of the sequences in the pool, oldest first."""
-        return tuple(self.row_of)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all sequences together."""
-        return int(self._length[list(self.row_of.values())].sum())
-
-    def row(self, seq: Any, function: str, closed: bool = False) -> int:
-        """The row of a sequence in the pool; `closed`: on which no step is open. Raises
-        SequenceError or ArgTypeError, as `function`."""
-        row = self.row_of.get(seq) if type(seq) is Sequence else None
-        if row is None:
-            raise self._no_row(seq, function)
-        if closed and self.is_open[row]:
-            raise SequenceError(
-                f"{function}(): {seq} has an open step. Commit it or roll it back first."
-            )
-        return row
-
-    def rows(self, seqs: SequenceOf[Any], function: str, closed: bool = False) -> Index:
-        """The rows of sequences in the pool, [batch]."""
-        try:
-            rows = np.array([self.row_of[seq] for seq in seqs], np.intp)
-        except (KeyError, TypeError):  # TypeError: what is no handle may have no hash
-            rows = np.array([self.row(seq, function) for seq in seqs], np.intp)
-        if closed and self.is_open[rows].any():
-            for seq in seqs:
-                self.row(seq, function, closed=True)
-        return rows
-
-    def _no_row(self, seq: Any, function: str) -> Exception:
-        if type(seq) is not Sequence:
-            remedy = "Pass what add() or begin() returned."
-            return ArgTypeError("seq", "a sequence handle", kind(seq), remedy, function)
-        reason = "was freed. Make a new one with add()."
-        if seq.owner is not self._owner:
-            reason = "belongs to another PagedKVCache. Pass it to the cache that added it."
-        elif seq in self.away:
-            reason = "was swapped out. Bring it back with swap_in()."
-        return SequenceError(f"{function}(): sequence {seq.number} {reason}")
-
-    def length(self, row: int) -> int:
-        """The tokens of one sequence."""
-        return int(self._length[row])
-
-    def vacant_row(self) -> int:
-        """The row of the next new sequence, with no tokens; register() makes it one."""
-        if not self.free_rows:
-            self._grow(rows=2 * len(self._length) + 8)
-        row = self.free_rows[-1]
-        self._length[row] = self.reserved[row] = 0
-        return row
-
-    def register(self, seq: Sequence | None = None, known: Known | None = None) -> Sequence:
-        """Makes a sequence of the row that vacant_row() gave."""
-        if seq is None:
-            seq = Sequence(self._owner, self._count)
-            self._count += 1
-        row = self.row_of[seq] = self.free_rows.pop()
-        self.known.set(row, known)
-        return seq
+        self.kept_for_rollback: Counter[int] = Counter()  # pages, held by open steps
+        self._shift, self._mask = page_size.bit_length() - 1, page_size - 1
 
     # --- growing -------------------------------------------------------------------------------
 
     def reserve(self, rows: Index, counts: Int32 | int) -> Reservation:
         """Room for more tokens of each sequence, no row twice. Raises OutOfPagesError; then
         nothing has changed."""
+        if type(counts) is int and counts == 1:
+            made = self._reserve_one(rows)
+            if made is not None:
+                return made
         begin = self._length[rows]
-        end = begin + np.int32(counts) if isinstance(counts, int) else begin + counts
+        end = begin + np.asarray(counts, np.int64)
+        if end.max(initial=0) > self.states.num_pages * self.page_size:
+            self.states.take(int((self._pages(end) - self._pages(begin)).sum()))  # too many
+        end = end.astype(np.int32)
         held, wanted = self._pages(begin), self._pages(end)
         copied, source, written = self._tails(rows, begin, end)
         grown = int((wanted - held).sum())
@@ -151,7 +75,32 @@ class PageTable:
         self.reserved[rows] = end
         self.is_open[rows] = True
         self.edits += 1
-        return Reservation(rows, begin, end, copied, source, target, (which, where, fresh[:grown]))
+        new = which, where, fresh[:grown]
+        slots = self._slots(rows, begin, end)
+        return Reservation(rows, begin, end, copied, source, target, new, slots)
+
+    def _reserve_one(self, rows: Index) -> Reservation | None:
+        """The same for one token each, as most steps have it; None if a last page is shared."""
+        begin = self._length[rows]
+        slot, column = begin & self._mask, begin >> self._shift
+        if len(rows) and int(column.max()) >= self.table.shape[1]:
+            self._grow(columns=int(column.max()) + 1)
+        page = self.table[rows, column]
+        which = np.flatnonzero(slot == 0)
+        is_shared = self.states.refcount[page] > 1
+        is_shared[which] = False  # there is no page yet
+        if is_shared.any():
+            return None
+        where, fresh = column[which], self.states.take(len(which))
+        self.states.write(page[slot > 0])
+        page[which] = self.table[rows[which], where] = fresh
+        end = begin + np.int32(1)
+        self.reserved[rows] = end
+        self.is_open[rows] = True
+        self.edits += 1
+        slots = (page.astype(np.int64) << self._shift) + slot
+        new = which, where, fresh
+        return Reservation(rows, begin, end, _NONE, fresh[:0], fresh[:0], new, slots[:, None])
 
     def settle(self, of: Reservation, accepted: Int32 | None) -> None:
         """Ends a reservation: keeps the first accepted[i] new tokens of each, all of them if None,
@@ -224,6 +173,7 @@ class PageTable:
         self.states.release(self.table[row, : self._pages(self.length(row))])
         self.free_rows.append(row)
         self.edits += 1
+        self._members += 1
         self.known.forget(row)
         del self.row_of[seq]
 
@@ -266,44 +216,7 @@ class PageTable:
         self.known.clear()
         self.away = {seq: (length, None) for seq, (length, _) in self.away.items()}
 
-    # --- reading -------------------------------------------------------------------------------
-
-    def export(self, rows: Index, width: int = 0) -> tuple[Int32, Int32]:
-        """(block_table [batch, max_pages or width], with 0 past the pages; cache_seqlens [batch]),
-        with what is reserved."""
-        length = self.reserved[rows]
-        held = self._pages(length)
-        widest = max(1, int(held.max(initial=0)))  # an axis of size 0 has no address
-        column = np.arange(widest)
-        table = self.table[rows[:, None], column]
-        table[column >= held[:, None]] = 0
-        if width > widest:
-            table = np.pad(table, ((0, 0), (0, width - widest)))
-        return table, length
-
-    def pages_of(self, row: int) -> Int32:
-        """The pages of one sequence, in order."""
-        return self.table[row, : self._pages(int(self.reserved[row]))].copy()
-
-    def slots(self, of: Reservation) -> Int64:
-        """Where the new tokens go, page * page_size + slot, [batch, most]; those of a sequence with
-        fewer are right-aligned, with -1 before them."""
-        counts = of.end - of.begin
-        most = int(counts.max(initial=0))
-        position = of.end[:, None] - np.arange(most, 0, -1, dtype=np.int32)  # [batch, most]
-        skipped = position < of.begin[:, None]
-        if most * len(counts) != counts.sum():
-            position[skipped] = 0
-        page = self.table[of.rows[:, None], position // self.page_size]
-        slots: Int64 = page.astype(np.int64) * self.page_size + position % self.page_size
-        slots[skipped] = -1
-        return slots
-
     # --- inside --------------------------------------------------------------------------------
-
-    def _pages(self, tokens: Any) -> Any:
-        """How many pages hold that many tokens."""
-        return -(-tokens // self.page_size)
 
     def _span(self, low: Int32, high: Int32) -> tuple[Index, Index]:
         """(which of the batch, column) of columns low[i] .. high[i] - 1 of each."""
@@ -313,14 +226,13 @@ class PageTable:
         where = np.arange(len(which)) - np.repeat(first - low[grows], (high - low)[grows])
         return which, where
 
-    def _grow(self, rows: int = 0, columns: int = 0) -> None:
-        """Makes the arrays large enough; columns at least double, so that it is rare."""
-        old_rows, old_columns = self.table.shape
-        more_rows = max(0, rows - old_rows)
-        more_columns = max(columns - old_columns, old_columns) if columns > old_columns else 0
-        if more_rows or more_columns:
-            self.table = np.pad(self.table, ((0, more_rows), (0, more_columns)))
-            self._length = np.pad(self._length, (0, more_rows))
-            self.reserved = np.pad(self.reserved, (0, more_rows))
-            self.is_open = np.pad(self.is_open, (0, more_rows))
-            self.free_rows += reversed(range(old_rows, old_rows + more_rows))
+    def _slots(self, rows: Index, begin: Int32, end: Int32) -> Int64:
+        most = int((end - begin).max(initial=0))
+        back = np.arange(most, 0, -1).astype(np.int32)
+        position: Int32 = end[:, None] - back  # [batch, most]
+        skipped = position < begin[:, None]
+        position[skipped] = 0
+        page = self.table[rows[:, None], position >> self._shift].astype(np.int64)
+        slots: Int64 = (page << self._shift) + (position & self._mask)
+        slots[skipped] = -1
+        return slots

@@ -21,21 +21,22 @@ cache is not thread-safe.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from ..calls import scalars
 from ..errors import ScalarError, SequenceError, ShapeError, StepError
 from ..frameworks import Adapter
 from ..schedule.sched_meta import SchedMeta
 from . import pool
-from .core import handle_list, require_distinct
+from .core import handle_list
 from .exports import csr, tables_of
-from .page_table import Int32, Reservation
+from .page_table import Reservation
 from .sequence import Sequence
 from .sequence_cache import SequenceCache
+from .sequence_rows import Int32
 from .step import Step, counts_of
 from .tables import FreshTables, Tables
 
@@ -155,10 +156,9 @@ class PagedKVCache(SequenceCache):
         has changed."""
         function, core = "PagedKVCache.reserve", self._core
         handles = handle_list(seqs, function)
-        rows = self._table.rows(handles, function, closed=True)
-        require_distinct(handles, function)
-        tokens: Int32 | int = counts if type(counts) is int else -1
-        if not isinstance(tokens, int) or tokens < 0:
+        rows = self._table.closed_rows(handles, function)
+        tokens: Int32 | int = 1
+        if type(counts) is not int or counts != 1:
             tokens = counts_of("counts", counts, len(handles), function)
         self._require_room(handles, rows, tokens, function)
         lasting = core.lasting
@@ -170,14 +170,12 @@ class PagedKVCache(SequenceCache):
         made = self._table.reserve(rows, tokens)
         try:
             core.open(made, stream)
-            block_table, cache_seqlens = self._table.export(rows)
-            tables = Tables(block_table, cache_seqlens, self._table.slots(made))
+            table = functools.partial(self._table.export, rows)
             if lasting is None:
-                return Step(core, handles, made, FreshTables(tables, core.place), stream)
-            grown = None if len(made.copied) else made.grown
+                return Step(core, handles, made, FreshTables(table, made.slots, core.place), stream)
             after = self._table.edits
-            lasting.update(stream, tables, (handles, before), (handles, after), grown)
-            lasting.of(core.framework, *tables.slot_mapping.shape)  # views, not to be made captured
+            lasting.update(stream, made, table, (handles, before), (handles, after))
+            lasting.of(core.framework, *made.slots.shape)  # views, which a capture could not make
             step = core.lasting_step = Step(core, handles, made, lasting, stream)
         except BaseException:
             self._table.settle(made, np.zeros(len(handles), np.int32))
@@ -192,7 +190,7 @@ class PagedKVCache(SequenceCache):
         in host memory. Raises SequenceError, OutOfPagesError or an ArgumentError; then nothing was
         appended."""
         function = "PagedKVCache.append"
-        self._append(self._table.rows((seq,), function, closed=True), "rows", rows, 1, function)
+        self._append(self._table.closed_rows((seq,), function), "rows", rows, 1, function)
 
     def append_batch(self, seqs: Iterable[Sequence], rows: Any) -> None:
         """Appends n rows to each sequence at once, rows[i] to seqs[i]: a decoding step's tokens.
@@ -202,8 +200,7 @@ class PagedKVCache(SequenceCache):
         nothing was appended to any sequence."""
         function = "PagedKVCache.append_batch"
         handles = handle_list(seqs, function)
-        index = self._table.rows(handles, function, closed=True)
-        require_distinct(handles, function)
+        index = self._table.closed_rows(handles, function)
         self._append(index, "rows", rows, 2, function, len(handles))
 
     # --- what attention needs ------------------------------------------------------------------
@@ -295,8 +292,8 @@ class PagedKVCache(SequenceCache):
         key = handles, self._table.edits
         if self._batch is None or self._batch.key != key:
             rows = self._table.rows(handles, function)
-            tables = Tables(*self._table.export(rows), None)
-            self._batch = _Batch(key, FreshTables(tables, self._core.place))
+            made = self._table.export(rows)
+            self._batch = _Batch(key, FreshTables(lambda: made, None, self._core.place))
         return self._batch
 
     def _handles(self, seqs: Any, function: str) -> tuple[Any, ...]:
@@ -306,9 +303,11 @@ class PagedKVCache(SequenceCache):
         self, handles: tuple[Any, ...], rows: Any, tokens: Int32 | int, function: str
     ) -> None:
         """No sequence gets longer than it may be."""
-        most = min(self.max_pages_per_seq * self.page_size, scalars.INT_LIMIT)
+        if self.max_pages_per_seq >= self.num_pages:
+            return
+        most = self.max_pages_per_seq * self.page_size
         length = self._table.reserved[rows].astype(np.int64) + tokens
-        if self.max_pages_per_seq < self.num_pages and (length > most).any():
+        if (length > most).any():
             i = int(np.flatnonzero(length > most)[0])
             who = f"{handles[i]}" if handles else "the sequence"
             raise SequenceError(

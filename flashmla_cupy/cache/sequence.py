@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, NoReturn
 
-from ..errors import ArgTypeError
+from ..errors import ArgTypeError, SequenceError
 
 
 class Sequence:
@@ -30,3 +31,11 @@ class Sequence:
         expected = "an object that can be pickled"
         remedy = "A handle is of use in the process of its cache alone."
         raise ArgTypeError("self", expected, "a sequence handle", remedy, "Sequence")
+
+
+def require_distinct(handles: tuple[Any, ...], function: str) -> None:
+    """Raises SequenceError for a sequence that comes twice."""
+    if len(set(handles)) != len(handles):
+        seq, times = max(Counter(handles).items(), key=lambda item: item[1])
+        remedy = "Give each sequence all its rows in one entry."
+        raise SequenceError(f"{function}(): {seq} comes {times} times in seqs. {remedy}")

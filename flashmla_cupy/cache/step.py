@@ -23,8 +23,9 @@ from ..calls import scalars
 from ..errors import ArgTypeError, ScalarError, ShapeError, StepError
 from ..frameworks import Adapter
 from .core import Core
-from .page_table import Int32, Reservation
+from .page_table import Reservation
 from .sequence import Sequence
+from .sequence_rows import Int32
 from .tables import FreshTables, LastingTables, Tables
 
 
@@ -54,7 +55,7 @@ class Step:
         self._state = "open"
         self.seqs = seqs
         self.counts: Int32 = made.end - made.begin
-        self.tokens = int(self.counts.max(initial=0))
+        self.tokens: int = made.slots.shape[1]
 
     def __repr__(self) -> str:
         return f"<{self._state} step of {len(self.seqs)} sequences, {self.counts.sum()} tokens>"

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..frameworks import HOST, Adapter
-from .page_table import Index, Int32
+from .page_table import Reservation
 from .pool import Pool
+from .sequence_rows import Index, Int32, Int64
 from .views import array_of, current_stream, view_as
 
 if TYPE_CHECKING:
@@ -31,9 +32,12 @@ class Tables(NamedTuple):
 class FreshTables:
     """New arrays for one batch."""
 
-    def __init__(self, tables: Tables, device: int) -> None:
-        """tables: NumPy's."""
-        self._tables, self._device = tables, device
+    def __init__(
+        self, table: Callable[[], tuple[Int32, Int32]], slots: Int64 | None, device: int
+    ) -> None:
+        """table: what gives block_table and cache_seqlens, when they are needed."""
+        self._table, self._slots, self._device = table, slots, device
+        self._tables: Tables | None = None
         self._made: dict[tuple[str, int], Tables] = {}
 
     def of(self, adapter: Adapter) -> Tables:
@@ -42,6 +46,8 @@ class FreshTables:
         key = adapter.name, current_stream(adapter, self._device)
         found = self._made.get(key)
         if found is None:
+            if self._tables is None:
+                self._tables = Tables(*self._table(), self._slots)
             found = self._made[key] = Tables(
                 *(None if x is None else array_of(x, key[0], self._device) for x in self._tables)
             )
@@ -99,43 +105,49 @@ class LastingTables:
     def update(
         self,
         stream: int,
-        rows: Tables,
+        made: Reservation,
+        table: Callable[[], tuple[Int32, Int32]],
         before: Any,
         after: Any,
-        grown: tuple[Index, Index, Int32] | None,
     ) -> None:
-        """Brings the arrays up to date, on a stream. rows: NumPy's.
+        """Brings the arrays up to date, on a stream. table: what gives the whole block_table.
 
         before, after: the batch, and its state. If `before` is the `after` of the last time, only
-        `grown` has come since then: (which of the batch, column, page) of new pages."""
-        n = len(rows.block_table)
-        if grown is not None and before == self._last:
-            which, where, page = grown
+        the new pages have come since then."""
+        n, tokens = made.slots.shape
+        if len(made.copied) or before != self._last:
+            which, where, page = self._changes(table()[0])
         else:
-            longest = int(self._length.max())
-            width = max(rows.block_table.shape[1], -(-longest // self._pool.layout.page_size))
-            new = np.zeros((n, width), np.int32)
-            new[:, : rows.block_table.shape[1]] = rows.block_table
-            which, where = np.nonzero(self._held[:n, :width] != new)
-            page = new[which, where]
+            which, where, page = made.grown
         self._last = after
-        self._held[which, where] = page
-        self._length[:n], self._length[n:] = rows.cache_seqlens, 0
-        tokens = rows.slot_mapping.shape[1]
+        if len(page):
+            self._held[which, where] = page
+        self._length[:n], self._length[n:] = made.end, 0
         slots = self._slots_of(tokens)
         if self._staging is None:
             self._table[...], self._seqlens[...] = self._held, self._length
-            slots[:n], slots[n:] = rows.slot_mapping, -1
+            slots[:n], slots[n:] = made.slots, -1
             return
-        count, total = self.max_seqs * tokens, 2 * self.max_seqs * tokens + self.max_seqs
+        count = self.max_seqs * tokens
+        total = 2 * count + self.max_seqs
         address, staged, event = self._staging.next(total + 2 * len(page))
         staged_slots = staged[: 2 * count].view(np.int64)
-        staged_slots[: n * tokens] = rows.slot_mapping.ravel()
+        staged_slots[: n * tokens] = made.slots.ravel()
         staged_slots[n * tokens :] = -1
         staged[2 * count : total] = self._length
-        staged[total : total + 2 * len(page) : 2] = which * self.max_pages + where
-        staged[total + 1 : total + 2 * len(page) : 2] = page
+        if len(page):
+            changes = staged[total : total + 2 * len(page)].reshape(-1, 2)
+            changes[:, 0], changes[:, 1] = which * self.max_pages + where, page
         self._launch(stream, address, slots, (count, self.max_seqs, len(page)), event)
+
+    def _changes(self, table: Int32) -> tuple[Index, Index, Int32]:
+        """What differs from block_table as it is: (row, column, page)."""
+        longest = int(self._length.max())
+        width = max(table.shape[1], -(-longest // self._pool.layout.page_size))
+        new = np.zeros((len(table), width), np.int32)
+        new[:, : table.shape[1]] = table
+        which, where = np.nonzero(self._held[: len(table), :width] != new)
+        return which, where, new[which, where]
 
     def of(self, adapter: Adapter, batch: int, tokens: int) -> Tables:
         """The rows of a batch, as arrays of a framework."""
@@ -170,4 +182,4 @@ class LastingTables:
         addresses = slots.data.ptr, self._seqlens.data.ptr, self._table.data.ptr
         with self._pool.framework.device_guard(self._pool.place):
             self._launches().update_tables(stream, staged, *addresses, sizes)
-            event.record(self._pool.xp.cuda.ExternalStream(stream, self._pool.place))
+            self._pool.xp.cuda.runtime.eventRecord(event.ptr, stream)

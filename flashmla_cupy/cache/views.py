@@ -56,3 +56,19 @@ def array_of(x: Any, name: str, device: int) -> Any:
         return importlib.import_module("jax.numpy").asarray(x)
     with framework("cupy").device_guard(device):
         return importlib.import_module("cupy").asarray(x)
+
+
+class _Stream:
+    """What CuPy takes for a stream of others."""
+
+    def __init__(self, pointer: int) -> None:
+        self._pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._pointer
+
+
+def stream_of(cuda: Any, pointer: int, device: int) -> Any:
+    """CuPy's object for a stream, a context in which it is current."""
+    made = getattr(cuda.Stream, "from_external", None)
+    return cuda.ExternalStream(pointer, device) if made is None else made(_Stream(pointer))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..frameworks import Adapter, ArrayInfo, framework
 from .pool import Pool
-from .views import bits_of
+from .views import bits_of, stream_of
 
 Int32 = npt.NDArray[np.int32]
 
@@ -97,7 +97,7 @@ class DeviceWriter:
 
     def copy_pages(self, source: Int32, target: Int32, stream: int) -> None:
         cuda = self._cupy.cuda
-        with cuda.Device(self._pool.place), cuda.ExternalStream(stream, self._pool.place):
+        with cuda.Device(self._pool.place), stream_of(cuda, stream, self._pool.place):
             pages = self._cupy.asarray(np.stack([source, target]))
             layers = self._bits.shape[1]
             self.launches.copy_pages(stream, self.geometry, layers, pages.data.ptr, len(source))
@@ -106,14 +106,14 @@ class DeviceWriter:
         """A copy in host memory, made by the time that the call returns."""
         cuda = self._cupy.cuda
         saved = np.empty((len(pages), *self._bits.shape[1:]), self._bits.dtype)
-        with cuda.Device(self._pool.place), cuda.ExternalStream(stream, self._pool.place):
+        with cuda.Device(self._pool.place), stream_of(cuda, stream, self._pool.place):
             for some in self._parts(len(pages)):
                 saved[some] = self._bits[self._cupy.asarray(pages[some])].get()
         return saved
 
     def restore(self, saved: Any, pages: Int32, stream: int) -> None:
         cuda = self._cupy.cuda
-        with cuda.Device(self._pool.place), cuda.ExternalStream(stream, self._pool.place):
+        with cuda.Device(self._pool.place), stream_of(cuda, stream, self._pool.place):
             for some in self._parts(len(pages)):
                 self._bits[self._cupy.asarray(pages[some])] = self._cupy.asarray(saved[some])
 

@@ -12,7 +12,7 @@ from .kernels import APPEND, COPY_PAGES, UPDATE_TABLES, Kernel, Variant
 from .parameters import Arguments
 
 _VECTOR_BYTES, _MOST_VECTORS = 16, 4  # MOST_VECTORS of the kernels
-MOST_COPIES = 65535  # of a launch of copy_pages: gridDim.z
+_ROTARY_VECTORS = 8  # of a row
 
 _APPEND = APPEND.parameters.run(tuple(APPEND.parameters.letters))
 _COPY = COPY_PAGES.parameters.run(tuple(COPY_PAGES.parameters.letters))
@@ -76,9 +76,13 @@ class CacheLaunches:
     ) -> None:
         """The rows to where the int64 slot mapping [batch * tokens] at address `slots` says."""
         vectors = pool.row_bytes // _VECTOR_BYTES
-        total = rows.batch * rows.tokens * pool.heads * vectors
+        total = rows.batch * rows.tokens * pool.heads
         if total == 0 or rows.layers == 0:
             return
+        copied, rotary_blocks = vectors, 0
+        if rotary.num_positions:
+            copied -= _ROTARY_VECTORS
+            rotary_blocks = ceil_div(total * _ROTARY_VECTORS, APPEND.threads)
         of = self._launches()
         _APPEND.pack_into(
             of.append.arguments.buffer,
@@ -97,8 +101,9 @@ class CacheLaunches:
             total,
             pool.page_size.bit_length() - 1,
             rotary.interleaved,
+            rotary_blocks,
         )
-        of.append(stream, self._blocks(total), rows.layers, 1)
+        of.append(stream, rotary_blocks + self._blocks(total * copied), rows.layers, 1)
 
     def copy_pages(
         self, stream: int, pool: PoolGeometry, layers: int, pages: int, copies: int
@@ -137,8 +142,8 @@ class CacheLaunches:
         of.update(stream, ceil_div(max(1, *sizes), 256), 1, 1)
 
     def _blocks(self, total: int) -> int:
-        """Of append.cu: two a multiprocessor before a thread takes a second vector."""
-        each = UPDATE_TABLES.threads
+        """That copy so many vectors: two a multiprocessor before a thread takes a second vector."""
+        each = APPEND.threads
         least = ceil_div(total, each * _MOST_VECTORS)
         return max(least, min(ceil_div(total, each), 2 * self._engine.num_sms))
 

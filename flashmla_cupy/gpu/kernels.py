@@ -105,7 +105,7 @@ APPEND = Kernel(
         int64 layer_stride, batch_stride, token_stride, head_stride
         int64 pool_layer_stride, page_stride, slot_stride, pool_head_stride
         int64 slots, num_positions
-        int vectors, heads, tokens, total, page_size_log2, interleaved
+        int vectors, heads, tokens, total, page_size_log2, interleaved, rotary_blocks
         """
     ),
     dtypes=("bfloat16", "float16"),

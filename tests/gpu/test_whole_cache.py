@@ -125,7 +125,7 @@ def test_a_graph_of_cupy_grows_too():
 
 def test_10000_forks_copies_and_cuts_have_the_bits_of_a_dense_copy():
     cupy = importlib.import_module("cupy")
-    cache = PagedKVCache(60, page_size=16, num_layers=2, dtype="float16", device=0)
+    cache = PagedKVCache(9, page_size=16, num_layers=2, dtype="float16", device=0)
     rng, held, count = np.random.default_rng(1), {}, 1
     happened = dict.fromkeys(("copied", "cut", "forked", "full", "swapped"), 0)
 
@@ -189,41 +189,51 @@ def test_10000_forks_copies_and_cuts_have_the_bits_of_a_dense_copy():
     assert min(happened.values()) > 100, happened
 
 
-def test_a_page_is_not_written_while_another_stream_reads_it():
-    """The reader waits for a long delay; the writer, on another stream, gets the freed page only
-    when it is done."""
+@pytest.mark.parametrize("writer_is_busy", [True, False])
+def test_a_page_is_not_written_while_another_stream_reads_it(writer_is_busy):
+    """The reader is behind a long delay when its page is freed and taken on another stream. If that
+    stream has unfinished work of the cache, too, the page is pending until both are done; else the
+    stream waits for the reader, and the host does not."""
     cupy = importlib.import_module("cupy")
     rng = np.random.default_rng(2)
     first, second = (
         cupy.asarray(rng.standard_normal((64, 576)).astype(ml_dtypes.bfloat16)) for _ in range(2)
     )
     q = cupy.asarray(rng.standard_normal((1, 1, 16, 576)).astype(ml_dtypes.bfloat16))
-    work = cupy.ones(2**26, cupy.float32)
-    cache = PagedKVCache(1, device=0)
+    work = [cupy.ones(2**26, cupy.float32) for _ in range(2)]
+
+    def delay(i):
+        for _ in range(100):
+            cupy.sqrt(work[i], out=work[i])
+
+    cache = PagedKVCache(1 + writer_is_busy, device=0)
     expected = back(cache.attend(q, [seq := cache.add(first)])[0]).view(np.uint16)
     cache.free(seq)
-    reader, writer = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    cupy.cuda.Device().synchronize()
     for _ in range(20):
-        with writer:
-            cache.free(cache.add(second))
-        cache.wait()
+        reader, writer = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
         with reader:
             seq = cache.add(first)
-            for _ in range(100):
-                cupy.sqrt(work, out=work)
+            delay(0)
             out, _ = cache.attend(q, [seq])
         with writer:
+            if writer_is_busy:
+                delay(1)
+                other = cache.add(second)
             cache.free(seq)
             assert not reader.done, "the delay is too short to tell"
-            with pytest.raises(errors.OutOfPagesError) as caught:
-                cache.add(second)
-            assert caught.value.pending == 1
-            assert cache.page_counts == (0, 0, 0, 1)
-            cache.wait()
+            if writer_is_busy:
+                with pytest.raises(errors.OutOfPagesError) as caught:
+                    cache.add(second)
+                assert caught.value.pending == 1
+                assert cache.page_counts == (0, 0, 1, 1)
+                cache.wait()
+                cache.free(other)
             cache.free(cache.add(second))
-            writer.synchronize()
+            assert writer_is_busy or not reader.done, "the host has waited"
         with reader:
             assert np.array_equal(back(out).view(np.uint16), expected)
+        cupy.cuda.Device().synchronize()
 
 
 def test_host_time_of_a_step_does_not_grow_with_the_layers():

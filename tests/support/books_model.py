@@ -114,16 +114,19 @@ class BooksModel:
         closed = [seq for seq in closed if self.stream_of[seq] == stream]
         seqs = rng.sample(closed, rng.randint(1, min(3, len(closed))))
         counts = [rng.choice((0, 1, 1, 2, PAGE - 1, PAGE, PAGE + 1)) for _ in seqs]
+        if c % 3 == 0:
+            counts = [1] * len(seqs)  # as most steps
         self.states.fences.use(stream)
-        rows = self.table.rows(seqs, "test", closed=True)
+        rows = self.table.closed_rows(tuple(seqs), "test")
         needed = self.needed(seqs, counts)
-        made = self.attempt(needed, lambda: self.table.reserve(rows, np.array(counts, np.int32)))
+        given = 1 if set(counts) == {1} else np.array(counts, np.int32)
+        made = self.attempt(needed, lambda: self.table.reserve(rows, given))
         self.happened["evicted"] += len(cached - set(self.states.cached))
         self.happened["copied"] += len(made.copied)
         self.device.read(stream, made.source)
         self.device.write(stream, made.target)
         self.contents[made.target] = self.contents[made.source]
-        slots = self.table.slots(made)
+        slots = made.slots
         assert slots.shape == (len(seqs), max(counts))
         written = {}
         live = slots[slots >= 0]
@@ -186,7 +189,11 @@ class BooksModel:
             seq = list(self.away)[a % len(self.away)]
         if seq is None:
             raise NotNow
+        if seq in self.held:
+            self.table.closed_rows((seq,), "test")
         self.table.free(seq, "test")
+        with pytest.raises(errors.SequenceError, match="was freed"):
+            self.table.closed_rows((seq,), "test")
         self.held.pop(seq, None), self.away.pop(seq, None), self.tokens.pop(seq, None)
         self.dead = [*self.dead[-10:], seq]
 
@@ -207,7 +214,7 @@ class BooksModel:
         self.states.fences.use(self.stream_of[seq])
         needed = -(-len(self.away[seq]) // PAGE)
         made = self.attempt(needed, lambda: self.table.come_back(seq))
-        slots = self.table.slots(made).ravel()
+        slots = made.slots.ravel()
         self.held[seq] = self.away.pop(seq)
         self.contents[slots // PAGE, slots % PAGE] = self.held[seq]
         self.device.write(self.stream_of[seq], np.unique(slots // PAGE))
@@ -248,7 +255,7 @@ class BooksModel:
                 with pytest.raises(errors.SequenceError, match="open step"):
                     self.table.free(seq, "test")
                 with pytest.raises(errors.SequenceError, match="open step"):
-                    self.table.rows([seq], "test", closed=True)
+                    self.table.closed_rows((seq,), "test")
         assert self.fingerprint() == before
 
     # --- what should be so ----------------------------------------------------------------------
