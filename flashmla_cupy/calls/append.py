@@ -57,7 +57,7 @@ def eager(
 
     otherwise(where, arrays, options) makes the call if the arrays have no address to launch with,
     where `frameworks.elsewhere` says."""
-    call, at, key = _calls.find(arrays, options, (type(options[0]),))
+    call, at, key = _calls.find(arrays, options, type(options[0]) is bool)
     if call is None or not call.accepts(at):
         where = elsewhere(arrays)
         if where and otherwise is not None:
