@@ -6,6 +6,7 @@ installed skips, and so does one that imports CuPy at its top without a Hopper G
 
 from __future__ import annotations
 
+import inspect
 import re
 import runpy
 import sys
@@ -146,3 +147,16 @@ def test_messages_in_troubleshooting_are_those_of_the_code():
     for words in headings:
         pattern = re.escape(words).replace(r"9\.0", r"(?:9\.0|\{arch\.CAPABILITIES\})")
         assert re.search(pattern, code), words
+
+
+def test_arguments_of_a_docstring_become_a_table():
+    """What MkDocs shows of the two columns of arguments, in which a name may be too wide."""
+    pytest.importorskip("griffe")
+    tabulated = runpy.run_path(str(DOCS / "hooks" / "parameters.py"))["_tabulated"]
+    text = inspect.getdoc(flashmla_cupy.flash_mla_with_kvcache)
+    rows = [row for part in text.split("\n\n") for row in tabulated(part).split("\n")]
+    table = {row.split("|")[1].strip(): row for row in rows if row.startswith("| `")}
+    assert {"`q`", "`tile_scheduler_metadata`, `num_splits`", "`out`, `lse`"} <= table.keys()
+    assert table["`k_cache`"].endswith("128 or 256; V is its first 512 columns |")
+    for prose in ("One line.", "a = 1\nb  = 2", "Two  spaces in a sentence.\nAnd a second line."):
+        assert tabulated(prose) == prose
