@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu.support import problems as gpu_problems
-from gpu.support.arrays import DRY, all_nan, bits, fill_nan, host, mark, same, synchronize, xp
-from gpu.test_graph import capture, new_stream
+from support.gpu import problems as gpu_problems
+from support.gpu.arrays import DRY, all_nan, bits, fill_nan, host, mark, same, synchronize, xp
+from support.gpu.graphs import capture, new_stream
 
 import flashmla_cupy
 from flashmla_cupy import DeviceCheckError, flash_mla_with_kvcache, get_mla_metadata

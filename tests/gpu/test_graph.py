@@ -7,13 +7,12 @@ same arrays writes beside it, and the two are compared on the device. Now and th
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import pytest
 from support.gpu import oracle as gpu_oracle
 from support.gpu import problems as gpu_problems
 from support.gpu.arrays import DRY, differing, fill_nan, fill_normal, host, mark, release_memory, xp
+from support.gpu.graphs import capture, new_stream
 
 import flashmla_cupy
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
@@ -70,21 +69,6 @@ class Step:
         metadata = self.problem.metadata()
         self.problem.decode(metadata, out, lse)
         return metadata
-
-
-def capture(stream, step):
-    """(replay, what the step returned), of a step that has run before on this stream."""
-    if DRY:
-        return step, None
-    stream.synchronize()
-    stream.begin_capture()
-    kept = step()
-    graph = stream.end_capture()
-    return lambda: graph.launch(stream), kept
-
-
-def new_stream():
-    return contextlib.nullcontext() if DRY else xp.cuda.Stream(non_blocking=True)
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gpu.support import problems as gpu_problems
-from gpu.support.arrays import DRY, DTYPES, host, mark, put_tokens, same, to_float, xp
+from support.gpu import problems as gpu_problems
+from support.gpu.arrays import DRY, DTYPES, host, mark, put_tokens, same, to_float, xp
 
 import flashmla_cupy
 from flashmla_cupy import reference
