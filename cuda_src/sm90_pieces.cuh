@@ -173,6 +173,7 @@ DEVICE void init_part_row(const Params& params) {
                   __ldg(params.tile_scheduler_metadata + blockIdx.z * 8 + lane));
   }
 }
+
 // ---- the end, by one warp -------------------------------------------------------------------
 // Not at the beginning, where other roles would wait for it, or for its instructions.
 
