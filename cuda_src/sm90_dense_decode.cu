@@ -90,8 +90,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 //   a back is announced   at once | two tiles later: the same
 //   launch_dependents     at the end 25 | at the start 35 (16 heads, batch 1, 32768 tokens)
 // On an H200, one request of 512 tokens, 16 heads, and 64 of 512 with 2 x 16 heads:
-//   metadata is checked   at the end 8.0, 21.2 | at the beginning 8.25, 22.2: the roles wait for the
-//                         check, and for its instructions
+//   metadata is checked   at the end 8.0, 21.2 | at the beginning, where the roles wait for the
+//                         check and its instructions, and with 1.5 instructions more for each
+//                         element that mask() looks at, 8.25, 22.2
 // A call of one tile a block takes 7.0: 1.6 for two kernels that do nothing, 0.7 until the roles
 // begin, 0.8 until length and page are there, 1.2 until K is, 0.4 for S, 0.4 for P, 0.7 for P V,
 // 0.8 for the epilogue, 0.6 until combine goes on, 1.3 there; much of the first overlaps.
