@@ -36,3 +36,13 @@ def test_the_notebook_has_the_outputs_of_a_gpu():
     assert printed.count("the same bits: True") == 3  # FlashMLA's interface, PyTorch, JAX
     drawn = [output for output in outputs if "image/svg+xml" in output.get("data", {})]
     assert len(drawn) == 3  # what is cached, the schedule, the roofline
+
+
+@pytest.mark.parametrize("name", ["serving_loop", "hf_deepseek"])
+def test_it_passes_on_the_cpu(name, capsys):
+    if name == "hf_deepseek":
+        pytest.importorskip("torch")
+        pytest.importorskip("transformers", minversion="5.0")
+    example = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    assert example["main"]() == 0
+    assert "PASS" in capsys.readouterr().out

@@ -15,11 +15,21 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.mark.parametrize(
     "name",
-    ["pytorch_decode", "jax_decode", "dlpack_any_framework", "mla_layer", "sharded_decode_jax"],
+    [
+        "pytorch_decode",
+        "jax_decode",
+        "dlpack_any_framework",
+        "mla_layer",
+        "sharded_decode_jax",
+        "serving_loop",
+        "hf_deepseek",
+    ],
 )
 def test_example(name):
     if "torch" in name:
         pytest.importorskip("torch")
+    if "hf" in name:
+        pytest.importorskip("transformers")
     if "jax" in name:
         pytest.importorskip("jax")
     done = subprocess.run(
