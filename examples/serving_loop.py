@@ -2,11 +2,11 @@
 
     python examples/serving_loop.py
 
-Requests arrive and leave while others decode. Each has a prompt that begins with one of a few system
-prompts, whose pages are shared once they are known. Every step decodes a token of each running
-request, or three where a draft model guesses ahead, of which some are rejected and rolled back. Now
-and then a request is forked into two. When the pool has no page left, the youngest request is
-swapped out to host memory, and comes back when there is room.
+Requests arrive and leave while others decode. Each has a prompt that begins with one of a few
+system prompts, whose pages are shared once they are known. Every step decodes a token of each
+running request, or three where a draft model guesses ahead, of which some are rejected and rolled
+back. Now and then a request is forked into two. When the pool has no page left, the youngest
+request is swapped out to host memory, and comes back when there is room.
 
 The attention of every request and layer is compared, in every step, with a dense computation in
 float64 over plain arrays that the cache never saw. At the end all pages must be there again.
