@@ -4,9 +4,10 @@
     python examples/hf_deepseek.py
 
 The model has random weights, few layers and V3's attention: queries of 128 + 64 columns, latent
-rows of 512 + 64, YaRN's scale. Its attention layers are replaced by one of forty lines, which takes
-the checkpoint's weights as they are, keeps latent rows in a PagedKVCache and attends to those. Prompts
-are prefilled in the same way, one step of all their tokens. Everything else is transformers' code.
+rows of 512 + 64, YaRN's scale. Its attention layers are replaced by one of thirty lines, which
+takes the checkpoint's weights as they are, keeps latent rows in a PagedKVCache and attends to
+those. Prompts are prefilled in the same way, one step of all their tokens. Everything else is
+transformers' code.
 
 1. With dense feed-forward layers, in float16: the greedy tokens of several prompts at once, beside
    those of the untouched model.
@@ -77,7 +78,7 @@ class Session:
     def read(self, seqs, input_ids):
         """The logits [batch, tokens, vocabulary] of the next tokens [batch, tokens] of sequences,
         which are kept."""
-        batch, tokens = input_ids.shape
+        tokens = input_ids.shape[1]
         begin = torch.tensor([self.cache.seqlen(seq) for seq in seqs], device=input_ids.device)
         positions = begin[:, None] + torch.arange(tokens, device=input_ids.device)
         self.angles = [table[positions] for table in self.tables]
