@@ -30,10 +30,19 @@ struct Unit {
 
 struct Arrays {
   const float* out_partial;  // [slots, s_q * h_q, 512], or halves: merge.cuh
-  const float* row_partial;  // [slots, s_q * h_q, 4]: lse in log2, two scales, 0
+  const float* row_partial;  // [slots, s_q * h_q, 4]: lse in log2, two scales, largest logit
   uint16_t* out;             // [batch, s_q, h_q, 512]
   float* lse;                // [batch, h_q, s_q]
   int s_q, h_q, group;
+#if defined(GATHERED)  // behind sm90_gather_decode.cu
+  const float* attn_sink;  // [h_q], natural logarithms, or null
+  float* max_logits;       // [batch, h_q], or null; those of the pieces, in log2, are in row_partial
+  int lse_group;           // lse_index
+#else
+  static constexpr const float* attn_sink = nullptr;
+  static constexpr float* max_logits = nullptr;
+  static constexpr int lse_group = 1;
+#endif
 };
 struct Request {
   int index, first_slot, splits;
@@ -89,13 +98,31 @@ DEVICE float warp_sum(float x) {
 // rows.
 struct Row {
   int64_t out, lse;  // rows of out, elements of lse
+  int head;
   DEVICE Row(const Arrays& a, const Request& request, int row) {
     const int kv_head = row / (a.s_q * a.group), rest = row - kv_head * a.s_q * a.group;
-    const int position = rest / a.group, head = kv_head * a.group + rest - position * a.group;
+    const int position = rest / a.group;
+    head = kv_head * a.group + rest - position * a.group;
     out = ((int64_t)request.index * a.s_q + position) * a.h_q + head;
-    lse = ((int64_t)request.index * a.h_q + head) * a.s_q + position;
+    lse = lse_index(request.index, position, head, a.s_q, a.h_q, a.lse_group);
   }
 };
+
+// The sink of a row, in log2; -inf if there is none.
+DEVICE float sink_of(const Arrays& a, const Row& row) {
+  return a.attn_sink ? __ldg(a.attn_sink + row.head) * LOG2E : NEG_INF;
+}
+// Writes the largest logit of a row, that of its splits, by a warp.
+DEVICE void merge_max_logits(const Arrays& a, const Request& request, int row, const Row& to) {
+  const int64_t pitch = (int64_t)a.s_q * a.h_q * 4;
+  const float* from = a.row_partial + request.first_slot * pitch + row * 4 + 3;
+  float largest = NEG_INF;
+  for (int split = lane_index(); split < request.splits; split += 32) {
+    largest = fmaxf(largest, ld_global_f32(from + split * pitch));
+  }
+  largest = warp_max(largest);
+  if (lane_index() == 0) a.max_logits[to.out] = largest * LN2;
+}
 
 // Merges a row of a pair (sm90_pair.cuh), by a warp.
 DEVICE void merge_pair(const Arrays& a, const Request& request, int row) {
@@ -110,7 +137,7 @@ DEVICE void merge_pair(const Arrays& a, const Request& request, int row) {
     back[i] = ld_global_v4_f32(from + rows * 512 + i * 128);
   }
   const Row to(a, request, row);
-  const Merged both = merge_rows(front_lse, back_lse);
+  const Merged both = merge_rows(front_lse, back_lse, sink_of(a, to));
   auto merge = [&](float x, float y) { return merge_two(both.front, x, both.back, y); };
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -120,6 +147,7 @@ DEVICE void merge_pair(const Arrays& a, const Request& request, int row) {
     *(uint32_t*)(out + 8) = cvt_x2(merge(x.z, y.z), merge(x.w, y.w));
   }
   if (lane_index() == 0) a.lse[to.lse] = both.lse;
+  if (a.max_logits) merge_max_logits(a, request, row, to);
 }
 // Merges rows first, first + step, ... of a pair, except those that dense_decode has merged. Most
 // often that is all of them, so a warp looks at 32 rows at once.
@@ -157,7 +185,7 @@ struct Splits {
     }
   }
   // Writes the weights; returns lse, a natural logarithm.
-  DEVICE float weigh(float* weights, int splits, bool second_half) {
+  DEVICE float weigh(float* weights, int splits, bool second_half, float sink) {
     float top = fmaxf(LEAST_LSE, rows[0].x), sum;
     if (splits > 32) {
 #pragma unroll
@@ -170,7 +198,7 @@ struct Splits {
       for (int i = 1; i < MAX_SPLITS / 32; ++i) sum += rows[i].x = weight_of(rows[i].x, top);
     }
     sum = warp_sum(sum);
-    const float inverse = inverse_of(sum);
+    const float inverse = inverse_of(sum, sink, top);
 #pragma unroll
     for (int i = 0; i < MAX_SPLITS / 32; ++i) {
       if (i == 1 && splits <= 32) break;
@@ -246,7 +274,7 @@ DEVICE void merge_unit(const Arrays& a, const Request& request, int unit, int wa
   const Row to(a, request, row);
   __syncwarp();  // all have read the weights of the unit before
   float* weights = shared[warp].weights;
-  const float row_lse = all.weigh(weights, splits, at >= 256);
+  const float row_lse = all.weigh(weights, splits, at >= 256, sink_of(a, to));
   float o[8] = {};
   for (;;) {
     columns.add(o, weights, first, teams, splits);
@@ -284,7 +312,10 @@ DEVICE void merge_unit(const Arrays& a, const Request& request, int unit, int wa
       *(uint32_t*)(out + column_of_half(column)) = cvt_x2(x, y);
     }
   }
-  if (at == 0 && (warp & (warps - 1)) == 0 && lane == 0) a.lse[to.lse] = row_lse;
+  if (at == 0 && (warp & (warps - 1)) == 0) {
+    if (lane == 0) a.lse[to.lse] = row_lse;
+    if (a.max_logits) merge_max_logits(a, request, row, to);
+  }
 }
 
 // Merges a request in three or more pieces, by `mine` blocks, of which this is number `block`.
@@ -310,9 +341,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
             const float* out_partial, const float* row_partial, uint16_t* out, float* lse,
             uint64_t* pairs,  // [words]: sm90_pair.cuh
             int words, int batch, int s_q, int h_q, int group, int slots, int parts,
-            int slab_rows) {
+            int slab_rows
+#if defined(GATHERED)
+            , const float* attn_sink, float* max_logits, int lse_group
+#endif
+    ) {
   __shared__ Shared shared[WARPS];
-  const Arrays a = {out_partial, row_partial, out, lse, s_q, h_q, group};
+  const Arrays a = {out_partial, row_partial, out, lse, s_q, h_q, group
+#if defined(GATHERED)
+                    , attn_sink, max_logits, lse_group
+#endif
+  };
   // dense_decode refuses metadata that does not fit; here it must only do no harm.
   List list;
   list.load(tile_scheduler_metadata, parts);

@@ -11,7 +11,7 @@
 #define POS_INF __int_as_float(0x7f800000)
 #define NEG_INF __int_as_float(0xff800000)
 #define QUIET_NAN __int_as_float(0x7fffffff)
-constexpr float LN2 = 0.69314718056f;
+constexpr float LN2 = 0.69314718056f, LOG2E = 1.44269504089f;
 
 // What row_partial holds for lse of a row that dense_decode has merged, so that `combine` leaves it
 // alone: a NaN that no arithmetic makes.
@@ -63,9 +63,19 @@ DEVICE Vector4 transpose_quads(Vector4 v) {
   return v;
 }
 
+// Where the lse of a row is in [batch, h_q, s_q]. Of query tokens that are requests of their own, with
+// s_q 1, `group` belong together: [batch / group, h_q, group].
+DEVICE int64_t lse_index(int request, int position, int head, int s_q, int h_q, int group) {
+  const int first = group > 1 ? request / group : request;
+  return ((int64_t)first * h_q + head) * (s_q * group) + (request - first * group) * s_q + position;
+}
+
 // What a piece adds to the sum of weights, given the largest lse. NaN stays NaN.
 DEVICE float weight_of(float lse, float max_lse) { return ex2(lse - max_lse); }
-DEVICE float inverse_of(float sum) { return sum == 0.f ? 0.f : rcp(sum); }
+// 1 / the sum, to which a sink, a logit without a value, may add.
+DEVICE float inverse_of(float sum, float sink, float max_lse) {
+  return sum == 0.f ? 0.f : rcp(sum + ex2(sink - max_lse));
+}
 // lse as a natural logarithm; +inf for a row without keys.
 DEVICE float merged_lse(float sum, float max_lse) {
   return sum == 0.f ? POS_INF : (lg2(sum) + max_lse) * LN2;
@@ -80,10 +90,10 @@ DEVICE float merge_two(float front_weight, float front, float back_weight, float
 struct Merged {
   float lse, front, back;
 };
-DEVICE Merged merge_rows(float front_lse, float back_lse) {
+DEVICE Merged merge_rows(float front_lse, float back_lse, float sink = NEG_INF) {
   const float top = fmaxf(fmaxf(LEAST_LSE, front_lse), back_lse);
   const float front = weight_of(front_lse, top), back = weight_of(back_lse, top),
               sum = front + back;
-  const float inverse = inverse_of(sum);
+  const float inverse = inverse_of(sum, sink, top);
   return {merged_lse(sum, top), front * inverse, back * inverse};
 }

@@ -72,6 +72,11 @@ DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
+// Bytes that are still to come, by a thread that arrives later.
+DEVICE void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
 DEVICE bool mbarrier_test_wait(uint32_t barrier, uint32_t phase) {
   uint32_t done;
   asm volatile(
@@ -172,6 +177,22 @@ DEVICE void cp_async_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_
       : "memory");
 }
 
+// cp.async (9.7.9.25): 16 bytes from global to shared memory, zeros if `bytes` is 0; and 4 bytes. Copies
+// since the last commit are a group; the wait is for all groups but the newest `Newest`.
+DEVICE void cp_async_16(uint32_t to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(bytes)
+               : "memory");
+}
+DEVICE void cp_async_4(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Newest>
+DEVICE void cp_async_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Newest) : "memory");
+}
+
 // ---- shared and global memory (9.7.9) -------------------------------------------------------
 
 DEVICE uint32_t shared_address(const void* pointer) {
@@ -208,6 +229,14 @@ DEVICE uint32_t ld_shared_u32(uint32_t a) {
 }
 DEVICE void st_shared_u32(uint32_t a, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(a), "r"(x) : "memory");
+}
+DEVICE uint64_t ld_shared_u64(uint32_t a) {
+  uint64_t x;
+  asm volatile("ld.shared.u64 %0, [%1];" : "=l"(x) : "r"(a) : "memory");
+  return x;
+}
+DEVICE void st_shared_u64(uint32_t a, uint64_t x) {
+  asm volatile("st.shared.u64 [%0], %1;" ::"r"(a), "l"(x) : "memory");
 }
 DEVICE float4 ld_shared_v4_f32(uint32_t a) {
   float4 v;
@@ -299,6 +328,31 @@ DEVICE float2 from_half_x2(uint32_t x) {
       : "=f"(y.x), "=f"(y.y)
       : "r"(x));
   return y;
+}
+// Of pairs of the kernel's 16-bit type: max(x, |y|). NaN counts for nothing.
+DEVICE uint32_t max_abs_x2(uint32_t x, uint32_t y) {
+  uint32_t z;
+#if defined(DTYPE_FP16)
+  asm("{\n.reg .b32 t;\nabs.f16x2 t, %2;\nmax.f16x2 %0, %1, t;\n}" : "=r"(z) : "r"(x), "r"(y));
+#else
+  asm("{\n.reg .b32 t;\nabs.bf16x2 t, %2;\nmax.bf16x2 %0, %1, t;\n}" : "=r"(z) : "r"(x), "r"(y));
+#endif
+  return z;
+}
+// Two e4m3, in the low half of x, to two float16; exact.
+DEVICE uint32_t half_x2_from_e4m3(uint32_t x) {
+  uint32_t y;
+  asm("{\n.reg .b16 pair;\ncvt.u16.u32 pair, %1;\ncvt.rn.f16x2.e4m3x2 %0, pair;\n}" : "=r"(y) : "r"(x));
+  return y;
+}
+// Two bfloat16 to two float16: exact but for those beyond its range.
+DEVICE uint32_t half_x2_from_bf16_x2(uint32_t x) {
+  return half_x2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
+}
+DEVICE uint32_t mul_half_x2(uint32_t x, uint32_t y) {
+  uint32_t z;
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
 }
 // Two floats to one register of the kernel's 16-bit type, rounded to nearest even.
 DEVICE uint32_t cvt_x2(float low, float high) {

@@ -4,7 +4,7 @@
 // warpgroup as fragments: warp w has rows 16 w to 16 w + 15, a thread the rows row_in_block() and
 // row_in_block() + 8 and, of every eight columns, column_pair() and the next one.
 #pragma once
-#include "sm90_shared.cuh"
+#include "sm90_pieces.cuh"
 #include "wgmma.cuh"
 
 // ---- descriptors ("PTX ISA", 9.7.15.5.1) ----------------------------------------------------
@@ -14,9 +14,9 @@
 DEVICE uint64_t descriptor_k_major(uint32_t a) {
   return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
 }
-// MN-major, 128-byte swizzle: the next 64 columns lie 8192 bytes on, the next 8 tokens 1024 bytes.
+// MN-major, 128-byte swizzle: the next 64 columns lie a column block on, the next 8 tokens 1024 bytes.
 DEVICE uint64_t descriptor_mn_major(uint32_t a) {
-  return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)512 << 16 | (uint64_t)64 << 32 |
+  return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)(BLOCK_BYTES >> 4) << 16 | (uint64_t)64 << 32 |
          (uint64_t)1 << 62;
 }
 // K-major, no swizzle: core matrices of 8 rows by 16 bytes, 1024 bytes apart in K, 128 in M.
@@ -41,6 +41,12 @@ DEVICE float quad_sum(float x) {
 DEVICE uint32_t fragment_offset() {
   const uint32_t lane = lane_index(), row = warp_in_group() * 16 + (lane & 15);
   return row * 128 + ((((lane >> 4) ^ row) & 7) << 4);
+}
+
+// Byte offset for stmatrix in 16 columns without a swizzle: core matrices of 8 rows by 16 bytes.
+DEVICE uint32_t plain_fragment_offset() {
+  const uint32_t lane = lane_index(), row = warp_in_group() * 16 + (lane & 15);
+  return (lane >> 4) * 1024 + row * 16;
 }
 
 // Shared-memory addresses for this thread's first row: its entry of the float [64] at `offset`, its

@@ -1,4 +1,4 @@
-// The work of one thread block of sm90_dense_decode.cu: the kernel's parameters, the piece of each
+// The work of one thread block of a decode kernel: the kernel's parameters, the piece of each
 // request that the block's part has, its query rows, and what becomes of a request that cannot be
 // computed. metadata.cuh explains the words.
 //
@@ -7,7 +7,11 @@
 #pragma once
 #include "merge.cuh"
 #include "metadata.cuh"
+#if defined(GATHERED)  // of sm90_gather_decode.cu
+#include "sm90_gather_shared.cuh"
+#else
 #include "sm90_shared.cuh"
+#endif
 
 // The host packs the same fields in the same order.
 struct Params {
@@ -17,7 +21,8 @@ struct Params {
   uint16_t* out;                       // [batch, s_q, h_q, 512]
   float* lse;                          // [batch, h_q, s_q], natural logarithm
   float* out_partial;                  // [slots, s_q * h_q, 512], floats or halves: merge.cuh
-  float* row_partial;                  // [slots, s_q * h_q, 4]: lse in log2, two scales, 0
+  float* row_partial;                  // [slots, s_q * h_q, 4]: lse in log2, two scales,
+                                       // the largest logit in log2
   uint64_t* pairs;                     // [parts, h_kv * row blocks]: sm90_pair.cuh
   uint64_t epoch;                      // the number of this launch, or of all replays of a graph
   uint64_t* refusal;                   // the least key of refuse() so far
@@ -30,6 +35,28 @@ struct Params {
   int slots;                 // of out_partial and row_partial
   int causal, border_tiles;  // the last `border_tiles` tiles of a request may have masked keys
   float scale_log2;          // softmax_scale * log2(e)
+#if defined(GATHERED)
+  // Rows are gathered from up to two pools of pages. Without lists, block_table has the pages of the
+  // first. With lists, each query token is a request of its own, and block_table has the indices of its
+  // tokens, page * page_size + offset, of which topk_length count; then come those of the second pool,
+  // from the next multiple of 64 on.
+  const uint8_t* cache;
+  const uint8_t* extra_cache;
+  const int* extra_indices;      // [batch, extra_topk]
+  const int* topk_length;        // of each group of query tokens, or null: all of the list
+  const int* extra_topk_length;  // the same of the second list
+  const float* attn_sink;        // [h_q], natural logarithms, or null
+  const float* descale_q;        // [1] each, or null for 1
+  const float* descale_k;
+  float* max_logits;  // [batch, h_q], or null
+  int64_t page_bytes, extra_page_bytes, extra_stride;
+  uint64_t length_group;  // 2^40 / query tokens that share a length, rounded up
+  int page_size, extra_page_size, extra_num_pages;
+  int page_shift, extra_page_shift;  // log2 of the page sizes; -1: no power of two
+  int topk, extra_topk;        // 0: no such list
+  int lse_group;               // query tokens that share an lse [h_q, lse_group]
+  int outside_is_none;         // an index outside of its pool is no token, as -1 is
+#endif
 };
 
 // ---- requests -------------------------------------------------------------------------------
@@ -55,6 +82,36 @@ DEVICE Part part_of(const Params& params) {
   return {max((int)row.x, 0), (int)row.y, min((int)row.z, params.batch - 1), (int)row.w};
 }
 
+#if defined(GATHERED)
+// How much of a list counts; -1 if that cannot be. (The product is exact: a request has 20 bits.)
+DEVICE int list_length(const Params& params, const int* lengths, int request, int topk) {
+  const int length = lengths ? __ldg(lengths + (request * params.length_group >> 40)) : topk;
+  return (uint32_t)length <= (uint32_t)topk ? length : -1;
+}
+DEVICE int first_length(const Params& params, int request) {
+  return list_length(params, params.topk_length, request, params.topk);
+}
+// Where the second list of a request begins.
+DEVICE int second_begin(const Params& params, int request) {
+  return (first_length(params, request) + TOKENS - 1) / TOKENS * TOKENS;
+}
+DEVICE int request_length(const Params& params, int request) {
+  if (params.topk == 0) return __ldg(params.cache_seqlens + request);
+  int length = first_length(params, request);
+  if (params.extra_topk > 0 && length >= 0) {
+    const int extra = list_length(params, params.extra_topk_length, request, params.extra_topk);
+    length = extra < 0 ? -1 : (length + TOKENS - 1) / TOKENS * TOKENS + extra;
+  }
+  return length;
+}
+DEVICE int lse_group(const Params& params) { return params.lse_group; }
+#else
+DEVICE int request_length(const Params& params, int request) {
+  return __ldg(params.cache_seqlens + request);
+}
+DEVICE int lse_group(const Params&) { return 1; }
+#endif
+
 // What a piece is: all of its request; one of three or more; the back or the front of a pair; or a
 // front whose back has been merged into it (sm90_pair.cuh).
 enum Kind { WHOLE, SPLIT, BACK, FRONT, MERGED };
@@ -71,7 +128,7 @@ DEVICE Piece piece_of(const Params& params, int request) {
   const Part part = part_of(params);
   const Vector4 more = ld_shared_v4(part_row() + 16);
   const int slot = more.x & 0xffff, first_tiles = more.y, last_tiles = more.z;
-  const int length = __ldg(params.cache_seqlens + request);
+  const int length = request_length(params, request);
   const int tiles = ((length - 1) >> 6) + 1;  // length + 63 could overflow
   const bool is_first = request == part.first_request, is_last = request == part.last_request;
   const bool from_inside = part.begin_tile > 0;
@@ -130,7 +187,8 @@ DEVICE int64_t partial_row(const Params& params, int slot, const RowBlock& block
 DEVICE void store_lse(const Params& params, int request, const RowBlock& block, int row,
                       float lse) {
   const int position = row / params.group, head = block.first_head + row - position * params.group;
-  params.lse[((int64_t)request * params.h_q + head) * params.s_q + block.slab + position] = lse;
+  params.lse[lse_index(request, block.slab + position, head, params.s_q, params.h_q,
+                       lse_group(params))] = lse;
 }
 
 // The results of a request without keys, out 0 and lse +inf, or NaN if it is refused. By `threads`

@@ -6,8 +6,8 @@
 #pragma once
 #include "sm90_fragments.cuh"
 #include "sm90_pair.cuh"
+#include "sm90_results.cuh"
 
-constexpr float LAZY = 8.f;  // log2 units by which a row may exceed its running maximum
 constexpr int Q_STEPS = 31;  // of 16 columns, kept in registers
 constexpr int LAST_STEPS =
     8;  // of S that are still to be issued when P V of the tile before is released
@@ -113,21 +113,6 @@ DEVICE void mask(float (&s)[32], const Params& params, int request, int first_to
 DEVICE int masked_tiles(const Params& params, const Piece& piece) {
   if (!params.causal && piece.length % TOKENS == 0) return 0;
   return piece.end - (((piece.length - 1) >> 6) + 1 - params.border_tiles);
-}
-
-// A new maximum `top` for a row: m moves, and what is summed so far shrinks by the returned factor.
-DEVICE float raise_maximum(float& m, float& l, float top) {
-  const float by = ceilf(top - m);
-  float factor;
-  if (by < 126.f) {
-    m += by;
-    factor = __uint_as_float((127 - (int)by) << 23);
-  } else {  // the first keys, or all before them are negligible: one dominant key has P == 1
-    m = top;
-    factor = 0.f;
-  }
-  l *= factor;
-  return factor;
 }
 
 // S [64, 64] -> P, in the rotary columns of the stage, and the running maximum m and sum l of the

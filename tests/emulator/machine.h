@@ -70,6 +70,8 @@ struct Thread {
   uint64_t value = 0;
   const char* waits_for = "";
   uint64_t products = 0;           // wgmmas issued
+  std::shared_ptr<int> copies;     // of the group of cp.async that is not committed: how many are open
+  std::deque<std::shared_ptr<int>> copy_groups;  // committed, the oldest first
   std::vector<uint32_t> unfenced;  // chunks of shared memory written since the last proxy fence
   uint32_t fenced_acquires = 0;    // acquires of its block that a proxy fence of its own follows
   std::unique_ptr<char[]> stack;
@@ -328,6 +330,34 @@ inline void fence() {
     if (by == thread->index + 1) by = 0;
   }
   thread->unfenced.clear();
+}
+// cp.async: an ordinary write to shared memory, but at some time before the thread waits for it.
+inline void copy_later(std::function<void()> copy, uint32_t to) {
+  Thread* const owner = thread;
+  if (!owner->copies) owner->copies = std::make_shared<int>(0);
+  ++*owner->copies;
+  block->copies.push_back([copy = std::move(copy), open = owner->copies, owner, to] {
+    copy();
+    block->unfenced_by[to / CHUNK] = owner->index + 1;
+    owner->unfenced.push_back(to / CHUNK);
+    --*open;
+  });
+}
+inline void commit_copies() {
+  thread->copy_groups.push_back(thread->copies ? thread->copies : std::make_shared<int>(0));
+  thread->copies = nullptr;
+}
+// For all groups but the newest `newest`.
+inline void wait_for_copies(uint64_t newest) {
+  wait_until(
+      [](const Thread& t) {
+        for (size_t i = 0; i + t.value < t.copy_groups.size(); ++i) {
+          if (*t.copy_groups[i]) return false;
+        }
+        return true;
+      },
+      nullptr, newest, "cp.async.wait_group");
+  while (thread->copy_groups.size() > newest) thread->copy_groups.pop_front();
 }
 // For an asynchronous access.
 inline uint8_t* at_async(uint32_t address, uint32_t bytes) {

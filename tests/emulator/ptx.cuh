@@ -39,6 +39,10 @@ DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   machine::arrive(barrier, 1, bytes);
   machine::maybe_yield();
 }
+DEVICE void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) {
+  machine::mbarrier(barrier).bytes += bytes;
+  machine::maybe_yield();
+}
 DEVICE bool mbarrier_test_wait(uint32_t barrier, uint32_t phase) {
   machine::maybe_yield();
   return machine::mbarrier(barrier).phase != phase;
@@ -127,6 +131,26 @@ DEVICE void cp_async_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_
   });
 }
 
+DEVICE void cp_async(uint32_t to, const void* from, uint32_t bytes, uint32_t of) {
+  uint8_t* const room = machine::at(to, of);
+  machine::copy_later(
+      [=] {
+        memset(room, 0, of);
+        memcpy(room, from, bytes);
+      },
+      to);
+  machine::maybe_yield();
+}
+DEVICE void cp_async_16(uint32_t to, const void* from, uint32_t bytes) {
+  cp_async(to, from, bytes, 16);
+}
+DEVICE void cp_async_4(uint32_t to, const void* from) { cp_async(to, from, 4, 4); }
+DEVICE void cp_async_commit_group() { machine::commit_copies(); }
+template <int Newest>
+DEVICE void cp_async_wait_group() {
+  machine::wait_for_copies(Newest);
+}
+
 // ---- shared and global memory ---------------------------------------------------------------
 
 DEVICE uint32_t shared_address(const void* pointer) { return (const uint8_t*)pointer - shared; }
@@ -149,6 +173,8 @@ DEVICE float4 ld_shared_v4_f32(uint32_t a) { return ld_shared<float4>(a); }
 DEVICE void st_shared_f32(uint32_t a, float x) { st_shared(a, x); }
 DEVICE uint32_t ld_shared_u32(uint32_t a) { return ld_shared<uint32_t>(a); }
 DEVICE void st_shared_u32(uint32_t a, uint32_t x) { st_shared(a, x); }
+DEVICE uint64_t ld_shared_u64(uint32_t a) { return ld_shared<uint64_t>(a); }
+DEVICE void st_shared_u64(uint32_t a, uint64_t x) { st_shared(a, x); }
 DEVICE uint16_t ld_shared_u16(uint32_t a) { return ld_shared<uint16_t>(a); }
 DEVICE void st_shared_u16(uint32_t a, uint16_t x) { st_shared(a, x); }
 DEVICE float ld_global_f32(const float* p) { return *p; }
@@ -185,17 +211,27 @@ DEVICE void stmatrix_x4(uint32_t a, uint32_t x, uint32_t y, uint32_t z, uint32_t
 DEVICE float ex2(float x) { return exp2f(x); }
 DEVICE float rcp(float x) { return 1.f / x; }
 DEVICE float lg2(float x) { return log2f(x); }
+DEVICE float from_half(uint16_t x) { return (float)same_bits<_Float16>(x); }
+DEVICE float from_bfloat16(uint16_t x) { return same_bits<float>((uint32_t)x << 16); }
 #if defined(DTYPE_FP16)
 DEVICE uint16_t from_float(float x) { return same_bits<uint16_t>((_Float16)x); }
-inline float machine::to_float(uint16_t x) { return (float)same_bits<_Float16>(x); }
+DEVICE float from_dtype(uint16_t x) { return from_half(x); }
 #else
+DEVICE float from_dtype(uint16_t x) { return from_bfloat16(x); }
 DEVICE uint16_t from_float(float x) {
   const uint32_t bits = same_bits<uint32_t>(x);
   if (x != x) return 0x7fff;
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
-inline float machine::to_float(uint16_t x) { return same_bits<float>((uint32_t)x << 16); }
 #endif
+// Of the operands of wgmma.
+inline float machine::to_float(uint16_t x) {
+#if defined(PRODUCTS_IN_FP16)
+  return from_half(x);
+#else
+  return from_dtype(x);
+#endif
+}
 DEVICE uint32_t cvt_x2(float low, float high) {
   return (uint32_t)from_float(high) << 16 | from_float(low);
 }
@@ -204,6 +240,27 @@ DEVICE uint32_t half_x2(float low, float high) {
 }
 DEVICE float2 from_half_x2(uint32_t x) {
   return {(float)same_bits<_Float16>((uint16_t)x), (float)same_bits<_Float16>((uint16_t)(x >> 16))};
+}
+
+DEVICE float from_e4m3(uint8_t x) {
+  const int exponent = x >> 3 & 15, mantissa = x & 7;
+  const float size = exponent == 15 && mantissa == 7 ? same_bits<float>(0x7fffffff)
+                     : exponent                      ? ldexpf(8 + mantissa, exponent - 10)
+                                                     : ldexpf(mantissa, -9);
+  return x & 0x80 ? -size : size;
+}
+DEVICE uint32_t half_x2_from_e4m3(uint32_t x) { return half_x2(from_e4m3(x), from_e4m3(x >> 8)); }
+DEVICE uint32_t half_x2_from_bf16_x2(uint32_t x) {
+  return half_x2(from_bfloat16(x), from_bfloat16(x >> 16));
+}
+DEVICE uint32_t mul_half_x2(uint32_t x, uint32_t y) {
+  return half_x2(from_half(x) * from_half(y), from_half(x >> 16) * from_half(y >> 16));
+}
+DEVICE uint32_t max_abs_x2(uint32_t x, uint32_t y) {
+  auto larger = [](uint16_t a, uint16_t b) {
+    return (uint32_t)from_float(fmaxf(from_dtype(a), fabsf(from_dtype(b))));
+  };
+  return larger(x, y) | larger(x >> 16, y >> 16) << 16;
 }
 
 template <class T>

@@ -15,11 +15,20 @@ DEVICE void issue(float* d, const uint32_t* a_registers, uint64_t a, uint64_t b,
   product.a_in_registers = a_registers, product.a = a, product.b = b;
   machine::issue(product, a_registers, d);
 }
+DEVICE void wgmma_m64n48k16_rs(float (&d)[24], const uint32_t* a, uint64_t b, int accumulate) {
+  issue(d, a, 0, b, 48, accumulate, false);
+}
+DEVICE void wgmma_m64n48k16_ss(float (&d)[24], uint64_t a, uint64_t b) {
+  issue(d, nullptr, a, b, 48, true, false);
+}
 DEVICE void wgmma_m64n64k16_rs(float (&d)[32], const uint32_t* a, uint64_t b, int accumulate) {
   issue(d, a, 0, b, 64, accumulate, false);
 }
 DEVICE void wgmma_m64n64k16_ss(float (&d)[32], uint64_t a, uint64_t b) {
   issue(d, nullptr, a, b, 64, true, false);
+}
+DEVICE void wgmma_m64n128k16_ss(float* d, uint64_t a, uint64_t b) {
+  issue(d, nullptr, a, b, 128, true, true);
 }
 DEVICE void wgmma_m64n256k16_ss(float (&d)[128], uint64_t a, uint64_t b) {
   issue(d, nullptr, a, b, 256, true, true);

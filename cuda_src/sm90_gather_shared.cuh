@@ -1,0 +1,126 @@
+// Shared memory of sm90_gather_decode.cu: where everything lies, and which barriers order it.
+//
+// Most of it is a ring of stages. A stage holds one tile of K, 48 tokens in the 16-bit type of the
+// products: nine column blocks of 48 rows x 128 bytes, swizzled. Ahead of the tiles of each piece, two
+// stages hold the block's rows of Q, column blocks 0 to 3 and 4 to 8, of 64 rows each.
+//
+// Rows of an FP8 cache wait in `staging` as they are, until they are converted into the ring: as many as
+// a tile has. Each warp of the gather warpgroup has its own part of it, where no other warp looks.
+#pragma once
+#include "sm90_gather_format.cuh"
+
+constexpr int ROWS = 64;    // query rows of a thread block
+constexpr int TOKENS = 64;  // tokens of a tile of the schedule, at which pieces begin
+constexpr int TILE = 48;    // tokens of a tile here
+constexpr int STAGES = 3;  // of the ring
+constexpr int Q_STAGES = 2;
+
+constexpr int BLOCK_BYTES = TILE * 128, COLUMN_BLOCKS = 9;
+constexpr int ROPE = 8;  // the last column block; P of the tile overwrites it
+constexpr int STAGE_BYTES = COLUMN_BLOCKS * BLOCK_BYTES;
+constexpr int Q_BLOCK_BYTES = ROWS * 128;
+constexpr int Q_FIRST_BLOCKS = 4;  // column blocks of Q in the first of its stages
+static_assert((COLUMN_BLOCKS - Q_FIRST_BLOCKS) * Q_BLOCK_BYTES <= STAGE_BYTES, "Q in two stages");
+constexpr int P_STEP_BYTES = ROWS * 32;  // 16 columns of P, core matrices
+static_assert(TILE / 16 * P_STEP_BYTES == BLOCK_BYTES, "P takes the place of the rotary columns");
+
+// Four warpgroups: 0 has the softmax role, 1 and 2 the matrix role, 3 gathers.
+constexpr int GROUP_THREADS = 128, BLOCK_THREADS = 4 * GROUP_THREADS, GROUP_WARPS = 4;
+DEVICE uint32_t thread_in_group() { return thread_index() & (GROUP_THREADS - 1); }
+
+// A warp of the gather warpgroup takes chunks of four tokens, in turns with the other three: chunk c
+// of warp w is tokens 16 c + 4 w to 16 c + 4 w + 3 of the tile. So a chunk lies in one page.
+constexpr int CHUNK = 4, TILE_CHUNKS = TILE / (CHUNK * GROUP_WARPS);
+constexpr int WARP_TOKENS = CHUNK * TILE_CHUNKS;  // of a tile
+
+// ---- the memory map -------------------------------------------------------------------------
+// Byte offsets, and what lies there.
+
+constexpr int Q_TAIL = STAGES * STAGE_BYTES;  // the last column blocks of Q
+constexpr int STAGING = Q_TAIL + Q_TAIL_BLOCKS * Q_BLOCK_BYTES;  // [4 warps][12] rows
+constexpr int ROW_POINTERS = STAGING + GROUP_WARPS * WARP_TOKENS * STAGED_ROW;  // uint64 [4 warps][12]
+constexpr int ENTRIES = ROW_POINTERS + GROUP_WARPS * WARP_TOKENS * 8;  // int32 [4 warps][12]
+constexpr int CURSORS = ENTRIES + GROUP_WARPS * WARP_TOKENS * 4;       // [4 warps] two Vector4
+constexpr int FACTORS = CURSORS + GROUP_WARPS * 32;
+constexpr int INVERSE_L = FACTORS + STAGES * ROWS * 2;  // behind uint16 [STAGES][64]; float [64]
+constexpr int PART_ROW = INVERSE_L + ROWS * 4;          // int32 [8], the part's metadata
+constexpr int ROW_BLOCK = PART_ROW + 32;                // int32 [3], a RowBlock
+constexpr int RESULT = ROW_BLOCK + 12;                  // int32: where the piece's results go
+constexpr int RESCALE = RESULT + 4;                     // uint32 [STAGES][4], of each softmax warp
+constexpr int LIVE = RESCALE + STAGES * 16;  // uint16 [STAGES][4]: bit 4 c + i of warp w is token i
+                                             // of its chunk c, and set if that counts
+constexpr int BARRIERS = LIVE + STAGES * 8;  // uint64 [MBARRIERS]
+
+extern __shared__ __align__(1024) uint8_t shared[];
+
+DEVICE uint32_t shared_base() { return shared_address(shared); }
+DEVICE uint32_t stage_address(uint32_t stage) { return shared_base() + stage * STAGE_BYTES; }
+DEVICE uint32_t part_row() { return shared_base() + PART_ROW; }
+DEVICE uint32_t row_block_address() { return shared_base() + ROW_BLOCK; }
+DEVICE uint32_t live_tokens(uint32_t stage) { return shared_base() + LIVE + stage * 8; }
+
+// ---- mbarriers ------------------------------------------------------------------------------
+//
+//   barrier          who arrives               who waits            what it means
+//   full             gather, 4 warps, and TMA  softmax              K of the tile, or Q, is there
+//   p_ready          softmax, 4 warps          matrix, both halves  P of the tile is written
+//   empty            matrix, 8 warps           gather               the stage may be filled again
+//   results_ready    softmax, 4 warps          matrix, both halves  INVERSE_L, RESULT are written
+//   results_free     matrix, 8 warps           softmax              they have been read
+//
+// The first three are there once for each stage. Of a stage with Q only the softmax warpgroup takes
+// note: it waits for full, meets itself at p_ready, and arrives at empty for the matrix warpgroups.
+
+enum MbarrierIndex {
+  FULL = 0,
+  EMPTY = FULL + STAGES,
+  P_READY = EMPTY + STAGES,
+  RESULTS_FREE = P_READY + STAGES,
+  RESULTS_READY,
+  MBARRIERS
+};
+constexpr int SHARED_BYTES = BARRIERS + MBARRIERS * 8;
+static_assert(FACTORS % 16 == 0 && BARRIERS % 8 == 0 && SHARED_BYTES <= 232448, "of a block");
+
+DEVICE uint32_t mbarrier(uint32_t index) { return shared_base() + BARRIERS + index * 8; }
+DEVICE uint32_t full(uint32_t stage) { return mbarrier(FULL + stage); }
+DEVICE uint32_t empty(uint32_t stage) { return mbarrier(EMPTY + stage); }
+DEVICE uint32_t p_ready(uint32_t stage) { return mbarrier(P_READY + stage); }
+DEVICE uint32_t results_free() { return mbarrier(RESULTS_FREE); }
+DEVICE uint32_t results_ready() { return mbarrier(RESULTS_READY); }
+
+// One lane arrives for its warp, after __syncwarp. racecheck does not see that order, so for it
+// (tests/gpu/sanitize.py) every lane arrives.
+#if defined(EVERY_LANE_ARRIVES)
+constexpr int ARRIVALS = 32;
+DEVICE bool arrives() { return true; }
+#else
+constexpr int ARRIVALS = 1;  // of a warp
+DEVICE bool arrives() { return lane_index() == 0; }
+#endif
+
+DEVICE void init_mbarriers() {
+  for (int stage = 0; stage < STAGES; ++stage) {
+    mbarrier_init(full(stage), 4 * ARRIVALS);
+    mbarrier_init(empty(stage), 8 * ARRIVALS);
+    mbarrier_init(p_ready(stage), 4 * ARRIVALS);
+  }
+  mbarrier_init(results_free(), 8 * ARRIVALS);
+  mbarrier_init(results_ready(), 4 * ARRIVALS);
+  fence_mbarrier_init();
+}
+
+// Makes what this thread wrote to shared memory visible to wgmma and TMA; then its warp arrives.
+DEVICE void release(uint32_t barrier) {
+  fence_proxy_async();
+  __syncwarp();
+  if (arrives()) mbarrier_arrive(barrier);
+}
+
+// Where a role is in the ring: the stage, and the parity of how often it went round.
+struct Place {
+  uint32_t stage = 0, phase = 0;
+  DEVICE void advance() {
+    if (++stage == STAGES) stage = 0, phase ^= 1;
+  }
+};

@@ -1,0 +1,379 @@
+// The softmax role, of warpgroup 0: S = Q K^T, P = 2^(scale S - m), the running maximum m and the
+// running sum l of each row, and lse.
+//
+// Most of Q stays in registers, 24 or 28 of its 36 steps in K; the others come from shared memory. P of a tile goes to the rotary columns of the same tile.
+//
+// Over an FP8 cache, the products are of float16. So each row of Q is scaled by the power of two that
+// brings its largest value to [2^13, 2^14), which is exact for all values that matter, and the row's
+// softmax scale takes that back.
+#pragma once
+#include "sm90_gather_cursor.cuh"
+#include "sm90_results.cuh"
+
+constexpr int STEPS = 4 * COLUMN_BLOCKS;                // of Q, 16 columns each
+constexpr int Q_STEPS = STEPS - 4 * Q_TAIL_BLOCKS;      // of them, kept in registers
+#if !defined(X_LAST)
+#define X_LAST 8
+#endif
+constexpr int LAST_STEPS = X_LAST;   // of S that are still to be issued when P V of the tile before is released
+constexpr int SCORES = TILE / 2;  // of a thread: two rows by a quarter of the tokens
+
+// Two floats to one register of the type of the products.
+DEVICE uint32_t product_x2(float low, float high) {
+#if defined(PRODUCTS_IN_FP16)
+  return half_x2(low, high);
+#else
+  return cvt_x2(low, high);
+#endif
+}
+
+// ---- Q --------------------------------------------------------------------------------------
+
+#if defined(PRODUCTS_IN_FP16)
+DEVICE float2 q_pair(uint32_t x) {
+#if defined(DTYPE_FP16)
+  return from_half_x2(x);
+#else
+  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)};
+#endif
+}
+DEVICE uint32_t scaled(uint32_t x, float factor) {
+  const float2 v = q_pair(x);
+  return half_x2(v.x * factor, v.y * factor);
+}
+// The largest value of a row, given the largest of its latent and of its rotary columns, in pairs.
+DEVICE float largest_of(uint32_t latent, uint32_t rotary) {
+  const float2 x = q_pair(latent), y = q_pair(rotary);
+  return quad_max(fmaxf(fmaxf(x.x, x.y), fmaxf(y.x, y.y) * LATENT_UP));
+}
+// The factor of a row whose largest value this is, and what its scores are to be multiplied by.
+struct RowScale {
+  float up, down;
+};
+DEVICE RowScale row_scale(float largest) {
+  const int exponent = max(17 + LATENT_UP_LOG2, (int)(__float_as_uint(largest) >> 23));
+  return {__int_as_float((267 - exponent) << 23),
+          __int_as_float((exponent - 13 - LATENT_UP_LOG2) << 23)};
+}
+#endif
+
+// Takes the rows of Q [64, 576] out of their stages, and frees these: most steps go to registers,
+// the other column blocks to shared memory of their own. Returns in `scale` what the scores of the
+// thread's two rows are to be multiplied by, given softmax_scale * log2(e).
+DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], float (&scale)[2], Place& place, float scale_log2) {
+  const Place first = place;
+  place.advance();
+  mbarrier_wait(full(first.stage), first.phase);
+  mbarrier_wait(full(place.stage), place.phase);
+  const uint32_t fragment = fragment_offset(), tail = shared_base() + Q_TAIL + fragment;
+  auto block = [&](int i) {
+    return fragment + (i < Q_FIRST_BLOCKS
+                           ? stage_address(first.stage) + i * Q_BLOCK_BYTES
+                           : stage_address(place.stage) + (i - Q_FIRST_BLOCKS) * Q_BLOCK_BYTES);
+  };
+#pragma unroll
+  for (int k = 0; k < Q_STEPS; ++k) {
+    ldmatrix_x4(block(k >> 2) ^ ((k & 3) << 5), q[4 * k], q[4 * k + 1], q[4 * k + 2], q[4 * k + 3]);
+  }
+  scale[0] = scale[1] = scale_log2;
+#if defined(PRODUCTS_IN_FP16)
+  uint32_t latent[2] = {}, rotary[2] = {};
+#pragma unroll
+  for (int i = 0; i < 4 * Q_STEPS; ++i) latent[i & 1] = max_abs_x2(latent[i & 1], q[i]);
+#pragma unroll
+  for (int k = Q_STEPS; k < STEPS; ++k) {
+    uint32_t x[4];
+    ldmatrix_x4(block(k >> 2) ^ ((k & 3) << 5), x[0], x[1], x[2], x[3]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t& largest = k < 4 * ROPE ? latent[i & 1] : rotary[i & 1];
+      largest = max_abs_x2(largest, x[i]);
+    }
+  }
+  const RowScale rows[2] = {row_scale(largest_of(latent[0], rotary[0])),
+                            row_scale(largest_of(latent[1], rotary[1]))};
+  scale[0] *= rows[0].down, scale[1] *= rows[1].down;
+#pragma unroll
+  for (int i = 0; i < 4 * Q_STEPS; ++i) q[i] = scaled(q[i], rows[i & 1].up);
+#pragma unroll 1
+  for (int k = Q_STEPS; k < STEPS; ++k) {
+    const float factor = k < 4 * ROPE ? 1.f : LATENT_UP;
+    const uint32_t at = (k & 3) << 5;
+    uint32_t x[4];
+    ldmatrix_x4(block(k >> 2) ^ at, x[0], x[1], x[2], x[3]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = scaled(x[i], rows[i & 1].up * factor);
+    stmatrix_x4((tail + ((k >> 2) - Q_STEPS / 4) * Q_BLOCK_BYTES) ^ at, x[0], x[1], x[2], x[3]);
+  }
+#else
+  const uint32_t thread = thread_in_group() * 16;
+#pragma unroll
+  for (int i = 0; i < 4 * Q_TAIL_BLOCKS; ++i) {
+    const uint32_t from =
+        stage_address(place.stage) + (Q_STEPS / 4 - Q_FIRST_BLOCKS) * Q_BLOCK_BYTES;
+    st_shared_v4(shared_base() + Q_TAIL + i * 2048 + thread, ld_shared_v4(from + i * 2048 + thread));
+  }
+#endif
+  // Every use of a stage has a phase of p_ready. In those of Q the warps of this warpgroup wait for each
+  // other. The matrix warpgroups may be behind by more than a round of the ring, so they must not.
+  release(p_ready(first.stage));
+  release(p_ready(place.stage));
+  mbarrier_wait(p_ready(place.stage), place.phase);
+  if (arrives()) {
+    mbarrier_arrive(empty(first.stage), 2);
+    mbarrier_arrive(empty(place.stage), 2);
+  }
+}
+
+// ---- scores ---------------------------------------------------------------------------------
+
+// Issues S [64, 48] = Q [64, 576] K^T for the tile at `place`. `to_release` is p_ready of the tile
+// before, if it is yet to be released, or 0. Issuing is nearly synchronous, since a warp can queue
+// only a few wgmmas.
+DEVICE void issue_scores(float (&s)[SCORES], const uint32_t (&q)[4 * Q_STEPS], Place place,
+                         uint32_t to_release) {
+  const uint64_t k_tile = descriptor_k_major(stage_address(place.stage));
+  const uint64_t q_tail = descriptor_k_major(shared_base() + Q_TAIL);
+  auto columns = [&](int step) {
+    return k_tile + (step >> 2) * (BLOCK_BYTES >> 4) + (step & 3) * 2;
+  };
+  mbarrier_wait(full(place.stage), place.phase);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < Q_STEPS - LAST_STEPS; ++k) {
+    wgmma_m64n48k16_rs(s, q + 4 * k, columns(k), k != 0);
+  }
+#pragma unroll
+  for (int k = Q_STEPS; k < STEPS; ++k) {
+    const uint64_t q_columns =
+        q_tail + ((k >> 2) - Q_STEPS / 4) * (Q_BLOCK_BYTES >> 4) + (k & 3) * 2;
+    wgmma_m64n48k16_ss(s, q_columns, columns(k));
+  }
+  if (to_release) release(to_release);
+  wgmma_fence();
+#pragma unroll
+  for (int k = Q_STEPS - LAST_STEPS; k < Q_STEPS; ++k) {
+    wgmma_m64n48k16_rs(s, q + 4 * k, columns(k), 1);
+  }
+  wgmma_commit_group();
+}
+
+constexpr uint32_t ALL_LIVE = 0x0fff0fff;  // of two warps
+
+// -inf for tokens that are not to be seen, and for those that a row does not see: from `seen` on, of
+// each row. NaN among the live tokens stays, so that a refused row of the cache reaches every row.
+DEVICE void mask(float (&s)[SCORES], uint32_t stage, const int (&seen)[2]) {
+  const uint32_t lane = lane_index() & 3, from = live_tokens(stage) + (lane >> 1) * 2;
+  const uint32_t live[2] = {(uint32_t)ld_shared_u16(from) >> (lane & 1) * 2,
+                            (uint32_t)ld_shared_u16(from + 4) >> (lane & 1) * 2};
+#pragma unroll
+  for (int j = 0; j < TILE / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool is_live = live[j & 1] >> ((j >> 1) * CHUNK + i) & 1;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float& x = s[4 * j + 2 * h + i];
+        if (!is_live || (8 * j + i >= seen[h] && x == x)) x = NEG_INF;
+      }
+    }
+  }
+}
+
+// Scores -> P in the rotary block of the stage, and the running maximum m and sum l of the thread's two
+// rows (l of this thread's columns only). `largest` is their largest logit; m may be less by LAZY.
+DEVICE void softmax_step(float (&s)[SCORES], float (&m)[2], float (&l)[2], float (&largest)[2],
+                         uint32_t stage, const float (&scale)[2]) {
+  float x0 = fmaxf(s[0], s[1]), x1 = fmaxf(s[2], s[3]);
+  float y0 = fmaxf(s[4], s[5]), y1 = fmaxf(s[6], s[7]);
+#pragma unroll
+  for (int j = 2; j < TILE / 8; j += 2) {
+    x0 = fmaxf(x0, fmaxf(s[4 * j], s[4 * j + 1]));
+    x1 = fmaxf(x1, fmaxf(s[4 * j + 2], s[4 * j + 3]));
+    y0 = fmaxf(y0, fmaxf(s[4 * j + 4], s[4 * j + 5]));
+    y1 = fmaxf(y1, fmaxf(s[4 * j + 6], s[4 * j + 7]));
+  }
+  const float top0 = quad_max(fmaxf(x0, y0)) * scale[0];
+  const float top1 = quad_max(fmaxf(x1, y1)) * scale[1];
+  largest[0] = fmaxf(largest[0], top0), largest[1] = fmaxf(largest[1], top1);
+  const bool raise0 = top0 > m[0] + LAZY, raise1 = top1 > m[1] + LAZY;
+  const bool any = __any_sync(~0u, raise0 || raise1);
+  if (any) {  // rare after the first tiles
+    const float factor0 = raise0 ? raise_maximum(m[0], l[0], top0) : 1.f;
+    const float factor1 = raise1 ? raise_maximum(m[1], l[1], top1) : 1.f;
+    if ((lane_index() & 3) == 0) {
+      st_shared_u16(factors(stage), __float_as_uint(factor0) >> 16);
+      st_shared_u16(factors(stage) + SECOND_ROW_FACTOR, __float_as_uint(factor1) >> 16);
+    }
+  }
+  if (lane_index() == 0) st_shared_u32(rescale_flag(stage), any);
+
+  const float minus_m0 = m[0] == NEG_INF ? 0.f : -m[0], minus_m1 = m[1] == NEG_INF ? 0.f : -m[1];
+  const uint32_t p_tile = stage_address(stage) + ROPE * BLOCK_BYTES + plain_fragment_offset();
+  float a0 = 0.f, a1 = 0.f, b0 = 0.f, b1 = 0.f;
+#pragma unroll
+  for (int k = 0; k < TILE / 16; ++k) {
+    float* t = s + 8 * k;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      t[i] = ex2(i & 2 ? fmaf(t[i], scale[1], minus_m1) : fmaf(t[i], scale[0], minus_m0));
+    }
+    stmatrix_x4(p_tile + k * P_STEP_BYTES, product_x2(t[0], t[1]), product_x2(t[2], t[3]),
+                product_x2(t[4], t[5]), product_x2(t[6], t[7]));
+    a0 += t[0] + t[1], a1 += t[2] + t[3];
+    b0 += t[4] + t[5], b1 += t[6] + t[7];
+  }
+  l[0] += a0 + b0, l[1] += a1 + b1;
+}
+
+// ---- results --------------------------------------------------------------------------------
+
+DEVICE void store_max_logit(const Params& params, int request, const RowBlock& block, int row,
+                            float logit) {
+  params.max_logits[(int64_t)request * params.h_q + block.first_head + row] = logit;
+}
+
+// The results of a piece without tiles: NaN if the request is refused, else those of no keys, out 0,
+// lse +inf and max_logits -inf.
+DEVICE void store_no_keys(const Params& params, int request, const Piece& piece) {
+  const uint32_t thread = thread_in_group();
+  if (piece.refused && thread == 0) refuse(params, request, piece.reason, 0);
+  const RowBlock block = row_block();
+  const int rows = min(ROWS, params.slab_rows - block.first_row);
+  if (piece.slot >= 0) {  // a split piece has tiles unless refused; combine makes the row NaN
+    if (thread < rows) {
+      const int64_t row = partial_row(params, piece.slot, block, block.first_row + thread);
+      st_global_v4_f32(params.row_partial + row * 4, QUIET_NAN, 1.f, 1.f, QUIET_NAN);
+    }
+    return;
+  }
+  if (thread < rows) {
+    const int row = block.first_row + thread;
+    store_lse(params, request, block, row, piece.refused ? QUIET_NAN : POS_INF);
+    if (params.max_logits) {
+      store_max_logit(params, request, block, row, piece.refused ? QUIET_NAN : NEG_INF);
+    }
+  }
+  const uint32_t pair = piece.refused ? 0x7fff7fffu : 0;
+  uint16_t* to = params.out + out_row(params, request, block, block.first_row) * 512;
+#pragma unroll 1
+  for (int i = thread; i < rows * 64; i += GROUP_THREADS) {
+    st_global_v4(to + i * 8, {pair, pair, pair, pair});
+  }
+}
+
+// ---- the role -------------------------------------------------------------------------------
+
+DEVICE float descale(const float* factor) { return factor ? __ldg(factor) : 1.f; }
+
+// The query head of a row of the block.
+DEVICE int head_of(const Params& params, const RowBlock& block, int row) {
+  return block.first_head + row % params.group;
+}
+// What a sink adds to l of a row, given its running maximum.
+DEVICE float sink_of(const Params& params, int head, float m) {
+  return ex2(__ldg(params.attn_sink + head) * LOG2E - m);
+}
+
+DEVICE void softmax_role(const Params& params) {
+  uint32_t q[4 * Q_STEPS];
+  float s[SCORES], scale[2];
+  Place place;
+  uint32_t results_phase = 1;
+#pragma unroll 1
+  for (int request = uniform(part_of(params).first_request);
+       request <= uniform(part_of(params).last_request); ++request) {
+    int tiles_left, border;  // border: the token from which on some row does not see all
+    uint32_t result;
+    int first_token;
+    {
+      const Piece piece = piece_of(params, request);
+      tiles_left = uniform(piece_tiles(piece)), first_token = piece.begin * TOKENS;
+      border = uniform(params.causal ? piece.length - params.s_q + 1 : 0x7fffffff);
+      result = uniform(result_word(piece.kind, piece.slot));
+      if (tiles_left == 0) {
+        store_no_keys(params, request, piece);
+        continue;
+      }
+    }
+    take_q(q, scale, place,
+           params.scale_log2 * descale(params.descale_q) * descale(params.descale_k));
+    place.advance();
+    float m[2] = {NEG_INF, NEG_INF}, l[2] = {0.f, 0.f}, largest[2] = {NEG_INF, NEG_INF};
+    uint32_t to_release = 0;
+#pragma unroll 1
+    for (;;) {
+      issue_scores(s, q, place, to_release);
+      wgmma_wait_all();
+      pin(s);
+      const uint32_t all = ld_shared_u32(live_tokens(place.stage)) &
+                           ld_shared_u32(live_tokens(place.stage) + 4);
+      if (uniform(all != ALL_LIVE || first_token + TILE > border)) {
+        int seen[2] = {TILE, TILE};
+        if (first_token + TILE > border) {  // causal
+          const RowBlock block = row_block();
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int row = block.first_row + row_in_block() + 8 * h;
+            const int position = block.slab + row / params.group;
+            if (row < params.slab_rows) seen[h] = border + position - first_token - column_pair();
+          }
+        }
+        mask(s, place.stage, seen);
+      }
+      softmax_step(s, m, l, largest, place.stage, scale);
+      if (--tiles_left == 0) break;
+      first_token += TILE;
+      const uint32_t p_written = p_ready(place.stage);
+      place.advance();
+      const bool arrived = __all_sync(~0u, mbarrier_test_wait(full(place.stage), place.phase));
+      if (!arrived) release(p_written);  // memory-bound: P V runs while K is on its way
+      to_release = arrived ? p_written : 0;
+    }
+
+    release(p_ready(place.stage));  // ahead of all else: P V must not wait
+    place.advance();
+    mbarrier_wait(results_free(), results_phase);
+    results_phase ^= 1;
+    const Kind kind = kind_of(result);
+    const int slot = slot_of(result);
+    const float down = LATENT_DOWN * descale(params.descale_k);
+    l[0] = quad_sum(l[0]), l[1] = quad_sum(l[1]);
+    if ((lane_index() & 3) == 0) {
+      const RowBlock block = row_block();
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = block.first_row + row_in_block() + 8 * h;
+        float sum = l[h];
+        if (params.attn_sink && kind == WHOLE && row < params.slab_rows) {
+          sum += sink_of(params, head_of(params, block, row), m[h]);
+        }
+        st_shared_f32(row_floats(INVERSE_L) + SECOND_ROW_FLOAT * h,
+                      l[h] == 0.f ? 0.f : rcp(sum) * down);
+      }
+    }
+    if (thread_index() == 0) st_shared_u32(shared_base() + RESULT, result);
+    __syncwarp();
+    if (arrives()) mbarrier_arrive(results_ready());
+    if ((lane_index() & 3) == 0) {
+      const RowBlock block = row_block();
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = block.first_row + row_in_block() + 8 * h;
+        if (row >= params.slab_rows) continue;
+        const float lse = lg2(l[h]) + m[h];  // log2
+        if (kind == WHOLE) {
+          store_lse(params, request, block, row, l[h] == 0.f ? POS_INF : lse * LN2);
+          if (params.max_logits) {
+            store_max_logit(params, request, block, row, largest[h] * LN2);
+          }
+        } else {
+          float* partial = params.row_partial + partial_row(params, slot, block, row) * 4;
+          partial[0] = l[h] == 0.f ? NEG_INF : lse;
+          partial[3] = largest[h];
+        }
+      }
+    }
+    __syncwarp();
+  }
+}
