@@ -336,8 +336,13 @@ DEVICE void merge_units(const Arrays& a, const Request& request, int block, int 
   }
 }
 
+#if defined(GATHERED)
+#define COMBINE combine_gathered
+#else
+#define COMBINE combine
+#endif
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-    combine(const int* __restrict__ tile_scheduler_metadata,  // [parts, 8]
+    COMBINE(const int* __restrict__ tile_scheduler_metadata,  // [parts, 8]
             const float* out_partial, const float* row_partial, uint16_t* out, float* lse,
             uint64_t* pairs,  // [words]: sm90_pair.cuh
             int words, int batch, int s_q, int h_q, int group, int slots, int parts,

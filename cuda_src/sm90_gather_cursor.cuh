@@ -95,7 +95,11 @@ struct Walk {
     }
     if (in_pool >= pages || entry < 0) {
       is_bad = !(is_listed && (entry == -1 || params.outside_is_none));
-      if (is_bad) refuse(params, request, PAGE_ID, is_listed ? mine : page);
+      if (is_bad) {
+        const List list = !is_listed ? TABLE : is_second ? SECOND_LIST : FIRST_LIST;
+        const int place = !is_listed ? page : is_second ? mine - second : mine;
+        refuse(params, request, PAGE_ID, list << LIST_SHIFT | place);
+      }
       return nullptr;
     }
     return (is_second ? params.extra_cache : params.cache) +
@@ -166,10 +170,13 @@ DEVICE void load_q(const Params& params, const TensorMap& q_map_0, const TensorM
     if (uniform(warp_in_group()) == 0 && elect_sync()) {
       const RowBlock block = row_block();
       const int blocks = i ? COLUMN_BLOCKS - Q_FIRST_BLOCKS : Q_FIRST_BLOCKS;
+      // A query token that is a request of its own is a position of a request of the call.
+      const int of_call = request / params.lse_group;
+      const int position = block.slab + request - of_call * params.lse_group;
       mbarrier_expect_tx(full(place.stage), blocks * Q_BLOCK_BYTES);
       cp_async_bulk_tensor_5d(stage_address(place.stage), i ? q_map_1 : q_map_0, full(place.stage),
-                              0, block.first_head + block.first_row, i * Q_FIRST_BLOCKS,
-                              block.slab, request, createpolicy_evict_first());
+                              0, block.first_head + block.first_row, i * Q_FIRST_BLOCKS, position,
+                              of_call, createpolicy_evict_first());
     }
     __syncwarp();
     if (arrives()) mbarrier_arrive(full(place.stage));

@@ -22,10 +22,16 @@
 #include "sm90_gather_accumulate.cuh"
 #include "sm90_gather_softmax.cuh"
 
+#if defined(FORMAT_V32)
+#define GATHER gather_v32
+#elif defined(FORMAT_PER_TENSOR)
+#define GATHER gather_e4m3
+#else
+#define GATHER gather_16bit
+#endif
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
-    gather_decode(const __grid_constant__ TensorMap q_map_0,
-                  const __grid_constant__ TensorMap q_map_1,
-                  const __grid_constant__ Params params) {
+    GATHER(const __grid_constant__ TensorMap q_map_0, const __grid_constant__ TensorMap q_map_1,
+           const __grid_constant__ Params params) {
   if (thread_index() == 0) {
     prefetch_tensormap(q_map_0);
     prefetch_tensormap(q_map_1);

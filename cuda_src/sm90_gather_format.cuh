@@ -23,13 +23,13 @@ constexpr bool IS_FP8 = false;
 // STAGED_ROW: bytes from one row to the next where rows wait to be converted. It is 64 modulo 128, so
 // that lanes that read two rows at once meet different banks.
 #if defined(FORMAT_V32)
-constexpr int ROW_BYTES = 656, STAGED_ROW = 704;
+constexpr int ROW_BYTES = 656, STAGED_ROW = 704, LAUNCH_SHARED_BYTES = 225808;
 constexpr int LATENT_UP_LOG2 = 3;
 #elif defined(FORMAT_PER_TENSOR)
-constexpr int ROW_BYTES = 576, STAGED_ROW = 576;
+constexpr int ROW_BYTES = 576, STAGED_ROW = 576, LAUNCH_SHARED_BYTES = 219664;
 constexpr int LATENT_UP_LOG2 = 0;
 #else
-constexpr int ROW_BYTES = 1152, STAGED_ROW = 0;  // rows go to the ring at once
+constexpr int ROW_BYTES = 1152, STAGED_ROW = 0, LAUNCH_SHARED_BYTES = 183824;  // no staging
 constexpr int LATENT_UP_LOG2 = 0;
 #endif
 // How many column blocks of Q stay in shared memory, and registers of a thread by role. Conversion needs

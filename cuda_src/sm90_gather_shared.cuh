@@ -81,6 +81,7 @@ enum MbarrierIndex {
 };
 constexpr int SHARED_BYTES = BARRIERS + MBARRIERS * 8;
 static_assert(FACTORS % 16 == 0 && BARRIERS % 8 == 0 && SHARED_BYTES <= 232448, "of a block");
+static_assert(SHARED_BYTES == LAUNCH_SHARED_BYTES, "gpu/kernels.py has it, too");
 
 DEVICE uint32_t mbarrier(uint32_t index) { return shared_base() + BARRIERS + index * 8; }
 DEVICE uint32_t full(uint32_t stage) { return mbarrier(FULL + stage); }

@@ -237,7 +237,10 @@ DEVICE void store_max_logit(const Params& params, int request, const RowBlock& b
 // lse +inf and max_logits -inf.
 DEVICE void store_no_keys(const Params& params, int request, const Piece& piece) {
   const uint32_t thread = thread_in_group();
-  if (piece.refused && thread == 0) refuse(params, request, piece.reason, 0);
+  if (piece.refused && thread == 0) {
+    const List list = piece.reason == LENGTH ? list_of_length(params, request) : TABLE;
+    refuse(params, request, piece.reason, list << LIST_SHIFT);
+  }
   const RowBlock block = row_block();
   const int rows = min(ROWS, params.slab_rows - block.first_row);
   if (piece.slot >= 0) {  // a split piece has tiles unless refused; combine makes the row NaN

@@ -62,10 +62,18 @@ struct Params {
 // ---- requests -------------------------------------------------------------------------------
 
 enum Reason { LENGTH, STALE_METADATA, PAGE_ID, FOREIGN_METADATA };  // gpu/reports.py names them
+#if defined(GATHERED)
+// What a column says of a length or an index of a list: which one, in the upper bits, and its place.
+constexpr int LIST_SHIFT = 28;
+enum List { TABLE, FIRST_LIST, SECOND_LIST, PREFILL_LIST };
+#endif
 
 // Remembers why a request is refused, and tells the host. The least key wins: the first request,
 // and of that the first reason.
 DEVICE void refuse(const Params& params, int request, Reason reason, int column) {
+#if defined(GATHERED)
+  request /= params.lse_group;  // of the call, not that of a query token
+#endif
   const uint64_t key = (uint64_t)request << 34 | (uint64_t)reason << 32 | (uint32_t)column;
   atomicMin(params.refusal, key);
   __threadfence_system();
@@ -103,6 +111,12 @@ DEVICE int request_length(const Params& params, int request) {
     length = extra < 0 ? -1 : (length + TOKENS - 1) / TOKENS * TOKENS + extra;
   }
   return length;
+}
+// Whose length makes request_length() -1.
+DEVICE List list_of_length(const Params& params, int request) {
+  if (params.topk == 0) return TABLE;
+  if (first_length(params, request) >= 0) return SECOND_LIST;
+  return params.outside_is_none ? PREFILL_LIST : FIRST_LIST;
 }
 DEVICE int lse_group(const Params& params) { return params.lse_group; }
 #else

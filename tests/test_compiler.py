@@ -80,7 +80,10 @@ def test_variants():
     pages = ("p64", "p32", "p16")
     decode = [f"dense_decode_{dtype}_{page}" for dtype in ("bf16", "fp16") for page in pages]
     of_caches = ["append_bf16", "append_fp16", "copy_pages", "update_tables"]
-    assert names == [*decode, "combine_bf16", "combine_fp16", "schedule", *of_caches]
+    gathering = ("gather_v32", "gather_e4m3", "gather_16bit", "combine_gathered")
+    gathered = [f"{name}_{dtype}" for name in gathering for dtype in ("bf16", "fp16")]
+    everything = [*decode, "combine_bf16", "combine_fp16", "schedule", *of_caches]
+    assert names == [*everything, *gathered, "list_lengths"]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,12 @@ def test_variants():
         (Variant("dense_decode", "float16", 16), ("-DDTYPE_FP16", "-DPAGE_SIZE=16"), None),
         (Variant("combine", "float16"), ("-DDTYPE_FP16",), "combine.cu"),
         (Variant("schedule"), (), "schedule.cu"),
+        (
+            Variant("gather_v32", "bfloat16"),
+            ("-DGATHERED", "-DFORMAT_V32", "-DDTYPE_BF16"),
+            "sm90_gather_decode.cu",
+        ),
+        (Variant("combine_gathered", "float16"), ("-DGATHERED", "-DDTYPE_FP16"), "combine.cu"),
     ],
 )
 def test_macros(variant, macros, source):

@@ -11,7 +11,7 @@ from ..errors import DeviceCheckError
 from ..schedule import split
 from ..schedule.sched_meta import Configuration, stale_requests
 from ..sizes import HEAD_DIM_V, NUM_SMS_CPU, num_sm_parts
-from . import checks, fits, scalars
+from . import checks, fits, gathered, scalars
 from .arguments import FP8_DECODE
 from .operation import Operation, Output, Valid, Views
 
@@ -39,7 +39,7 @@ def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     checks.table(infos["block_table"], batch, k_cache.shape[1])
     checks.lengths(infos["cache_seqlens"], batch)
     if "tile_scheduler_metadata" in infos:
-        parts = num_sm_parts(NUM_SMS_CPU, s_q * h_q, 1)
+        parts = num_sm_parts(gathered.num_sms_of(q.device), s_q * h_q, 1)
         checks.metadata(infos["tile_scheduler_metadata"], infos["num_splits"], batch, parts)
     outputs = _outputs(infos, options)
     fits.outputs(FP8_DECODE, infos, outputs)
@@ -79,6 +79,22 @@ def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:
     ).violation
 
 
+def _on_gpu(valid: Valid) -> gathered.Work:
+    q, cache, table = (valid.infos[name] for name in ("q", "k_cache", "block_table"))
+    _, s_q, h_q, _ = q.shape
+    geometry = gathered.geometry_of(
+        cache,
+        q,
+        gathered.require_kernel("k_cache", cache, q, FP8_DECODE.function),
+        table_stride=gathered.rows_of(table),
+        columns=table.shape[1],
+        parts=num_sm_parts(gathered.num_sms_of(q.device), s_q * h_q, 1),
+    )
+    scale, causal = valid.options
+    names = "k_cache", "block_table"
+    return gathered.GpuWork(valid.framework, geometry, q.device, (scale, causal), names)
+
+
 FP8 = Operation(
     name="fp8_decode",
     table=FP8_DECODE,
@@ -87,4 +103,5 @@ FP8 = Operation(
     refused=_refused,
     compute=_compute,
     schedule=_schedule,
+    on_gpu=_on_gpu,
 )

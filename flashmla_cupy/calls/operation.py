@@ -2,8 +2,7 @@
 
 An Operation is a public function, or one of the things that it does: the table of its arguments,
 its checks, and how its results are computed by the definitions in NumPy. PyTorch's ops and JAX's
-follow from the same (`traced`). There are no kernels for them yet: arrays on a GPU are refused,
-with an OptionError.
+follow from the same (`traced`). Arrays on a GPU go to its kernels, by way of `gathered`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from ..locks import Lock
 from ..schedule.sched_meta import Configuration, SchedMeta
 from . import refusals
 from .arguments import Table
+from .gathered import Work
 from .signatures import Checked, Pointers, Signatures, pointers, spans
 
 Arrays = tuple[Any, ...]
@@ -55,6 +55,7 @@ class OperationCall(Checked):
 
     valid: Valid
     new: tuple[Callable[[], Any], ...]  # makes each output
+    work: Work | None  # what a GPU does; None: arrays in host memory, or nothing to compute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,8 @@ class Operation:
     compute: Callable[[Valid, Views], DeviceCheckError | None]
     # (tile_scheduler_metadata, num_splits) for a SchedMeta; None: there is none.
     schedule: Callable[[Valid, Views], tuple[np.ndarray, np.ndarray]] | None = None
+    # What a GPU does for such calls; raises an OptionError where it has no kernel.
+    on_gpu: Callable[[Valid], Work]
     _calls: Signatures[OperationCall] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -103,8 +106,10 @@ class Operation:
             if where and otherwise is not None:
                 return otherwise(where, self, arrays, options, lazy)
             call, addresses = self._make(arrays, options, key)
-        refusals.raise_host()
+        refusals.raise_pending()
         given = dict(zip(self.table.names, arrays, strict=True))
+        if call.valid.infos[self.table.names[0]].device != HOST:
+            return self._run_on_gpu(call, given, addresses, lazy)
         view = call.valid.framework.to_numpy
         views = {name: None if x is None else view(x) for name, x in given.items()}
         if not (is_op or call.valid.is_empty):
@@ -118,6 +123,24 @@ class Operation:
                 views[name] = view(given[name])
         if not call.valid.is_empty:
             self.run_on_host(call.valid, views, lazy)
+        return tuple(given[name] for name in names)
+
+    def _run_on_gpu(
+        self,
+        call: OperationCall,
+        given: dict[str, Any],
+        addresses: Pointers,
+        lazy: SchedMeta | None,
+    ) -> Results:
+        """Allocates what is missing and launches; nothing here waits for the device."""
+        at = dict(zip(self.table.names, addresses, strict=False))
+        names = [array.name for array in self.table.having("output")]
+        for name, new in zip(names, call.new, strict=True):
+            if given[name] is None:
+                given[name] = new()
+                at[name] = call.valid.framework.pointer(given[name])
+        if call.work is not None:
+            call.work(at, lazy, call.valid.configuration)
         return tuple(given[name] for name in names)
 
     def run_on_host(self, valid: Valid, views: Views, lazy: SchedMeta | None = None) -> None:
@@ -136,25 +159,25 @@ class Operation:
         self, arrays: Arrays, options: tuple[Any, ...], key: Any
     ) -> tuple[OperationCall, Pointers]:
         valid = self.validate(arrays, options)
-        first = valid.infos[self.table.names[0]]
-        if first.device != HOST:
-            raise self.no_kernel(f"{first.dtype} on CUDA device {first.device}")
-        new = tuple(
-            valid.framework.allocator(output.shape, output.dtype, HOST) for output in valid.outputs
-        )
+        device = valid.infos[self.table.names[0]].device
+        allocator = valid.framework.allocator
         call = OperationCall(
-            table=self.table, spans=spans(self.table, valid.infos), valid=valid, new=new
+            table=self.table,
+            spans=spans(self.table, valid.infos),
+            valid=valid,
+            new=tuple(allocator(output.shape, output.dtype, device) for output in valid.outputs),
+            work=None if device == HOST or valid.is_empty else self.on_gpu(valid),
         )
         return self._calls.keep(key, call), pointers(self.table, valid.infos)
 
     def no_kernel(self, got: str) -> OptionError:
-        """For arrays on a GPU."""
+        """For JAX arrays on a GPU."""
         return OptionError(
             self.table.names[0],
-            "arrays in host memory, since FP8 caches and lists of tokens have no kernel yet",
+            "JAX arrays in host memory, since FP8 caches and lists of tokens on a GPU go with CuPy"
+            " and PyTorch only",
             got,
-            "Move the arrays to the host, or dequantize_kv() the cache and attend to all tokens"
-            " with block_table and cache_seqlens.",
+            "Pass them as CuPy arrays or PyTorch tensors, by DLPack, or move them to the host.",
             self.table.function,
         )
 

@@ -14,7 +14,7 @@ from ..schedule import split
 from ..schedule.lists import list_lengths
 from ..schedule.sched_meta import Configuration, stale_requests
 from ..sizes import HEAD_DIM_V, NUM_SMS_CPU, num_sm_parts
-from . import checks, fits, scalars
+from . import checks, fits, gathered, scalars
 from .arguments import SPARSE_DECODE
 from .operation import Operation, Output, Valid, Views
 from .wording import show
@@ -43,7 +43,7 @@ def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     batch, s_q, h_q = sizes["batch"], sizes["s_q"], sizes["h_q"]
     fits.requests("q", q, batch * s_q)
     if "tile_scheduler_metadata" in infos:
-        parts = num_sm_parts(NUM_SMS_CPU, h_q, 1)
+        parts = num_sm_parts(gathered.num_sms_of(q.device), h_q, 1)
         schedule = infos["tile_scheduler_metadata"], infos["num_splits"]
         checks.metadata(*schedule, batch * s_q, parts)
     outputs = _outputs(infos, options)
@@ -146,6 +146,46 @@ def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:
     ).violation
 
 
+def _on_gpu(valid: Valid) -> gathered.Work:
+    infos = valid.infos
+    q, cache, indices = (infos[name] for name in ("q", "k_cache", "indices"))
+    _, s_q, h_q, _ = q.shape
+    extra = infos.get("extra_indices_in_kvcache")
+    per_token = [
+        len(infos[name].shape) == 2
+        for name in ("topk_length", "extra_topk_length")
+        if name in infos
+    ]
+    if len(set(per_token)) > 1:
+        raise ShapeError(
+            "extra_topk_length",
+            "as many axes as topk_length, on a GPU",
+            show(infos["extra_topk_length"]),
+            "Pass both as [batch], or both as [batch, s_q].",
+        )
+    geometry = gathered.geometry_of(
+        cache,
+        q,
+        gathered.require_kernel("k_cache", cache, q, SPARSE_DECODE.function),
+        table_stride=gathered.even_rows("indices", indices),
+        columns=indices.shape[2],
+        parts=num_sm_parts(gathered.num_sms_of(q.device), h_q, 1),
+        topk=indices.shape[2],
+        length_group=1 if any(per_token) else s_q,
+        **(
+            {}
+            if extra is None
+            else {
+                "extra_topk": extra.shape[2],
+                "extra_stride": gathered.even_rows("extra_indices_in_kvcache", extra),
+                "extra_pool": gathered.pool_of(infos["extra_k_cache"]),
+            }
+        ),
+    )
+    options, names = (valid.options[0], False), ("k_cache", "indices")
+    return gathered.GpuWork(valid.framework, geometry, q.device, options, names)
+
+
 SPARSE = Operation(
     name="sparse_decode",
     table=SPARSE_DECODE,
@@ -154,4 +194,5 @@ SPARSE = Operation(
     refused=_refused,
     compute=_compute,
     schedule=_schedule,
+    on_gpu=_on_gpu,
 )

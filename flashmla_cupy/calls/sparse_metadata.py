@@ -8,17 +8,19 @@ from ..errors import ArgTypeError, ArgumentError, DeviceCheckError, ScalarError
 from ..schedule import split
 from ..schedule.lists import list_lengths
 from ..sizes import METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
-from . import fits, scalars
+from . import fits, gathered, scalars
 from .arguments import SPARSE_METADATA
 from .operation import Operation, Output, Valid, Views
 
 FUNCTION = SPARSE_METADATA.function
 
 
-def _outputs(named: dict[str, Any], options: tuple[Any, ...]) -> tuple[Output, ...]:
+def _outputs(
+    named: dict[str, Any], options: tuple[Any, ...], num_sms: int = NUM_SMS_CPU
+) -> tuple[Output, ...]:
     rows, _, h_q, _, _ = options
     batch, s_q = named["cache_seqlens"].shape[0], rows // h_q
-    parts = num_sm_parts(NUM_SMS_CPU, h_q, 1)
+    parts = num_sm_parts(num_sms, h_q, 1)
     return Output((parts, METADATA_COLUMNS), "int32"), Output((batch * s_q + 1,), "int32")
 
 
@@ -50,7 +52,8 @@ def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     except ArgumentError as error:
         raise error.of(FUNCTION) from error.__cause__
     checked = rows, 1, h_q, topk, extra_topk
-    return Valid(framework, infos, checked, _outputs(infos, checked))
+    num_sms = gathered.num_sms_of(infos["cache_seqlens"].device)
+    return Valid(framework, infos, checked, _outputs(infos, checked, num_sms))
 
 
 def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:
@@ -70,6 +73,17 @@ def _refused(valid: Valid, views: Views) -> DeviceCheckError | None:
     return None
 
 
+def _on_gpu(valid: Valid) -> gathered.Work:
+    rows, _, h_q, topk, extra_topk = valid.options
+    infos = valid.infos
+    batch, s_q = infos["cache_seqlens"].shape[0], rows // h_q
+    given = [infos[name] for name in ("topk_length", "extra_topk_length") if name in infos]
+    per_token = any(len(info.shape) == 2 for info in given)
+    sizes = batch * s_q, 1 if per_token else s_q, topk, extra_topk
+    device = infos["cache_seqlens"].device
+    return gathered.ListMetadataWork(valid.framework, device, sizes, h_q)
+
+
 METADATA = Operation(
     name="sparse_metadata",
     table=SPARSE_METADATA,
@@ -77,4 +91,5 @@ METADATA = Operation(
     validate=_validate,
     refused=_refused,
     compute=_compute,
+    on_gpu=_on_gpu,
 )

@@ -14,8 +14,8 @@ from ..errors import (
     ShapeError,
 )
 from ..frameworks import ArrayInfo
-from ..sizes import HEAD_DIM_V
-from . import fits, scalars
+from ..sizes import HEAD_DIM_V, num_sm_parts
+from . import fits, gathered, scalars
 from .arguments import SPARSE_PREFILL
 from .operation import Operation, Output, Valid, Views
 from .scalars import INT_LIMIT
@@ -96,6 +96,28 @@ def _refused(valid: Valid, views: Views) -> DeviceCheckError | None:
     return DeviceCheckError(token, -1, reason, False, FUNCTION) if token >= 0 else None
 
 
+def _on_gpu(valid: Valid) -> gathered.Work:
+    q, kv, indices = (valid.infos[name] for name in ("q", "kv", "indices"))
+    s_q, h_q, _ = q.shape
+    # A query token is a request, and kv is a pool of pages of one token.
+    row, head, column = q.strides
+    of_requests = q._replace(shape=(s_q, 1, *q.shape[1:]), strides=(row, head * h_q, head, column))
+    token = kv.strides[0] if kv.shape[0] > 1 else kv.shape[2]
+    cache = kv._replace(shape=(kv.shape[0], 1, 1, kv.shape[2]), strides=(token, token, token, 1))
+    geometry = gathered.geometry_of(
+        cache,
+        of_requests,
+        gathered.require_kernel("kv", cache, q, FUNCTION),
+        table_stride=indices.strides[0] if s_q > 1 else indices.shape[2],
+        columns=indices.shape[2],
+        parts=num_sm_parts(gathered.num_sms_of(q.device), h_q, 1),
+        topk=indices.shape[2],
+        outside_is_none=True,
+    )
+    options, names = (valid.options[0], False), ("kv", "indices")
+    return gathered.GpuWork(valid.framework, geometry, q.device, options, names)
+
+
 PREFILL = Operation(
     name="sparse_prefill",
     table=SPARSE_PREFILL,
@@ -103,4 +125,5 @@ PREFILL = Operation(
     validate=_validate,
     refused=_refused,
     compute=_compute,
+    on_gpu=_on_gpu,
 )

@@ -21,8 +21,9 @@ from ..schedule.split import launch_sizes
 from . import arch
 from .decode_launch import DecodeKernels, DecodeLaunch
 from .driver import Function, RelaxedCapture
+from .gather_launch import GatherGeometry, GatherKernels, GatherLaunch, ListSchedule
 from .geometry import Geometry
-from .kernels import SCHEDULE, Variant
+from .kernels import LIST_LENGTHS, SCHEDULE, Variant
 from .reports import Reports
 from .schedule_launch import ScheduleLaunch
 
@@ -115,6 +116,18 @@ class Engine:
         """What launches decode calls of this geometry: keep it, and call it."""
         kernels = DecodeKernels(*self.load(*DecodeKernels.variants(geometry, self.arch)))
         return DecodeLaunch(geometry, kernels, self.num_sms, self._reports, self._epochs)
+
+    def gather(self, geometry: GatherGeometry) -> GatherLaunch:
+        """What launches calls that gather rows, of this geometry: keep it, and call it."""
+        kernels = GatherKernels(*self.load(*GatherKernels.variants(geometry, self.arch)))
+        return GatherLaunch(geometry, kernels, self.num_sms, self._reports, self._epochs)
+
+    def list_schedule(self, sizes: tuple[int, int, int, int], parts: int, h_q: int) -> ListSchedule:
+        """What makes the metadata of lists: of query tokens, how many share a length, topk and
+        extra_topk."""
+        variants = (Variant(kernel.name, arch=self.arch) for kernel in (LIST_LENGTHS, SCHEDULE))
+        lengths, schedule = self.load(*variants)
+        return ListSchedule(lengths, schedule, sizes, parts, h_q)
 
     def schedule(
         self,

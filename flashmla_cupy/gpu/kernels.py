@@ -29,6 +29,7 @@ class Kernel:
     shared_bytes: int = 0  # dynamic shared memory, at most
     dtypes: tuple[str, ...] = ()  # (): the same code for all
     page_sizes: tuple[int, ...] = ()  # tokens; the largest stands for all above, (): as above
+    defines: tuple[str, ...] = ()  # macros that select this kernel of its source
     # What ptxas may use of a thread's registers, and spill in bytes: more is a fault of the code.
     registers: int = 128
     spill_bytes: int = 0
@@ -141,7 +142,90 @@ UPDATE_TABLES = Kernel(
     registers=32,
 )
 
-KERNELS = (DENSE_DECODE, COMBINE, SCHEDULE, APPEND, COPY_PAGES, UPDATE_TABLES)
+_GATHER_PARAMETERS = """
+        pointer tile_scheduler_metadata, cache_seqlens, block_table, out, lse
+        pointer out_partial, row_partial, pairs
+        uint64 epoch
+        pointer refusal, refused
+        int64 table_stride
+        int batch, s_q, h_q, group, slab_rows, blocks, num_pages, page_tiles_log2, max_length
+        int slots, causal, border_tiles
+        float scale_log2
+        pointer cache, extra_cache, extra_indices, topk_length, extra_topk_length
+        pointer attn_sink, descale_q, descale_k, max_logits
+        int64 page_bytes, extra_page_bytes, extra_stride
+        uint64 length_group
+        int page_size, extra_page_size, extra_num_pages, page_shift, extra_page_shift
+        int topk, extra_topk, lse_group, outside_is_none
+        """
+
+
+def _gather(name: str, define: str | None, shared_bytes: int) -> Kernel:
+    """sm90_gather_decode.cu for the rows of one format of a cache."""
+    return Kernel(
+        name,
+        "sm90_gather_decode.cu",
+        ("sm_90a",),
+        512,
+        Parameters(_GATHER_PARAMETERS, as_struct=True, tensor_maps=2),  # of q: for two stages
+        shared_bytes=shared_bytes,  # SHARED_BYTES
+        dtypes=("bfloat16", "float16"),
+        defines=("GATHERED",) if define is None else ("GATHERED", define),
+        registers=128,  # setmaxnreg shares them out anew by role
+        spill_bytes=96,
+        mma_loops=2,  # Q K^T with softmax, and P V
+    )
+
+
+GATHER_V32 = _gather("gather_v32", "FORMAT_V32", 225808)
+GATHER_E4M3 = _gather("gather_e4m3", "FORMAT_PER_TENSOR", 219664)
+GATHER_16BIT = _gather("gather_16bit", None, 183824)
+
+COMBINE_GATHERED = Kernel(
+    "combine_gathered",
+    "combine.cu",
+    ("sm_90a",),
+    256,
+    Parameters(
+        """
+        pointer tile_scheduler_metadata, out_partial, row_partial, out, lse, pairs
+        int words, batch, s_q, h_q, group, slots, parts, slab_rows
+        pointer attn_sink, max_logits
+        int lse_group
+        """
+    ),
+    dtypes=("bfloat16", "float16"),
+    defines=("GATHERED",),
+)
+
+LIST_LENGTHS = Kernel(
+    "list_lengths",
+    "list_lengths.cu",
+    ("sm_90a",),
+    256,
+    Parameters(
+        """
+        pointer topk_length, extra_topk_length, cache_seqlens
+        uint64 length_group
+        int batch, topk, extra_topk
+        """
+    ),
+    registers=32,
+)
+
+KERNELS = (
+    DENSE_DECODE,
+    COMBINE,
+    SCHEDULE,
+    APPEND,
+    COPY_PAGES,
+    UPDATE_TABLES,
+    GATHER_V32,
+    GATHER_E4M3,
+    GATHER_16BIT,
+    COMBINE_GATHERED,
+    LIST_LENGTHS,
+)
 
 
 def kernel_of(name: str, arch: str) -> Kernel:
@@ -199,7 +283,7 @@ class Variant:
         """The NVRTC options that select this variant of its source."""
         dtype = () if self.dtype is None else (f"-DDTYPE_{DTYPES[self.dtype].upper()}",)
         page = () if self.page_size is None else (f"-DPAGE_SIZE={self.page_size}",)
-        return dtype + page
+        return (*(f"-D{name}" for name in self.row.defines), *dtype, *page)
 
     def serves(self, dtype: str, page_size: int) -> bool:
         """Whether calls with a k_cache of this dtype and page size launch it."""

@@ -84,3 +84,7 @@ class Arguments:
         pointers = self._pointers
         pointers[0], pointers[1] = first
         pointers[2], pointers[3] = second
+
+    def set_q_maps(self, maps: tuple[int, int]) -> None:
+        """Where two tensor maps are, of one array."""
+        self._pointers[0], self._pointers[1] = maps

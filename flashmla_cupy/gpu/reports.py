@@ -13,6 +13,13 @@ from ..errors import DeviceCheckError, ForkedProcessError
 from .driver import RelaxedCapture
 
 REASONS = ("length", "stale metadata", "page id", "foreign metadata")  # Reason in sm90_pieces.cuh
+# Of lengths and ids in lists of tokens, by the upper bits of the column: List in sm90_pieces.cuh.
+LIST_SHIFT = 28
+LISTS = {
+    "length": ("length", "topk_length", "extra topk_length", "topk_length"),
+    "page id": ("page id", "index", "extra index", "index"),
+}
+PREFILL = 3  # of these, that of flash_mla_sparse_fwd()
 NOTHING_REFUSED = (1 << 64) - 1
 
 
@@ -66,10 +73,7 @@ class Reports:
             key = self._host_key.value
             self._forget()
         if key != NOTHING_REFUSED:
-            reason = REASONS[key >> 32 & 3]
-            column = key & 0xFFFFFFFF if reason == "page id" else -1
-            request = -1 if reason == "foreign metadata" else key >> 34
-            raise DeviceCheckError(request, column, reason)
+            raise refusal(key)
 
     def _forget(self) -> None:
         self._host_key.value = NOTHING_REFUSED
@@ -78,3 +82,17 @@ class Reports:
     def _copy(self, to: int, source: int, kind: int) -> None:
         self._cuda.runtime.memcpyAsync(to, source, 8, kind, self._stream.ptr)
         self._stream.synchronize()
+
+
+def refusal(key: int) -> DeviceCheckError:
+    """What a key of the device means."""
+    reason, column = REASONS[key >> 32 & 3], key & 0xFFFFFFFF
+    request = -1 if reason == "foreign metadata" else key >> 34
+    which, place = column >> LIST_SHIFT, column & (1 << LIST_SHIFT) - 1
+    if reason != "page id":
+        place = -1
+    if reason in LISTS and which < len(LISTS[reason]):
+        reason = LISTS[reason][which]
+        if which == PREFILL:
+            return DeviceCheckError(request, place, reason, function="flash_mla_sparse_fwd")
+    return DeviceCheckError(request, place, reason)

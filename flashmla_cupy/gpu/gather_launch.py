@@ -1,0 +1,423 @@
+"""Attention over rows that are gathered one by one, made ready: FP8 caches, and lists of tokens.
+
+With lists, each query token is a request of its own for the kernels, `group` of them to a request
+of the call (see schedule/lists.py). A GatherLaunch only launches; all that compiles, loads or
+allocates is done when it is made, by `Engine.gather`, because a graph capture forbids it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..schedule.split import launch_sizes
+from ..sizes import HEAD_DIM_V, METADATA_COLUMNS, ROWS_PER_BLOCK, TOKENS_PER_TILE, ceil_div
+from .combine_grid import blocks_of
+from .driver import Function, Launch
+from .kernels import (
+    COMBINE_GATHERED,
+    GATHER_16BIT,
+    GATHER_E4M3,
+    GATHER_V32,
+    LIST_LENGTHS,
+    SCHEDULE,
+    Kernel,
+    Variant,
+)
+from .parameters import Arguments
+from .reports import Reports
+from .schedule_launch import ScheduleAhead, ScheduleLaunch
+from .tensor_maps import COLUMN_BLOCK, COLUMN_BLOCKS, Maps, MapsByAddress
+
+LOG2_E = 1.4426950408889634
+FORMATS = {  # by the name of a CacheFormat: those that there are kernels for
+    "v32": GATHER_V32,
+    "e4m3": GATHER_E4M3,
+    "bfloat16": GATHER_16BIT,
+    "float16": GATHER_16BIT,
+}
+QUERIES = ("bfloat16", "float16")  # dtypes of q
+_PARAMETERS = GATHER_V32.parameters  # all formats have the same
+_FIRST = _PARAMETERS.run(
+    (
+        "tile_scheduler_metadata",
+        "cache_seqlens",
+        "block_table",
+        "out",
+        "lse",
+        "out_partial",
+        "row_partial",
+        "pairs",
+        "epoch",
+    )
+)
+_OTHERS = _PARAMETERS.run(
+    (
+        "cache",
+        "extra_cache",
+        "extra_indices",
+        "topk_length",
+        "extra_topk_length",
+        "attn_sink",
+        "descale_q",
+        "descale_k",
+        "max_logits",
+    )
+)
+
+
+class Pool(NamedTuple):
+    """Pages of tokens. page_bytes: from one page to the next."""
+
+    num_pages: int = 0
+    page_size: int = 1
+    page_bytes: int = 0
+
+    @property
+    def shift(self) -> int:
+        """log2 of the page size, -1 if it is no power of two."""
+        size = self.page_size
+        return size.bit_length() - 1 if size & size - 1 == 0 else -1
+
+
+NO_POOL = Pool()
+
+
+@dataclass(frozen=True)
+class GatherGeometry:
+    """The sizes and strides (in elements) of one launch."""
+
+    cache_format: str
+    dtype: str  # of q and out
+    batch: int  # of the call
+    s_q: int
+    h_q: int
+    q_strides: tuple[int, ...]  # of [batch, s_q, h_q, 576]
+    pool: Pool
+    table_stride: int  # of block_table, or of lists, from one request of the kernels to the next
+    columns: int  # of block_table
+    parts: int
+    topk: int = 0  # 0: no lists
+    extra_topk: int = 0
+    extra_stride: int = 0
+    extra_pool: Pool = NO_POOL
+    length_group: int = 1  # query tokens that share a length
+    outside_is_none: bool = False
+
+    @property
+    def group(self) -> int:
+        """Requests of the kernels in one of the call."""
+        return self.s_q if self.topk else 1
+
+    @property
+    def requests(self) -> int:
+        return self.batch * self.group
+
+    @property
+    def positions(self) -> int:
+        """Query positions of a request of the kernels."""
+        return self.s_q // self.group
+
+    @property
+    def rows(self) -> int:
+        return self.positions * self.h_q
+
+    @property
+    def slabs(self) -> int:
+        _, position, head, _ = self.q_strides
+        return 1 if position == self.h_q * head or self.positions == 1 else self.s_q
+
+    @property
+    def slab_rows(self) -> int:
+        return self.rows // self.slabs
+
+    @property
+    def slab_blocks(self) -> int:
+        return ceil_div(self.slab_rows, ROWS_PER_BLOCK)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of a request of the kernels, at most."""
+        if not self.topk:
+            return min(self.columns * self.pool.page_size, 2**31 - 1)
+        if not self.extra_topk:
+            return self.topk
+        return ceil_div(self.topk, TOKENS_PER_TILE) * TOKENS_PER_TILE + self.extra_topk
+
+    # Scratch: partial results and words of pairs as of dense_decode (geometry.py), and then what a
+    # schedule is made of, and one, for calls without: the lengths of the kernels' requests,
+    # tile_scheduler_metadata and num_splits.
+
+    @property
+    def slots(self) -> int:
+        return 2 * (self.parts - 1)
+
+    @property
+    def out_partial_bytes(self) -> int:
+        return self.slots * self.rows * HEAD_DIM_V * 4
+
+    @property
+    def partial_bytes(self) -> int:
+        return self.out_partial_bytes + self.slots * self.rows * 16
+
+    @property
+    def pair_words(self) -> int:
+        return self.parts * self.slabs * self.slab_blocks
+
+    @property
+    def lengths_offset(self) -> int:
+        return self.partial_bytes + 8 * self.pair_words
+
+    @property
+    def metadata_offset(self) -> int:
+        return ceil_div(self.lengths_offset + 4 * self.requests, 16) * 16
+
+    @property
+    def num_splits_offset(self) -> int:
+        return self.metadata_offset + 4 * METADATA_COLUMNS * self.parts
+
+    @property
+    def scratch_floats(self) -> int:
+        return self.num_splits_offset // 4 + self.requests + 1
+
+
+class GatherAddresses(NamedTuple):
+    """Where the arrays of one call are; 0: it has no such array."""
+
+    q: int
+    cache: int
+    table: int  # block_table or indices
+    cache_seqlens: int
+    tile_scheduler_metadata: int
+    out: int
+    lse: int
+    scratch: int
+    extra_cache: int = 0
+    extra_indices: int = 0
+    topk_length: int = 0
+    extra_topk_length: int = 0
+    attn_sink: int = 0
+    descale_q: int = 0
+    descale_k: int = 0
+    max_logits: int = 0
+
+
+class GatherKernels(NamedTuple):
+    """The loaded kernels of a call."""
+
+    list_lengths: Function
+    schedule: Function
+    gather: Function
+    combine: Function
+
+    @staticmethod
+    def variants(geometry: GatherGeometry, arch: str) -> tuple[Variant, ...]:
+        """What has to be compiled for it."""
+        return (
+            Variant(LIST_LENGTHS.name, arch=arch),
+            Variant(SCHEDULE.name, arch=arch),
+            Variant(FORMATS[geometry.cache_format].name, geometry.dtype, arch=arch),
+            Variant(COMBINE_GATHERED.name, geometry.dtype, arch=arch),
+        )
+
+
+class GatherLaunch:
+    """Launches the kernels of one geometry on one GPU: those of the schedule if there is none yet,
+    the gather kernel and, where requests may be split, combine_gathered."""
+
+    def __init__(
+        self,
+        geometry: GatherGeometry,
+        kernels: GatherKernels,
+        num_sms: int,
+        reports: Reports,
+        epochs: Iterator[int],
+    ) -> None:
+        g = self.geometry = geometry
+        self.kernels, self.reports, self.epochs = kernels, reports, epochs
+        self.row: Kernel = FORMATS[g.cache_format]
+        self.grid = (g.slabs * g.slab_blocks, 1, g.parts)
+        most_tiles = ceil_div(g.max_length, TOKENS_PER_TILE)
+        self.combine_grid = (
+            blocks_of(g.requests, g.parts, most_tiles, g.slab_rows, g.rows, num_sms),
+            1,
+            1,
+        )
+        self.parameters = {
+            "refusal": reports.refusal,
+            "refused": reports.refused,
+            "table_stride": g.table_stride,
+            "batch": g.requests,
+            "s_q": g.positions,
+            "h_q": g.h_q,
+            "group": g.h_q,
+            "slab_rows": g.slab_rows,
+            "blocks": g.slab_blocks,
+            "num_pages": g.pool.num_pages,
+            "max_length": g.max_length,
+            "slots": g.slots,
+            "page_bytes": g.pool.page_bytes,
+            "extra_page_bytes": g.extra_pool.page_bytes,
+            "extra_stride": g.extra_stride,
+            "length_group": ceil_div(1 << 40, g.length_group),
+            "page_size": g.pool.page_size,
+            "extra_page_size": g.extra_pool.page_size,
+            "extra_num_pages": g.extra_pool.num_pages,
+            "page_shift": g.pool.shift,
+            "extra_page_shift": g.extra_pool.shift,
+            "topk": g.topk,
+            "extra_topk": g.extra_topk,
+            "lse_group": g.group,
+            "outside_is_none": g.outside_is_none,
+        }
+        batch, position, head, _ = g.q_strides
+        # Over q as [batch, slab or query token, column block, head or row, 64].
+        together = g.slabs == 1 and not g.topk
+        self.q_maps = MapsByAddress(
+            g.dtype,
+            (
+                COLUMN_BLOCK,
+                g.rows if together else g.h_q,
+                COLUMN_BLOCKS,
+                1 if together else g.s_q,
+                g.batch,
+            ),
+            (head, COLUMN_BLOCK, position, batch),
+            box_rows=ROWS_PER_BLOCK,
+            nan_outside=False,
+        )
+        self._own = threading.local()
+
+    def __call__(
+        self,
+        stream: int,
+        addresses: GatherAddresses,
+        softmax_scale: float,
+        causal: bool,
+        num_splits: int = 0,
+    ) -> None:
+        """Launches into a stream of the current device. num_splits: its address, if it and the
+        metadata are to be made first; without an address of the metadata, both are made in
+        scratch. Raises ForkedProcessError."""
+        if not addresses.tile_scheduler_metadata:
+            g, scratch = self.geometry, addresses.scratch
+            addresses = addresses._replace(tile_scheduler_metadata=scratch + g.metadata_offset)
+            num_splits = scratch + g.num_splits_offset
+        if self.reports.forked:
+            self.reports.require_unforked()
+        try:
+            own: _OfThread = self._own.launches
+        except AttributeError:
+            own = self._own.launches = _OfThread(self)
+        own.start(stream, addresses, softmax_scale, causal, num_splits)
+
+
+class _OfThread:
+    """The launches by one thread, and room for their parameters."""
+
+    def __init__(self, of: GatherLaunch) -> None:
+        self._of = of
+        g, kernels = of.geometry, of.kernels
+        arguments = self._arguments = Arguments(_PARAMETERS)
+        arguments.pack(**of.parameters)
+        self._gather = Launch(kernels.gather, of.grid, of.row.shared_bytes)
+        self._combine_arguments = Arguments(COMBINE_GATHERED.parameters, arguments)
+        self._combine_arguments.pack(words=g.pair_words, parts=g.parts)
+        self._combine = Launch(kernels.combine, of.combine_grid)
+        sizes = launch_sizes(g.requests, g.parts, g.rows, 1)
+        self._schedule = ScheduleAhead(kernels.schedule, sizes, arguments)
+        self._lengths_arguments = Arguments(LIST_LENGTHS.parameters, arguments)
+        blocks = ceil_div(g.requests, LIST_LENGTHS.threads)
+        self._lengths = Launch(kernels.list_lengths, (blocks, 1, 1))
+        self._options: tuple[float, bool] | None = None
+        self._maps: Maps | None = None  # lest another thread's call should free them
+
+    def start(
+        self,
+        stream: int,
+        addresses: GatherAddresses,
+        softmax_scale: float,
+        causal: bool,
+        num_splits: int,
+    ) -> None:
+        of, arguments, a = self._of, self._arguments, addresses
+        g = of.geometry
+        if self._options != (softmax_scale, causal):
+            self._options = softmax_scale, causal
+            arguments.pack(causal=causal, scale_log2=softmax_scale * LOG2_E)
+        maps = self._maps = of.q_maps[a.q]
+        arguments.set_q_maps(maps.addresses)
+        _FIRST.pack_into(
+            arguments.buffer,
+            _FIRST.offset,
+            a.tile_scheduler_metadata,
+            a.scratch + g.lengths_offset if g.topk else a.cache_seqlens,
+            a.table,
+            a.out,
+            a.lse,
+            a.scratch,
+            a.scratch + g.out_partial_bytes,
+            a.scratch + g.partial_bytes,
+            next(of.epochs),
+        )
+        _OTHERS.pack_into(
+            arguments.buffer,
+            _OTHERS.offset,
+            a.cache,
+            a.extra_cache,
+            a.extra_indices,
+            a.topk_length,
+            a.extra_topk_length,
+            a.attn_sink,
+            a.descale_q,
+            a.descale_k,
+            a.max_logits,
+        )
+        if num_splits:
+            if g.topk:
+                self._lengths(stream, self._lengths_arguments.address)
+            self._schedule.set_num_splits(num_splits)
+            self._schedule.launch(stream, self._schedule.arguments.address)
+        self._gather(stream, arguments.address)
+        if g.slots:
+            self._combine(stream, self._combine_arguments.address)
+
+
+class ListSchedule:
+    """list_lengths and schedule by themselves: the metadata of lists ahead of the calls with them.
+    Not for two threads at once."""
+
+    def __init__(
+        self,
+        lengths: Function,
+        schedule: Function,
+        sizes: tuple[int, int, int, int],
+        parts: int,
+        h_q: int,
+    ) -> None:
+        """The two kernels; query tokens, how many share a length, topk, extra_topk."""
+        requests, length_group, topk, extra_topk = sizes
+        self._arguments = Arguments(LIST_LENGTHS.parameters)
+        self._arguments.pack(
+            length_group=ceil_div(1 << 40, length_group),
+            batch=requests,
+            topk=topk,
+            extra_topk=extra_topk,
+        )
+        self._lengths = Launch(lengths, (ceil_div(requests, LIST_LENGTHS.threads), 1, 1))
+        self._sizes = launch_sizes(requests, parts, h_q, 1)
+        self._schedule = ScheduleLaunch(schedule)
+
+    def __call__(
+        self, stream: int, lengths: tuple[int, int], scratch: int, results: tuple[int, int]
+    ) -> None:
+        """Addresses: of topk_length and extra_topk_length, or 0; of int32 [query tokens] that
+        nobody else uses; of tile_scheduler_metadata and num_splits."""
+        topk_length, extra_topk_length = lengths
+        self._arguments.pack(
+            topk_length=topk_length, extra_topk_length=extra_topk_length, cache_seqlens=scratch
+        )
+        self._lengths(stream, self._arguments.address)
+        self._schedule(stream, self._sizes, scratch, *results)
