@@ -36,7 +36,7 @@ struct Arrays {
   int s_q, h_q, group;
 #if defined(GATHERED)  // behind sm90_gather_decode.cu
   const float* attn_sink;  // [h_q], natural logarithms, or null
-  float* max_logits;       // [batch, h_q], or null; those of the pieces, in log2, are in row_partial
+  float* max_logits;       // [batch, h_q], or null; row_partial has those of the pieces, in log2
   int lse_group;           // lse_index
 #else
   static constexpr const float* attn_sink = nullptr;

@@ -1,5 +1,5 @@
-// The lengths of the requests that lists of tokens make, for schedule.cu: each query token is a request
-// of its own. flashmla_cupy/schedule/lists.py is the definition.
+// The lengths of the requests that lists of tokens make, for schedule.cu: each query token is a
+// request of its own. flashmla_cupy/schedule/lists.py is the definition.
 //
 // A length that is not within its list counts as 0 here; the decode kernel refuses it.
 #include "ptx.cuh"
@@ -25,7 +25,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) list_lengths(
   const int group = request * length_group >> 40;
   int length = counted(topk_length, group, topk);
   if (extra_topk > 0) {
-    length = (length + TOKENS - 1) / TOKENS * TOKENS + counted(extra_topk_length, group, extra_topk);
+    const int second = (length + TOKENS - 1) / TOKENS * TOKENS;
+    length = second + counted(extra_topk_length, group, extra_topk);
   }
   cache_seqlens[request] = length;
 }

@@ -63,8 +63,8 @@ DEVICE Vector4 transpose_quads(Vector4 v) {
   return v;
 }
 
-// Where the lse of a row is in [batch, h_q, s_q]. Of query tokens that are requests of their own, with
-// s_q 1, `group` belong together: [batch / group, h_q, group].
+// Where the lse of a row is in [batch, h_q, s_q]. Of query tokens that are requests of their own,
+// with s_q 1, `group` belong together: [batch / group, h_q, group].
 DEVICE int64_t lse_index(int request, int position, int head, int s_q, int h_q, int group) {
   const int first = group > 1 ? request / group : request;
   return ((int64_t)first * h_q + head) * (s_q * group) + (request - first * group) * s_q + position;

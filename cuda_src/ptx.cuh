@@ -177,8 +177,8 @@ DEVICE void cp_async_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_
       : "memory");
 }
 
-// cp.async (9.7.9.25): 16 bytes from global to shared memory, zeros if `bytes` is 0; and 4 bytes. Copies
-// since the last commit are a group; the wait is for all groups but the newest `Newest`.
+// cp.async (9.7.9.25): 16 bytes from global to shared memory, zeros if `bytes` is 0; and 4 bytes.
+// Copies since the last commit are a group; the wait is for all groups but the newest `Newest`.
 DEVICE void cp_async_16(uint32_t to, const void* from, uint32_t bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(bytes)
@@ -342,7 +342,9 @@ DEVICE uint32_t max_abs_x2(uint32_t x, uint32_t y) {
 // Two e4m3, in the low half of x, to two float16; exact.
 DEVICE uint32_t half_x2_from_e4m3(uint32_t x) {
   uint32_t y;
-  asm("{\n.reg .b16 pair;\ncvt.u16.u32 pair, %1;\ncvt.rn.f16x2.e4m3x2 %0, pair;\n}" : "=r"(y) : "r"(x));
+  asm("{\n.reg .b16 pair;\ncvt.u16.u32 pair, %1;\ncvt.rn.f16x2.e4m3x2 %0, pair;\n}"
+      : "=r"(y)
+      : "r"(x));
   return y;
 }
 // Two bfloat16 to two float16: exact but for those beyond its range.

@@ -14,7 +14,8 @@
 DEVICE uint64_t descriptor_k_major(uint32_t a) {
   return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
 }
-// MN-major, 128-byte swizzle: the next 64 columns lie a column block on, the next 8 tokens 1024 bytes.
+// MN-major, 128-byte swizzle: the next 64 columns lie a column block on, the next 8 tokens 1024
+// bytes.
 DEVICE uint64_t descriptor_mn_major(uint32_t a) {
   return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)(BLOCK_BYTES >> 4) << 16 | (uint64_t)64 << 32 |
          (uint64_t)1 << 62;

@@ -1,5 +1,6 @@
-// The gather role over a cache of 16-bit rows, of warpgroup 3: rows are copied into the ring, 16 bytes
-// a lane, to where the swizzle wants them. Two tiles are on their way at a time, where there is room.
+// The gather role over a cache of 16-bit rows, of warpgroup 3: rows are copied into the ring, 16
+// bytes a lane, to where the swizzle wants them. Two tiles are on their way at a time, where there
+// is room.
 #pragma once
 #include "sm90_gather_cursor.cuh"
 
@@ -53,7 +54,8 @@ DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const Te
     if (is_done(params, tile)) break;
     if (tile.request >= 0) {
       if (tile.begins) load_q(params, q_map_0, q_map_1, tile.request, place);
-      // Where there is no room yet, the tile before is told of first, and else behind the next copies.
+      // Where there is no room yet, the tile before is told of first, and else behind the next
+      // copies.
       if (!__all_sync(~0u, mbarrier_test_wait(empty(place.stage), place.phase ^ 1))) {
         cp_async_wait_group<0>();
         release_it();

@@ -1,5 +1,5 @@
-// The matrix role, of warpgroups 1 and 2: O += P V for one half of the 512 columns of V, and where O
-// goes in the end. O takes 128 of the 160 registers of a thread.
+// The matrix role, of warpgroups 1 and 2: O += P V for one half of the 512 columns of V, and where
+// O goes in the end. O takes 128 of the 160 registers of a thread.
 #pragma once
 #include "sm90_gather_cursor.cuh"
 #include "sm90_results.cuh"

@@ -1,14 +1,14 @@
 // Which rows of the cache a warp of the gather warpgroup copies next.
 //
 // Rows come from a list of token indices (sparse) or from the pages of block_table (dense); that is
-// all the difference there is. Lane i < 12 of a warp looks after token i of the warp's 12 in a tile.
-// Its entry of the list or the table is copied a tile ahead.
+// all the difference there is. Lane i < 12 of a warp looks after token i of the warp's 12 in a
+// tile. Its entry of the list or the table is copied a tile ahead.
 //
 // A request may have a second list, of tokens of another pool, behind the first one.
 //
-// In a list, -1 is no token. Any other index, and any page id, outside of the pool is never followed: it
-// is refused, and its row becomes NaN, which reaches every row of the request's out; or, if the call
-// says so, it is no token either.
+// In a list, -1 is no token. Any other index, and any page id, outside of the pool is never
+// followed: it is refused, and its row becomes NaN, which reaches every row of the request's out;
+// or, if the call says so, it is no token either.
 #pragma once
 #include "sm90_pieces.cuh"
 
@@ -21,8 +21,8 @@ DEVICE int piece_tiles(const Piece& piece) {
   return (end - piece.begin * TOKENS + TILE - 1) / TILE;
 }
 
-// Of each warp, in shared memory: where the rows of its tokens begin in the tile that was looked up last,
-// null for what is not to be seen; and the entries of the list or table for the next tile.
+// Of each warp, in shared memory: where the rows of its tokens begin in the tile that was looked up
+// last, null for what is not to be seen; and the entries of the list or table for the next tile.
 DEVICE uint32_t row_pointers() {
   return shared_base() + ROW_POINTERS + warp_in_group() * WARP_TOKENS * 8;
 }
@@ -33,8 +33,8 @@ DEVICE void copy_16(uint32_t to, const uint8_t* row, uint32_t offset) {
   cp_async_16(to, row + offset, row ? 16 : 0);
 }
 
-// The walk over the tiles of a part. It lies in shared memory, since a tile is looked up in a moment
-// and converted in a while, for which there are few registers.
+// The walk over the tiles of a part. It lies in shared memory, since a tile is looked up in a
+// moment and converted in a while, for which there are few registers.
 struct Walk {
   int request, token, end;  // the next tile to look up; token >= end: there is none yet
   int second;               // where the tokens of the second list begin in the request
@@ -112,7 +112,7 @@ struct Walk {
 struct Tile {
   int request;         // -1: there is none, as at first, and in the end
   bool begins;         // it is the first of its piece
-  uint32_t seen, bad;  // bits of the warp's tokens: what counts; what becomes NaN, and so counts, too
+  uint32_t seen, bad;  // bits of the warp's tokens: what counts; what of it becomes NaN
   DEVICE static uint32_t address() { return Walk::address() + 16; }
   DEVICE Tile() {
     const Vector4 v = ld_shared_v4(address());
@@ -137,8 +137,8 @@ DEVICE bool is_done(const Params& params, const Tile& tile) {
   return walk.token >= walk.end && walk.request >= uniform(part_of(params).last_request);
 }
 
-// From the entries of the next tile, which have landed, to rows; and on to the tile after it. At first
-// there is no next tile.
+// From the entries of the next tile, which have landed, to rows; and on to the tile after it. At
+// first there is no next tile.
 DEVICE void look_up(const Params& params) {
   Walk walk;
   walk.load();

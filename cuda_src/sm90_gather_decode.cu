@@ -1,18 +1,18 @@
-// MLA attention over rows that are gathered one by one, for SM90a: an FP8 cache, whole (dense) or the
-// tokens of a list (sparse), and a list of tokens of a 16-bit cache.
+// MLA attention over rows that are gathered one by one, for SM90a: an FP8 cache, whole (dense) or
+// the tokens of a list (sparse), and a list of tokens of a 16-bit cache.
 //
 //     S = q K^T        P = 2^(scale S - m)        out = P V / sum(P)        V = K[:, :512]
 //
-// One thread block computes 64 query rows over one part of the schedule, in tiles of 48 tokens. Four
-// warpgroups:
+// One thread block computes 64 query rows over one part of the schedule, in tiles of 48 tokens.
+// Four warpgroups:
 //
 //   sm90_gather_softmax.cuh     S [64, 48] = Q K^T, then P
-//   sm90_gather_accumulate.cuh  O[:, :256] += P V[:, :256], and in another warpgroup the other columns
+//   sm90_gather_accumulate.cuh  O[:, :256] += P V[:, :256], and in another warpgroup the rest
 //   sm90_gather_fp8.cuh         copies rows and converts them to float16 in the ring; or
 //   sm90_gather_16bit.cuh       copies rows into the ring
 //
-// The schedule counts in tiles of 64 tokens, so pieces begin at multiples of 64. A query token with a
-// list of its own is a request of its own.
+// The schedule counts in tiles of 64 tokens, so pieces begin at multiples of 64. A query token with
+// a list of its own is a request of its own.
 #include "sm90_gather_format.cuh"
 #if defined(FORMAT_V32) || defined(FORMAT_PER_TENSOR)
 #include "sm90_gather_fp8.cuh"

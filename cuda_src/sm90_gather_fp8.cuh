@@ -1,9 +1,10 @@
-// The gather role over an FP8 cache, of warpgroup 3: rows are copied to the warp's staging memory as
-// they are, 16 bytes a lane, and converted to float16 in the ring. As soon as a chunk is in registers, the
-// same chunk of the next tile is on its way to where it was, be it of the next piece.
+// The gather role over an FP8 cache, of warpgroup 3: rows are copied to the warp's staging memory
+// as they are, 16 bytes a lane, and converted to float16 in the ring. As soon as a chunk is in
+// registers, the same chunk of the next tile is on its way to where it was, be it of the next
+// piece.
 //
-// One warp a scheduler does this, next to others that mostly wait. So what it takes is its number of
-// instructions, and their latency: addresses are computed once, loads come first.
+// One warp a scheduler does this, next to others that mostly wait. So what it takes is its number
+// of instructions, and their latency: addresses are computed once, loads come first.
 #pragma once
 #include "sm90_gather_cursor.cuh"
 
@@ -15,13 +16,13 @@ constexpr int ROTARY = 512;
 constexpr bool IS_E4M3_ROTARY = true;
 #endif
 constexpr int STAGED_CHUNK = CHUNK * STAGED_ROW;
-constexpr int CHUNK_PITCH = CHUNK * GROUP_WARPS * 128;  // from a chunk of the warp to the next, in a stage
+constexpr int CHUNK_PITCH = CHUNK * GROUP_WARPS * 128;  // in a stage, to the next of the warp
 
-// What a lane reads and writes, in each chunk of the warp: bytes from the warp's first row of staging,
-// and from the beginning of a stage.
+// What a lane reads and writes, in each chunk of the warp: bytes from the warp's first row of
+// staging, and from the beginning of a stage.
 //
-// Latent columns: a lane has 16 of two tokens at a time, in each half. Every fourth lane is at the next
-// token: the swizzle puts what eight lanes write into eight different places then.
+// Latent columns: a lane has 16 of two tokens at a time, in each half. Every fourth lane is at the
+// next token: the swizzle puts what eight lanes write into eight different places then.
 struct Lane {
   uint32_t index;
   uint32_t staging, pointers;  // addresses of the warp's first row, and of its first row pointer

@@ -1,11 +1,12 @@
 // Shared memory of sm90_gather_decode.cu: where everything lies, and which barriers order it.
 //
 // Most of it is a ring of stages. A stage holds one tile of K, 48 tokens in the 16-bit type of the
-// products: nine column blocks of 48 rows x 128 bytes, swizzled. Ahead of the tiles of each piece, two
-// stages hold the block's rows of Q, column blocks 0 to 3 and 4 to 8, of 64 rows each.
+// products: nine column blocks of 48 rows x 128 bytes, swizzled. Ahead of the tiles of each piece,
+// two stages hold the block's rows of Q, column blocks 0 to 3 and 4 to 8, of 64 rows each.
 //
-// Rows of an FP8 cache wait in `staging` as they are, until they are converted into the ring: as many as
-// a tile has. Each warp of the gather warpgroup has its own part of it, where no other warp looks.
+// Rows of an FP8 cache wait in `staging` as they are, until they are converted into the ring: as
+// many as a tile has. Each warp of the gather warpgroup has its own part of it, where no other warp
+// looks.
 #pragma once
 #include "sm90_gather_format.cuh"
 
@@ -28,8 +29,8 @@ static_assert(TILE / 16 * P_STEP_BYTES == BLOCK_BYTES, "P takes the place of the
 constexpr int GROUP_THREADS = 128, BLOCK_THREADS = 4 * GROUP_THREADS, GROUP_WARPS = 4;
 DEVICE uint32_t thread_in_group() { return thread_index() & (GROUP_THREADS - 1); }
 
-// A warp of the gather warpgroup takes chunks of four tokens, in turns with the other three: chunk c
-// of warp w is tokens 16 c + 4 w to 16 c + 4 w + 3 of the tile. So a chunk lies in one page.
+// A warp of the gather warpgroup takes chunks of four tokens, in turns with the other three: chunk
+// c of warp w is tokens 16 c + 4 w to 16 c + 4 w + 3 of the tile. So a chunk lies in one page.
 constexpr int CHUNK = 4, TILE_CHUNKS = TILE / (CHUNK * GROUP_WARPS);
 constexpr int WARP_TOKENS = CHUNK * TILE_CHUNKS;  // of a tile
 
@@ -38,7 +39,8 @@ constexpr int WARP_TOKENS = CHUNK * TILE_CHUNKS;  // of a tile
 
 constexpr int Q_TAIL = STAGES * STAGE_BYTES;  // the last column blocks of Q
 constexpr int STAGING = Q_TAIL + Q_TAIL_BLOCKS * Q_BLOCK_BYTES;  // [4 warps][12] rows
-constexpr int ROW_POINTERS = STAGING + GROUP_WARPS * WARP_TOKENS * STAGED_ROW;  // uint64 [4 warps][12]
+constexpr int ROW_POINTERS =
+    STAGING + GROUP_WARPS * WARP_TOKENS * STAGED_ROW;                  // uint64 [4 warps][12]
 constexpr int ENTRIES = ROW_POINTERS + GROUP_WARPS * WARP_TOKENS * 8;  // int32 [4 warps][12]
 constexpr int CURSORS = ENTRIES + GROUP_WARPS * WARP_TOKENS * 4;       // [4 warps] two Vector4
 constexpr int FACTORS = CURSORS + GROUP_WARPS * 32;

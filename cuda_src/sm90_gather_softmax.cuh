@@ -1,11 +1,12 @@
 // The softmax role, of warpgroup 0: S = Q K^T, P = 2^(scale S - m), the running maximum m and the
 // running sum l of each row, and lse.
 //
-// Most of Q stays in registers, 24 or 28 of its 36 steps in K; the others come from shared memory. P of a tile goes to the rotary columns of the same tile.
+// Most of Q stays in registers, 24 or 28 of its 36 steps in K; the others come from shared memory.
+// P of a tile goes to the rotary columns of the same tile.
 //
-// Over an FP8 cache, the products are of float16. So each row of Q is scaled by the power of two that
-// brings its largest value to [2^13, 2^14), which is exact for all values that matter, and the row's
-// softmax scale takes that back.
+// Over an FP8 cache, the products are of float16. So each row of Q is scaled by the power of two
+// that brings its largest value to [2^13, 2^14), which is exact for all values that matter, and the
+// row's softmax scale takes that back.
 #pragma once
 #include "sm90_gather_cursor.cuh"
 #include "sm90_results.cuh"
@@ -15,7 +16,7 @@ constexpr int Q_STEPS = STEPS - 4 * Q_TAIL_BLOCKS;      // of them, kept in regi
 #if !defined(X_LAST)
 #define X_LAST 8
 #endif
-constexpr int LAST_STEPS = X_LAST;   // of S that are still to be issued when P V of the tile before is released
+constexpr int LAST_STEPS = 8;  // of S, still to be issued when P V of the tile before is released
 constexpr int SCORES = TILE / 2;  // of a thread: two rows by a quarter of the tokens
 
 // Two floats to one register of the type of the products.
@@ -111,11 +112,13 @@ DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], float (&scale)[2], Place& place, 
   for (int i = 0; i < 4 * Q_TAIL_BLOCKS; ++i) {
     const uint32_t from =
         stage_address(place.stage) + (Q_STEPS / 4 - Q_FIRST_BLOCKS) * Q_BLOCK_BYTES;
-    st_shared_v4(shared_base() + Q_TAIL + i * 2048 + thread, ld_shared_v4(from + i * 2048 + thread));
+    const uint32_t at = i * 2048 + thread;
+    st_shared_v4(shared_base() + Q_TAIL + at, ld_shared_v4(from + at));
   }
 #endif
-  // Every use of a stage has a phase of p_ready. In those of Q the warps of this warpgroup wait for each
-  // other. The matrix warpgroups may be behind by more than a round of the ring, so they must not.
+  // Every use of a stage has a phase of p_ready. In those of Q the warps of this warpgroup wait for
+  // each other. The matrix warpgroups may be behind by more than a round of the ring, so they must
+  // not.
   release(p_ready(first.stage));
   release(p_ready(place.stage));
   mbarrier_wait(p_ready(place.stage), place.phase);
@@ -160,8 +163,9 @@ DEVICE void issue_scores(float (&s)[SCORES], const uint32_t (&q)[4 * Q_STEPS], P
 
 constexpr uint32_t ALL_LIVE = 0x0fff0fff;  // of two warps
 
-// -inf for tokens that are not to be seen, and for those that a row does not see: from `seen` on, of
-// each row. NaN among the live tokens stays, so that a refused row of the cache reaches every row.
+// -inf for tokens that are not to be seen, and for those that a row does not see: from `seen` on,
+// of each row. NaN among the live tokens stays, so that a refused row of the cache reaches every
+// row.
 DEVICE void mask(float (&s)[SCORES], uint32_t stage, const int (&seen)[2]) {
   const uint32_t lane = lane_index() & 3, from = live_tokens(stage) + (lane >> 1) * 2;
   const uint32_t live[2] = {(uint32_t)ld_shared_u16(from) >> (lane & 1) * 2,
@@ -180,8 +184,9 @@ DEVICE void mask(float (&s)[SCORES], uint32_t stage, const int (&seen)[2]) {
   }
 }
 
-// Scores -> P in the rotary block of the stage, and the running maximum m and sum l of the thread's two
-// rows (l of this thread's columns only). `largest` is their largest logit; m may be less by LAZY.
+// Scores -> P in the rotary block of the stage, and the running maximum m and sum l of the thread's
+// two rows (l of this thread's columns only). `largest` is their largest logit; m may be less by
+// LAZY.
 DEVICE void softmax_step(float (&s)[SCORES], float (&m)[2], float (&l)[2], float (&largest)[2],
                          uint32_t stage, const float (&scale)[2]) {
   float x0 = fmaxf(s[0], s[1]), x1 = fmaxf(s[2], s[3]);
@@ -233,8 +238,8 @@ DEVICE void store_max_logit(const Params& params, int request, const RowBlock& b
   params.max_logits[(int64_t)request * params.h_q + block.first_head + row] = logit;
 }
 
-// The results of a piece without tiles: NaN if the request is refused, else those of no keys, out 0,
-// lse +inf and max_logits -inf.
+// The results of a piece without tiles: NaN if the request is refused, else those of no keys, out
+// 0, lse +inf and max_logits -inf.
 DEVICE void store_no_keys(const Params& params, int request, const Piece& piece) {
   const uint32_t thread = thread_in_group();
   if (piece.refused && thread == 0) {

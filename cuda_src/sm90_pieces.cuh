@@ -36,10 +36,10 @@ struct Params {
   int causal, border_tiles;  // the last `border_tiles` tiles of a request may have masked keys
   float scale_log2;          // softmax_scale * log2(e)
 #if defined(GATHERED)
-  // Rows are gathered from up to two pools of pages. Without lists, block_table has the pages of the
-  // first. With lists, each query token is a request of its own, and block_table has the indices of its
-  // tokens, page * page_size + offset, of which topk_length count; then come those of the second pool,
-  // from the next multiple of 64 on.
+  // Rows are gathered from up to two pools of pages. Without lists, block_table has the pages of
+  // the first. With lists, each query token is a request of its own, and block_table has the
+  // indices of its tokens, page * page_size + offset, of which topk_length count; then come those
+  // of the second pool, from the next multiple of 64 on.
   const uint8_t* cache;
   const uint8_t* extra_cache;
   const int* extra_indices;      // [batch, extra_topk]
@@ -63,7 +63,8 @@ struct Params {
 
 enum Reason { LENGTH, STALE_METADATA, PAGE_ID, FOREIGN_METADATA };  // gpu/reports.py names them
 #if defined(GATHERED)
-// What a column says of a length or an index of a list: which one, in the upper bits, and its place.
+// What a column says of a length or an index of a list: which one, in the upper bits, and its
+// place.
 constexpr int LIST_SHIFT = 28;
 enum List { TABLE, FIRST_LIST, SECOND_LIST, PREFILL_LIST };
 #endif

@@ -1,5 +1,5 @@
-// The results of a row block: the running maximum of a row, and where O goes in the end. Of all decode
-// kernels for sm_90a, whose accumulators are spread over threads alike (sm90_fragments.cuh).
+// The results of a row block: the running maximum of a row, and where O goes in the end. Of all
+// decode kernels for sm_90a, whose accumulators are spread over threads alike (sm90_fragments.cuh).
 #pragma once
 #include "merge.cuh"
 #include "sm90_fragments.cuh"

@@ -125,9 +125,9 @@ def flash_mla_with_kvcache(
     causal                   query i of s_q sees keys j <= cache_seqlens - s_q + i
     out, lse                 contiguous arrays to write into, instead of new ones (not in JAX)
 
-    Also FP8 caches and lists of tokens (`reference_sparse` holds the definition). On a GPU there are
-    kernels for CuPy arrays and PyTorch tensors, for caches of 656 and of 576 bytes a token and of
-    576 columns, and q in bfloat16 or float16; anything else raises an OptionError there:
+    Also FP8 caches and lists of tokens (`reference_sparse` holds the definition). On a GPU there
+    are kernels for CuPy arrays and PyTorch tensors, for caches of 656 and of 576 bytes a token and
+    of 576 columns, and q in bfloat16 or float16; anything else raises an OptionError there:
 
     is_fp8_kvcache           True for a k_cache [num_pages, page_size, 1, width] of bytes: 656
                              (V3.2), 584 (V4) or 576 a token (CacheFormat); q is as wide as its keys

@@ -1,5 +1,5 @@
-"""The kernels over FP8 caches and lists of tokens, on the GPU in software (tests/emulator), by way of
-the public functions and against the float64 oracle."""
+"""The kernels over FP8 caches and lists of tokens, on the GPU in software (tests/emulator), by way
+of the public functions and against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(
     device.host_compiler() is None, reason="needs a host C++ compiler: c++, g++ or clang++"
 )
 U16 = 2.0**-11  # unit round-off of float16, in which FP8 is multiplied
-# Of a key as the kernel holds it: a scale that is no power of two is rounded to float16, and so is the
-# product. Halves of a split request's results are rounded once more.
+# Of a key as the kernel holds it: a scale that is no power of two is rounded to float16, and so is
+# the product. Halves of a split request's results are rounded once more.
 ROUNDED = 2 * U16
 FORMATS = ("v32", "e4m3", "bfloat16")
 
@@ -134,7 +134,9 @@ def test_a_dense_fp8_cache(gpu, format, causal):
     want = oracle(q, values.astype(np.float64), table, lengths, causal=causal)
     spread = 4 * U16 * np.abs(values).max()  # of keys as the kernel holds them, and of scores
     assert_within_bound(
-        out, lse, want._replace(out_bound=want.out_bound + spread, lse_bound=want.lse_bound + spread)
+        out,
+        lse,
+        want._replace(out_bound=want.out_bound + spread, lse_bound=want.lse_bound + spread),
     )
     check()
 
@@ -156,7 +158,9 @@ def test_prefill(gpu, dtype):
         listed = indices[i, 0, : length[i]].astype(np.int64)
         k = kv[listed[(listed >= 0) & (listed < s_kv)], 0].astype(np.float64)
         if not len(k):
-            assert not out[i].any() and np.isposinf(lse[i]).all() and np.isneginf(max_logits[i]).all()
+            assert (
+                not out[i].any() and np.isposinf(lse[i]).all() and np.isneginf(max_logits[i]).all()
+            )
             continue
         logits = q[i].astype(np.float64) @ k.T * 0.05
         total = np.logaddexp.reduce(logits, axis=1)
@@ -202,5 +206,5 @@ def test_a_length_beyond_its_list_is_refused(gpu):
 def test_formats_without_a_kernel_are_named(gpu):
     gpu(num_sms=2)
     problem = make_sparse_problem("v4", topk=10, s_k=20)
-    with pytest.raises(OptionError, match="k_cache.*on a GPU"):
+    with pytest.raises(OptionError, match=r"k_cache.*on a GPU"):
         sparse_calls.call(problem)

@@ -42,6 +42,28 @@ def source(name: str) -> str:
     return (SOURCES / name).read_text()
 
 
+def preprocessed(text: str, defines: tuple[str, ...]) -> str:
+    """What a compiler with these macros sees of a source whose conditions are all #if defined()."""
+    lines, taken, names = [], [], {}  # taken: of each open condition, whether its branch is
+    for line in text.splitlines():
+        words = line.split()
+        asked = re.findall(r"defined\((\w+)\)", line)
+        if line.startswith("#if"):
+            known = all(x.startswith("defined") or x in ("#if", "||") for x in words)
+            taken.append([not known or any(name in defines for name in asked)])
+        elif line.startswith("#elif"):
+            taken[-1].append(not any(taken[-1]) and any(name in defines for name in asked))
+        elif line.startswith("#else"):
+            taken[-1].append(not any(taken[-1]))
+        elif line.startswith("#endif"):
+            taken.pop()
+        elif all(branch[-1] for branch in taken):
+            if line.startswith("#define") and len(words) == 3:
+                names[words[1]] = words[2]
+            lines.append(re.sub(r"\w+", lambda word: names.get(word[0], word[0]), line))
+    return "\n".join(lines)
+
+
 def struct_of(text: str, name: str) -> list[tuple[str, str]]:
     """(field, struct letter) of the members of a CUDA struct."""
     body = re.search(rf"struct {name} {{(.*?)}};", text, re.DOTALL)[1]
@@ -73,14 +95,14 @@ def all_sources() -> str:
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: f"{kernel.name}-{kernel.archs[0]}")
 def test_parameters_are_those_of_the_kernel(kernel):
     """By name, type and order."""
-    declared = parameters_of(source(kernel.source), kernel.name)
+    declared = parameters_of(preprocessed(source(kernel.source), kernel.defines), kernel.name)
     maps = [name for name, kind in declared if kind == "TensorMap"]
     assert declared[: len(maps)] == [(name, "TensorMap") for name in maps]
     assert len(maps) == kernel.parameters.tensor_maps
     rest = declared[len(maps) :]
     if kernel.parameters.as_struct:
         ((_, name),) = rest
-        rest = struct_of(all_sources(), name)
+        rest = struct_of(preprocessed(all_sources(), kernel.defines), name)
     assert rest == list(kernel.parameters.letters.items())
 
 

@@ -13,7 +13,8 @@ from ..errors import OptionError, StrideError
 from ..formats.cache_format import format_of
 from ..frameworks import HERE, HOST, Adapter, ArrayInfo
 from ..gpu.engine import engine_of
-from ..gpu.gather_launch import FORMATS, QUERIES, GatherAddresses, GatherGeometry, Pool
+from ..gpu.gather_geometry import GatherAddresses, GatherGeometry, Pool
+from ..gpu.gather_launch import FORMATS, QUERIES
 from ..locks import Lock
 from ..schedule.sched_meta import Configuration, SchedMeta
 from ..sizes import METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
@@ -72,7 +73,7 @@ class GpuWork:
             return
         pointer = self._framework.pointer
         if lazy.bound is None:
-            with _bind_lock.held():  # to the end: the stream has to see this call before others
+            with _bind_lock:  # to the end: the stream has to see this call before others
                 if lazy.bound is None:
                     made = [new() for new in self._new_schedule]
                     self._start(at, *map(pointer, made))

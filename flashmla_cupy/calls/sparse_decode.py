@@ -150,28 +150,26 @@ def _on_gpu(valid: Valid) -> gathered.Work:
     infos = valid.infos
     q, cache, indices = (infos[name] for name in ("q", "k_cache", "indices"))
     _, s_q, h_q, _ = q.shape
+    cache_format = gathered.require_kernel("k_cache", cache, q, SPARSE_DECODE.function)
     extra = infos.get("extra_indices_in_kvcache")
-    per_token = [
-        len(infos[name].shape) == 2
-        for name in ("topk_length", "extra_topk_length")
-        if name in infos
-    ]
-    if len(set(per_token)) > 1:
+    given = [infos[name] for name in ("topk_length", "extra_topk_length") if name in infos]
+    if s_q > 1 and len({len(info.shape) for info in given}) > 1:
         raise ShapeError(
             "extra_topk_length",
             "as many axes as topk_length, on a GPU",
             show(infos["extra_topk_length"]),
             "Pass both as [batch], or both as [batch, s_q].",
         )
+    per_token = any(len(info.shape) == 2 for info in given)
     geometry = gathered.geometry_of(
         cache,
         q,
-        gathered.require_kernel("k_cache", cache, q, SPARSE_DECODE.function),
+        cache_format,
         table_stride=gathered.even_rows("indices", indices),
         columns=indices.shape[2],
         parts=num_sm_parts(gathered.num_sms_of(q.device), h_q, 1),
         topk=indices.shape[2],
-        length_group=1 if any(per_token) else s_q,
+        length_group=1 if per_token else s_q,
         **(
             {}
             if extra is None

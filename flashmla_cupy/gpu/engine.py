@@ -21,7 +21,8 @@ from ..schedule.split import launch_sizes
 from . import arch
 from .decode_launch import DecodeKernels, DecodeLaunch
 from .driver import Function, RelaxedCapture
-from .gather_launch import GatherGeometry, GatherKernels, GatherLaunch, ListSchedule
+from .gather_geometry import GatherGeometry
+from .gather_launch import GatherKernels, GatherLaunch, ListSchedule
 from .geometry import Geometry
 from .kernels import LIST_LENGTHS, SCHEDULE, Variant
 from .reports import Reports

@@ -70,7 +70,7 @@ struct Thread {
   uint64_t value = 0;
   const char* waits_for = "";
   uint64_t products = 0;           // wgmmas issued
-  std::shared_ptr<int> copies;     // of the group of cp.async that is not committed: how many are open
+  std::shared_ptr<int> copies;     // how many are open of the cp.async that are not committed
   std::deque<std::shared_ptr<int>> copy_groups;  // committed, the oldest first
   std::vector<uint32_t> unfenced;  // chunks of shared memory written since the last proxy fence
   uint32_t fenced_acquires = 0;    // acquires of its block that a proxy fence of its own follows
