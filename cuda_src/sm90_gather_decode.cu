@@ -40,14 +40,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   const bool begins = thread_index() >> 5 == 1;
   if (begins) init_row_block(params);
   griddepcontrol_wait();
-  uint32_t column = 0;
-  if (begins) column = init_part_row(params);
+  if (begins) init_part_row(params);
   __syncthreads();
-  if (begins) check_part_row(params, column);
   const int warpgroup = __shfl_sync(~0u, thread_index() >> 7, 0);
   if (warpgroup == 0) {
     setmaxnreg_inc<SOFTMAX_REGISTERS>();
     softmax_role(params);
+    if (thread_index() >> 5 == 1) check_part_row(params);
   } else if (warpgroup == 3) {
     setmaxnreg_dec<GATHER_REGISTERS>();
     gather_role(params, q_map_0, q_map_1);

@@ -163,9 +163,9 @@ DEVICE void issue_scores(float (&s)[SCORES], const uint32_t (&q)[4 * Q_STEPS], P
 
 constexpr uint32_t ALL_LIVE = 0x0fff0fff;  // of two warps
 
-// -inf for tokens that are not to be seen, and for those that a row does not see: from `seen` on,
-// of each row. NaN among the live tokens stays, so that a refused row of the cache reaches every
-// row.
+// Makes S -inf for tokens that are not to be seen, and for those from `seen` on of each row. A live
+// token that a row does not see but whose score is not finite makes the row NaN instead (x - x is 0
+// or NaN). So a bad row of the cache reaches every row of its request.
 DEVICE void mask(float (&s)[SCORES], uint32_t stage, const int (&seen)[2]) {
   const uint32_t lane = lane_index() & 3, from = live_tokens(stage) + (lane >> 1) * 2;
   const uint32_t live[2] = {(uint32_t)ld_shared_u16(from) >> (lane & 1) * 2,
@@ -178,7 +178,11 @@ DEVICE void mask(float (&s)[SCORES], uint32_t stage, const int (&seen)[2]) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float& x = s[4 * j + 2 * h + i];
-        if (!is_live || (8 * j + i >= seen[h] && x == x)) x = NEG_INF;
+        if (!is_live) {
+          x = NEG_INF;
+        } else if (8 * j + i >= seen[h]) {
+          x = NEG_INF + (x - x);
+        }
       }
     }
   }
@@ -233,40 +237,22 @@ DEVICE void softmax_step(float (&s)[SCORES], float (&m)[2], float (&l)[2], float
 
 // ---- results --------------------------------------------------------------------------------
 
-DEVICE void store_max_logit(const Params& params, int request, const RowBlock& block, int row,
-                            float logit) {
-  params.max_logits[(int64_t)request * params.h_q + block.first_head + row] = logit;
-}
-
-// The results of a piece without tiles: NaN if the request is refused, else those of no keys, out
-// 0, lse +inf and max_logits -inf.
-DEVICE void store_no_keys(const Params& params, int request, const Piece& piece) {
+// The results of a piece without tiles, by the softmax warpgroup.
+DEVICE void store_no_tiles(const Params& params, int request, const Piece& piece) {
   const uint32_t thread = thread_in_group();
   if (piece.refused && thread == 0) {
     const List list = piece.reason == LENGTH ? list_of_length(params, request) : TABLE;
     refuse(params, request, piece.reason, list << LIST_SHIFT);
   }
-  const RowBlock block = row_block();
-  const int rows = min(ROWS, params.slab_rows - block.first_row);
-  if (piece.slot >= 0) {  // a split piece has tiles unless refused; combine makes the row NaN
-    if (thread < rows) {
-      const int64_t row = partial_row(params, piece.slot, block, block.first_row + thread);
-      st_global_v4_f32(params.row_partial + row * 4, QUIET_NAN, 1.f, 1.f, QUIET_NAN);
-    }
+  if (piece.slot < 0) {
+    store_no_keys(params, request, piece.refused, thread, GROUP_THREADS);
     return;
   }
-  if (thread < rows) {
-    const int row = block.first_row + thread;
-    store_lse(params, request, block, row, piece.refused ? QUIET_NAN : POS_INF);
-    if (params.max_logits) {
-      store_max_logit(params, request, block, row, piece.refused ? QUIET_NAN : NEG_INF);
-    }
-  }
-  const uint32_t pair = piece.refused ? 0x7fff7fffu : 0;
-  uint16_t* to = params.out + out_row(params, request, block, block.first_row) * 512;
-#pragma unroll 1
-  for (int i = thread; i < rows * 64; i += GROUP_THREADS) {
-    st_global_v4(to + i * 8, {pair, pair, pair, pair});
+  // A split piece has tiles unless it is refused; combine makes the row NaN.
+  const RowBlock block = row_block();
+  if (thread < min(ROWS, params.slab_rows - block.first_row)) {
+    const int64_t row = partial_row(params, piece.slot, block, block.first_row + thread);
+    st_global_v4_f32(params.row_partial + row * 4, QUIET_NAN, 1.f, 1.f, QUIET_NAN);
   }
 }
 
@@ -300,7 +286,7 @@ DEVICE void softmax_role(const Params& params) {
       border = uniform(params.causal ? piece.length - params.s_q + 1 : 0x7fffffff);
       result = uniform(result_word(piece.kind, piece.slot));
       if (tiles_left == 0) {
-        store_no_keys(params, request, piece);
+        store_no_tiles(params, request, piece);
         continue;
       }
     }

@@ -206,6 +206,13 @@ DEVICE void store_lse(const Params& params, int request, const RowBlock& block, 
                        lse_group(params))] = lse;
 }
 
+#if defined(GATHERED)
+DEVICE void store_max_logit(const Params& params, int request, const RowBlock& block, int row,
+                            float logit) {
+  params.max_logits[(int64_t)request * params.h_q + block.first_head + row] = logit;
+}
+#endif
+
 // The results of a request without keys, out 0 and lse +inf, or NaN if it is refused. By `threads`
 // threads, of which this is number `thread`.
 DEVICE void store_no_keys(const Params& params, int request, bool refused, int thread,
@@ -215,6 +222,11 @@ DEVICE void store_no_keys(const Params& params, int request, bool refused, int t
 #pragma unroll 1
   for (int row = thread; row < rows; row += threads) {
     store_lse(params, request, block, block.first_row + row, refused ? QUIET_NAN : POS_INF);
+#if defined(GATHERED)
+    if (params.max_logits) {
+      store_max_logit(params, request, block, block.first_row + row, refused ? QUIET_NAN : NEG_INF);
+    }
+#endif
   }
   const uint32_t pair = refused ? 0x7fff7fffu : 0;
   uint16_t* to = params.out + out_row(params, request, block, block.first_row) * 512;
@@ -256,7 +268,7 @@ DEVICE void init_part_row(const Params& params) {
 DEVICE void store_padding(const Params& params, int requests) {
 #pragma unroll 1
   for (int request = requests + blockIdx.z; request < params.batch; request += gridDim.z) {
-    const int length = __ldg(params.cache_seqlens + request);
+    const int length = request_length(params, request);
     if (length != 0 && lane_index() == 0) {
       const bool bad_length = (uint32_t)length > (uint32_t)params.max_length;
       refuse(params, request, bad_length ? LENGTH : STALE_METADATA, 0);
