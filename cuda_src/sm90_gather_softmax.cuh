@@ -178,11 +178,8 @@ DEVICE void mask(float (&s)[SCORES], uint32_t stage, const int (&seen)[2]) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float& x = s[4 * j + 2 * h + i];
-        if (!is_live) {
-          x = NEG_INF;
-        } else if (8 * j + i >= seen[h]) {
-          x = NEG_INF + (x - x);
-        }
+        const float y = 8 * j + i >= seen[h] ? NEG_INF + (x - x) : x;
+        x = is_live ? y : NEG_INF;
       }
     }
   }
