@@ -126,8 +126,8 @@ def flash_mla_with_kvcache(
     out, lse                 contiguous arrays to write into, instead of new ones (not in JAX)
 
     Also FP8 caches and lists of tokens (`reference_sparse` holds the definition). On a GPU there
-    are kernels for CuPy arrays and PyTorch tensors, for caches of 656 and of 576 bytes a token and
-    of 576 columns, and q in bfloat16 or float16; anything else raises an OptionError there:
+    are kernels for caches of 656 and of 576 bytes a token and of 576 columns, and q in bfloat16 or
+    float16; anything else raises an OptionError there:
 
     is_fp8_kvcache           True for a k_cache [num_pages, page_size, 1, width] of bytes: 656
                              (V3.2), 584 (V4) or 576 a token (CacheFormat); q is as wide as its keys
@@ -223,8 +223,8 @@ def flash_mla_sparse_fwd(
     Returns out [s_q, h_q, 512] in q's dtype, and max_logits, the largest score, and lse (natural
     logarithm), both [s_q, h_q] float32. A query token that sees none gives out = 0, max_logits =
     -inf and lse = +inf; one whose topk_length is not from 0 to topk gives NaN, and is reported as
-    in flash_mla_with_kvcache(). On a GPU there is a kernel for CuPy arrays and PyTorch tensors of
-    576 columns; anything else raises an OptionError there. Raises an ArgumentError.
+    in flash_mla_with_kvcache(). On a GPU there is a kernel for 576 columns; others raise an
+    OptionError there. Raises an ArgumentError.
     """
     arrays = q, kv, indices, attn_sink, topk_length, out, max_logits, lse
     results: tuple[Any, Any, Any] = run(sparse_prefill.PREFILL, arrays, (sm_scale, d_v))

@@ -345,7 +345,7 @@ def device_buffer(pointer, shape, device):
 def test_tracing_for_gpus_prepares_all_of_them_and_asks_for_scratch(gpu, monkeypatch):
     """Capture allows no loading, so every GPU's engine is asked while tracing; launches wait."""
     monkeypatch.setattr(jax_op, "placed", lambda *_: True)
-    monkeypatch.setattr(jax_op, "_gpus", lambda: [0, 1])
+    monkeypatch.setattr(jax_op, "gpus", lambda: [0, 1])
     prepared = []
     for device, engine in gpu.engines.items():
 

@@ -3,7 +3,9 @@ transformations, on the CPU: the eager results, bit for bit."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from types import SimpleNamespace
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -312,3 +314,89 @@ def test_empty_results_need_no_callback():
         x[:0] if axis == 0 else x for x, axis in zip(rest, IN_AXES[3:], strict=True)
     ])  # fmt: skip
     assert out.shape == (0, 2, 8, 512) and lse.shape == (0, 8, 2)
+
+
+# --- JAX on a pretended GPU --------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs whose launches are recorded: (ordinal, what, stream, addresses, the rest)."""
+    from flashmla_cupy.calls import gathered
+    from flashmla_cupy.traced import jax_operations
+
+    launches = []
+
+    def engine_of(ordinal):
+        def gather(geometry):
+            return lambda *call: launches.append((ordinal, geometry, *call))
+
+        def list_schedule(*sizes):
+            return lambda *call: launches.append((ordinal, sizes, *call))
+
+        return SimpleNamespace(num_sms=78, gather=gather, list_schedule=list_schedule)
+
+    for module in (gathered, jax_operations):
+        monkeypatch.setattr(module, "engine_of", engine_of)
+    monkeypatch.setattr(jax_operations, "placed", lambda *_: True)
+    monkeypatch.setattr(jax_operations, "gpus", lambda: [0, 1])
+    monkeypatch.setattr(jax_operations, "device_guard", lambda _: contextlib.nullcontext())
+    made = []
+    callback = jax_operations._Callback
+    monkeypatch.setattr(
+        jax_operations, "_Callback", lambda *a: made.append(callback(*a)) or made[-1]
+    )
+    jax_operations._op.cache_clear()
+    yield SimpleNamespace(launches=launches, callbacks=made)
+    jax_operations._op.cache_clear()
+
+
+def device_buffer(pointer, device=1):
+    interface = {"data": (pointer, False), "shape": (8,)}
+    return SimpleNamespace(
+        __cuda_array_interface__=interface, __dlpack_device__=lambda: (2, device)
+    )
+
+
+def test_jax_on_a_gpu_launches_with_scratch_of_xlas(gpus):
+    arrays = arrays_of("jax")[:5]  # without a second cache
+
+    def step(*arrays):
+        return attend(*arrays, None, None, None)
+
+    text = jax.jit(step).lower(*arrays).as_text()
+    (callback,) = gpus.callbacks
+    work = callback._works[1]
+    assert f"tensor<{work.scratch_floats}xf32>" in text
+    assert gpus.launches == []
+    results = [device_buffer(i) for i in (200, 201, 300)]
+    callback(SimpleNamespace(stream=77), results, *map(device_buffer, range(100, 105)))
+    ((ordinal, geometry, stream, addresses, scale, causal, num_splits),) = gpus.launches
+    assert (ordinal, stream, scale, causal, num_splits) == (1, 77, SCALE, False, 0)
+    assert (geometry.batch, geometry.s_q, geometry.topk, geometry.parts) == (4, 2, 70, 78)
+    named = addresses._asdict()
+    want = {
+        "q": 100, "cache": 101, "table": 102, "topk_length": 103, "attn_sink": 104, "out": 200,
+        "lse": 201, "scratch": 300, "tile_scheduler_metadata": 0,
+    }  # fmt: skip
+    assert {name: named[name] for name in want} == want
+
+
+def test_jax_on_a_gpu_makes_the_metadata_of_its_multiprocessors(gpus):
+    def step(lengths):
+        return get_mla_metadata(lengths, 16, 1, 8, topk=70)
+
+    shapes = jax.eval_shape(step, jnp.zeros(4, jnp.int32))
+    assert [x.shape for x in shapes] == [(78, 8), (9,)]
+    (callback,) = gpus.callbacks
+    results = [device_buffer(i, 0) for i in (200, 201, 300)]
+    callback(SimpleNamespace(stream=7), results, device_buffer(100, 0))
+    assert gpus.launches == [(0, ((8, 2, 70, 0), 78, 8), 7, (0, 0), 300, (200, 201))]
+
+
+def test_jax_on_a_gpu_refuses_what_has_no_kernel(gpus):
+    problem = make_sparse_problem("v4")
+    with pytest.raises(OptionError, match=r"k_cache: expected on a GPU, a cache of 656"):
+        flash_mla_with_kvcache(
+            **keywords(problem, "jax"), tile_scheduler_metadata=get_mla_metadata()[0]
+        )

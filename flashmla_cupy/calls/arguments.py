@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import NoneType
@@ -89,6 +90,10 @@ class Table:
     def named(self, arrays: tuple[Any, ...]) -> dict[str, Any]:
         """The arrays by name, None for each that the call lacks."""
         return dict(itertools.zip_longest(self.names, arrays))
+
+    def ordered(self, named: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The arrays in the order of the table, None for each that is not there."""
+        return tuple(named.get(name) for name in self.names)
 
     def __getitem__(self, name: str) -> Array:
         return self.arrays[self.names.index(name)]

@@ -16,7 +16,9 @@ from .arguments import FP8_DECODE
 from .operation import Operation, Output, Valid, Views
 
 
-def _outputs(named: dict[str, Any], options: tuple[Any, ...]) -> tuple[Output, ...]:
+def _outputs(
+    named: dict[str, Any], options: tuple[Any, ...], num_sms: int = NUM_SMS_CPU
+) -> tuple[Output, ...]:
     q = named["q"]
     batch, s_q, h_q, _ = q.shape
     dtype = fits.out_dtype(str(q.dtype).removeprefix("torch."))

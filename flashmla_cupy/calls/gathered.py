@@ -6,7 +6,6 @@ addresses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from ..errors import OptionError, StrideError
@@ -47,6 +46,9 @@ class GpuWork:
         self._cache, self._table = names
         self.engine = engine_of(device)
         self._launch = self.engine.gather(geometry)
+        self.scratch_floats = geometry.scratch_floats
+        if framework.name == "jax":  # whose memory XLA allocates: see `launch`
+            return
         self._new_scratch = framework.scratch_allocator(geometry.scratch_floats, device)
         parts, requests = geometry.parts, geometry.requests
         self._new_schedule = (
@@ -84,6 +86,14 @@ class GpuWork:
 
     def _start(self, at: dict[str, int], metadata: int, num_splits: int = 0) -> None:
         _room, scratch = self._new_scratch()  # freed at the end, in the order of the stream
+        stream = self._framework.stream(self._device)
+        self.launch(stream, at, scratch, metadata, num_splits)
+
+    def launch(
+        self, stream: int, at: dict[str, int], scratch: int, metadata: int = 0, num_splits: int = 0
+    ) -> None:
+        """Launches with scratch of the caller's, [scratch_floats] float32, on the current device;
+        without metadata it makes a schedule of its own there."""
         get = at.get
         addresses = GatherAddresses(
             at["q"],
@@ -103,7 +113,6 @@ class GpuWork:
             get("descale_k", 0),
             get("max_logits", 0),
         )
-        stream = self._framework.stream(self._device)
         self._launch(stream, addresses, *self._options, num_splits)
 
 
@@ -122,22 +131,28 @@ class ListMetadataWork:
         self.engine = engine_of(device)
         parts = num_sm_parts(self.engine.num_sms, h_q, 1)
         self._schedule = self.engine.list_schedule(sizes, parts, h_q)
-        self._new_scratch = framework.scratch_allocator(max(1, sizes[0]), device)
+        self.scratch_floats = max(1, sizes[0])
+        if framework.name != "jax":
+            self._new_scratch = framework.scratch_allocator(self.scratch_floats, device)
 
     def __call__(
         self, at: dict[str, int], lazy: SchedMeta | None, configuration: Configuration | None
     ) -> None:
         with self._framework.device_guard(self._device):
             _room, scratch = self._new_scratch()
-            self._schedule(
-                self._framework.stream(self._device),
-                (at.get("topk_length", 0), at.get("extra_topk_length", 0)),
-                scratch,
-                (at["tile_scheduler_metadata"], at["num_splits"]),
-            )
+            self.launch(self._framework.stream(self._device), at, scratch)
+
+    def launch(self, stream: int, at: dict[str, int], scratch: int) -> None:
+        """Launches with the caller's scratch, [scratch_floats] float32, on the current device."""
+        self._schedule(
+            stream,
+            (at.get("topk_length", 0), at.get("extra_topk_length", 0)),
+            scratch,
+            (at["tile_scheduler_metadata"], at["num_splits"]),
+        )
 
 
-Work = Callable[[dict[str, int], "SchedMeta | None", "Configuration | None"], None]
+Work = GpuWork | ListMetadataWork
 
 
 def pool_of(cache: ArrayInfo) -> Pool:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import DeviceCheckError, OptionError
+from ..errors import DeviceCheckError
 from ..frameworks import HOST, Adapter, ArrayInfo, elsewhere
 from ..locks import Lock
 from ..schedule.sched_meta import Configuration, SchedMeta
@@ -64,8 +64,8 @@ class Operation:
 
     name: str  # of the PyTorch op, and in JAX's profiles
     table: Table
-    # (arrays by name, options) -> what the results are; of symbolic shapes too.
-    outputs: Callable[[dict[str, Any], tuple[Any, ...]], tuple[Output, ...]]
+    # (arrays by name, options, multiprocessors) -> what the results are; of symbolic shapes too.
+    outputs: Callable[[dict[str, Any], tuple[Any, ...], int], tuple[Output, ...]]
     # (arrays, options) of the table -> Valid; raises an ArgumentError.
     validate: Callable[[Arrays, tuple[Any, ...]], Valid]
     # A length in host memory that cannot be, which raises before anything is computed; or None.
@@ -169,17 +169,6 @@ class Operation:
             work=None if device == HOST or valid.is_empty else self.on_gpu(valid),
         )
         return self._calls.keep(key, call), pointers(self.table, valid.infos)
-
-    def no_kernel(self, got: str) -> OptionError:
-        """For JAX arrays on a GPU."""
-        return OptionError(
-            self.table.names[0],
-            "JAX arrays in host memory, since FP8 caches and lists of tokens on a GPU go with CuPy"
-            " and PyTorch only",
-            got,
-            "Pass them as CuPy arrays or PyTorch tensors, by DLPack, or move them to the host.",
-            self.table.function,
-        )
 
 
 def _copy(framework: Adapter, array: np.ndarray) -> Any:

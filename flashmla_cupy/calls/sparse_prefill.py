@@ -14,7 +14,7 @@ from ..errors import (
     ShapeError,
 )
 from ..frameworks import ArrayInfo
-from ..sizes import HEAD_DIM_V, num_sm_parts
+from ..sizes import HEAD_DIM_V, NUM_SMS_CPU, num_sm_parts
 from . import fits, gathered, scalars
 from .arguments import SPARSE_PREFILL
 from .operation import Operation, Output, Valid, Views
@@ -25,7 +25,9 @@ FUNCTION = SPARSE_PREFILL.function
 WIDTHS = (576, 512)  # d_qk: with the rotary columns beside V's, or among them
 
 
-def _outputs(named: dict[str, Any], options: tuple[Any, ...]) -> tuple[Output, ...]:
+def _outputs(
+    named: dict[str, Any], options: tuple[Any, ...], num_sms: int = NUM_SMS_CPU
+) -> tuple[Output, ...]:
     q = named["q"]
     s_q, h_q, _ = q.shape
     dtype = str(q.dtype).removeprefix("torch.")

@@ -24,7 +24,7 @@ from ..schedule.sched_meta import stale_requests
 if TYPE_CHECKING:
     from ..gpu.decode_launch import DecodeLaunch
 
-_CPU = 1  # kDLCPU
+CPU = 1  # kDLCPU
 
 
 class Config(NamedTuple):
@@ -55,7 +55,7 @@ def device_guard(ordinal: int) -> Iterator[None]:
             runtime.setDevice(before)
 
 
-def _pointer(buffer: Any) -> int:
+def pointer_of(buffer: Any) -> int:
     return int(buffer.__cuda_array_interface__["data"][0])
 
 
@@ -78,7 +78,7 @@ class DecodeCallback:
     def __call__(self, ctx: Any, results: Any, *operands: Any) -> None:
         config = self._config
         kind, ordinal = map(int, operands[0].__dlpack_device__())
-        if kind == _CPU:
+        if kind == CPU:
             _decode_on_host(
                 config, [np.asarray(x) for x in operands], *map(np.asarray, results[:2])
             )
@@ -89,8 +89,8 @@ class DecodeCallback:
                 " backend: put cuda first in JAX_PLATFORMS, or leave it unset."
             )
         self.prepare([ordinal])
-        out, lse, scratch, *made = map(_pointer, results)
-        at = dict(zip(config.operands, map(_pointer, operands), strict=True))
+        out, lse, scratch, *made = map(pointer_of, results)
+        at = dict(zip(config.operands, map(pointer_of, operands), strict=True))
         metadata, num_splits = made or (at["tile_scheduler_metadata"], 0)
         inputs = at["q"], at["k_cache"], metadata, at["cache_seqlens"], at["block_table"]
         addresses = Addresses(*inputs, out, lse, scratch)
@@ -126,14 +126,14 @@ def _decode_on_host(config: Config, operands: list[Any], out: Any, lse: Any) -> 
 def metadata_callback(parts: int, rows: int, h_kv: int) -> Callable[..., None]:
     def flashmla_metadata(ctx: Any, results: Any, cache_seqlens: Any) -> None:
         kind, ordinal = map(int, cache_seqlens.__dlpack_device__())
-        if kind == _CPU:
+        if kind == CPU:
             views = map(np.asarray, results)
             made = split.plan(np.asarray(cache_seqlens), parts, rows, h_kv)
             for view, array in zip(views, made, strict=True):
                 view[...] = array
             return
         (batch,) = cache_seqlens.shape
-        lengths, metadata, num_splits = map(_pointer, (cache_seqlens, *results))
+        lengths, metadata, num_splits = map(pointer_of, (cache_seqlens, *results))
         with device_guard(ordinal):
             engine_of(ordinal).schedule(
                 ctx.stream, lengths, batch, parts, rows, h_kv, metadata, num_splits

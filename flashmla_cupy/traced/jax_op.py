@@ -126,7 +126,7 @@ def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...], on_gpu: bool) ->
     )
 
 
-def _gpus() -> list[int]:
+def gpus() -> list[int]:
     """The CUDA ordinals of JAX's GPUs in this process."""
     return [device.local_hardware_id for device in jax.local_devices(backend="gpu")]
 
@@ -135,7 +135,7 @@ def _num_sms(on_gpu: bool) -> int:
     """Multiprocessors of a device. Makes the engines of all, whichever will run the call."""
     if not on_gpu:
         return NUM_SMS_CPU
-    num_sms = [engine_of(ordinal).num_sms for ordinal in _gpus()]
+    num_sms = [engine_of(ordinal).num_sms for ordinal in gpus()]
     return num_sms[0]
 
 
@@ -234,7 +234,7 @@ def _call_back(config: Config, *operands: Any) -> tuple[Any, Any]:
     geometry = Geometry.of(infos["q"], infos["k_cache"], infos["block_table"], parts)
     callback = decode_callback(config, geometry)
     # Compiled and loaded on every GPU that may run the call, since capture allows neither.
-    floats = callback.prepare(_gpus()) if config.on_gpu else 0
+    floats = callback.prepare(gpus()) if config.on_gpu else 0
     results = [
         jax.ShapeDtypeStruct((batch, s_q, h_q, HEAD_DIM_V), infos["q"].dtype),
         jax.ShapeDtypeStruct((batch, h_q, s_q), jnp.float32),

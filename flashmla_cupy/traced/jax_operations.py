@@ -1,6 +1,6 @@
-"""The operations of `calls` on JAX arrays, eager and traced, as `jax_op` does for the calls with
-kernels: one callback on the CPU, whose buffers live only during the call. Arrays on a GPU are
-refused while tracing.
+"""The operations of `calls` on JAX arrays, eager and traced, as `jax_op` does for dense decoding of
+16-bit caches: one callback, whose buffers live only during the call. What has no kernel on a GPU is
+refused while tracing. On a GPU a call makes a schedule of its own, in its scratch.
 
 vmap folds the mapped axis into the batch where the operation has one, else it maps in turn.
 """
@@ -15,12 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..calls import fp8_decode, refusals, sparse_decode, sparse_metadata, sparse_prefill
-from ..calls.operation import Operation, Output
+from ..calls.gathered import Work
+from ..calls.operation import Operation
 from ..calls.wording import kind
 from ..errors import OptionError
 from ..frameworks import framework, numpy_dtype
+from ..gpu.engine import engine_of
 from ..schedule.sched_meta import SchedMeta
-from .jax_op import placed
+from ..sizes import NUM_SMS_CPU
+from .jax_callbacks import CPU, device_guard, pointer_of
+from .jax_op import gpus, placed
 
 jax: Any = importlib.import_module("jax")
 jnp: Any = importlib.import_module("jax.numpy")
@@ -45,6 +49,7 @@ class _Config(NamedTuple):
     operation: str
     options: tuple[Any, ...]  # of the table
     operands: tuple[str, ...]  # names of the arrays, in their order
+    on_gpu: bool
 
     @property
     def table(self) -> Any:
@@ -54,8 +59,7 @@ class _Config(NamedTuple):
 def run(
     operation: Operation, arrays: tuple[Any, ...], options: tuple[Any, ...], lazy: SchedMeta | None
 ) -> tuple[Any, ...]:
-    """The results. A SchedMeta is not bound: a tracer must not outlive its trace, and on the CPU
-    there is no schedule to make."""
+    """The results. A SchedMeta is not bound: a tracer must not outlive its trace."""
     table = operation.table
     for i in table.outputs:
         if arrays[i] is not None:
@@ -68,8 +72,7 @@ def run(
                 table.function,
             )
     valid = operation.validate(arrays, options)
-    if placed(dict(zip(table.names, arrays, strict=True)), table.function):
-        raise operation.no_kernel("one on a GPU")
+    on_gpu = placed(dict(zip(table.names, arrays, strict=True)), table.function)
     if not isinstance(arrays[0], jax.core.Tracer):
         refusals.raise_pending()
     if valid.is_empty:
@@ -78,9 +81,12 @@ def run(
             jnp.full(output.shape, _EMPTY.get(array.name, 0), output.dtype)
             for array, output in outputs
         )
-    names = tuple(name for name, x in zip(table.names, arrays, strict=True) if x is not None)
-    operands = [x for x in arrays if x is not None]
-    results: tuple[Any, ...] = _op(_Config(operation.name, options, names))(*operands)
+    given = {name: x for name, x in zip(table.names, arrays, strict=True) if x is not None}
+    if on_gpu and table.having("schedule"):  # the call makes its own
+        given = {name: x for name, x in given.items() if table[name].role != "schedule"}
+        options = (*options[:-1], True)  # is_lazy
+    config = _Config(operation.name, options, tuple(given), on_gpu)
+    results: tuple[Any, ...] = _op(config)(*given.values())
     return results
 
 
@@ -139,34 +145,85 @@ def _op(config: _Config) -> Callable[..., tuple[Any, ...]]:
     return jitted
 
 
+class _Kind(NamedTuple):
+    """Of an operand."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def _kind(x: Any) -> _Kind:
+    return _Kind(str(x.dtype), tuple(x.shape))
+
+
 def _call_back(config: _Config, *operands: Any) -> tuple[Any, ...]:
-    """The custom call."""
+    """The custom call; on a GPU with its scratch as a further output."""
     operation = _OPERATIONS[config.operation]
-    outputs = operation.outputs(dict(zip(config.operands, operands, strict=True)), config.options)
-    shapes = tuple(jax.ShapeDtypeStruct(x.shape, numpy_dtype(x.dtype)) for x in outputs)
-    dtypes = tuple(str(x.dtype) for x in operands)
+    named = dict(zip(config.operands, operands, strict=True))
+    works: dict[int, Work] = {}
+    num_sms, floats = NUM_SMS_CPU, 0
+    if config.on_gpu:  # compiled and loaded now on every GPU, since a graph capture allows neither
+        valid = operation.validate(config.table.ordered(named), config.options)
+        for ordinal in gpus():
+            infos = {name: x._replace(device=ordinal) for name, x in valid.infos.items()}
+            works[ordinal] = operation.on_gpu(valid._replace(infos=infos))
+        num_sms = engine_of(gpus()[0]).num_sms
+        floats = max(work.scratch_floats for work in works.values())
+    outputs = operation.outputs(named, config.options, num_sms)
+    shapes = [jax.ShapeDtypeStruct(x.shape, numpy_dtype(x.dtype)) for x in outputs]
+    shapes += [jax.ShapeDtypeStruct((floats,), jnp.float32)] if config.on_gpu else []
     # Buffers of this type cannot be looked at from Python; those of bytes can.
     plain = [x.view(jnp.uint8) if x.dtype == jnp.float8_e4m3fn else x for x in operands]
-    callback = _callback(config, dtypes, outputs)
-    results: tuple[Any, ...] = buffers.buffer_callback(callback, shapes)(*plain)
-    return results
+    callback = _Callback(config, tuple(map(_kind, operands)), works)
+    call = buffers.buffer_callback(callback, tuple(shapes), command_buffer_compatible=config.on_gpu)
+    results: tuple[Any, ...] = call(*plain)
+    return tuple(results[: len(outputs)])
 
 
-@functools.cache  # one object a configuration: JAX compiles again for another callback
-def _callback(
-    config: _Config, dtypes: tuple[str, ...], outputs: tuple[Output, ...]
-) -> Callable[..., None]:
-    operation, table = _OPERATIONS[config.operation], config.table
-    names = [array.name for array in table.having("output")]
+class _Callback:
+    """What XLA calls."""
 
-    def host(ctx: Any, results: Any, *operands: Any) -> None:
+    def __init__(self, config: _Config, kinds: tuple[_Kind, ...], works: dict[int, Work]) -> None:
+        self._config, self._kinds, self._works = config, kinds, works
+        self.__name__ = f"flashmla_{config.operation}"
+        self._outputs = [array.name for array in config.table.having("output")]
+
+    # JAX compiles again for another callback, so those of one configuration are equal.
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is _Callback and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> Any:
+        return self._config, self._kinds, tuple(self._works)
+
+    def __call__(self, ctx: Any, results: Any, *operands: Any) -> None:
+        kind, ordinal = map(int, operands[0].__dlpack_device__())
+        if kind == CPU:
+            self._on_host(results, operands)
+            return
+        if ordinal not in self._works:
+            raise RuntimeError(
+                "A call that was traced for the CPU runs on a GPU. Make the GPU JAX's default"
+                " backend: put cuda first in JAX_PLATFORMS, or leave it unset."
+            )
+        at = dict(zip(self._config.operands, map(pointer_of, operands), strict=True))
+        *written, scratch = map(pointer_of, results)
+        at.update(zip(self._outputs, written, strict=True))
+        with device_guard(ordinal):
+            self._works[ordinal].launch(ctx.stream, at, scratch)
+
+    def _on_host(self, results: Any, operands: Any) -> None:
+        table, operation = self._config.table, _OPERATIONS[self._config.operation]
         views: dict[str, Any] = dict.fromkeys(table.names)
-        for name, x, dtype in zip(config.operands, operands, dtypes, strict=True):
+        for name, x, of in zip(self._config.operands, operands, self._kinds, strict=True):
             array = np.asarray(x)
-            views[name] = array.view(numpy_dtype(dtype)) if array.dtype != dtype else array
+            views[name] = array if array.dtype == of.dtype else array.view(numpy_dtype(of.dtype))
         arrays = tuple(views.values())
-        views.update(zip(names, map(np.asarray, results), strict=True))
-        valid = operation.validate(arrays, config.options)
+        written = results[: len(self._outputs)]
+        views.update(zip(self._outputs, map(np.asarray, written), strict=True))
+        valid = operation.validate(arrays, self._config.options)
         operation.run_on_host(valid._replace(framework=framework("numpy")), views)
-
-    return host

@@ -16,7 +16,7 @@ from ..calls.operation import Operation
 from ..errors import ShapeError
 from ..frameworks.torch_tensors import needs_gradient
 from ..schedule.sched_meta import SchedMeta
-from ..sizes import HEAD_DIM_V
+from ..sizes import HEAD_DIM_V, NUM_SMS_CPU
 from .torch_op import TAGS
 
 torch: Any = importlib.import_module("torch")
@@ -86,7 +86,7 @@ def run(
         results: tuple[Any, ...] = getattr(torch.ops.flashmla_cupy, op.new)(*inputs)
         return results
     named = dict(zip(operation.table.names, tensors, strict=True))
-    for i, output in enumerate(operation.outputs(named, values)):
+    for i, output in enumerate(operation.outputs(named, values, NUM_SMS_CPU)):
         if given[i] is None:
             given[i] = tensors[0].new_empty(output.shape, dtype=_DTYPES[output.dtype])
     getattr(torch.ops.flashmla_cupy, op.into)(*inputs, *given)
@@ -144,10 +144,13 @@ def _register(op: _Op) -> None:
 
     def fake(*inputs: Any) -> tuple[Any, ...]:
         arrays, options = _named(op, inputs)
-        named = dict(zip(operation.table.names, arrays, strict=True))
+        named, device = dict(zip(operation.table.names, arrays, strict=True)), arrays[0].device
+        num_sms = NUM_SMS_CPU
+        if device.type == "cuda":
+            num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         return tuple(
             arrays[0].new_empty(output.shape, dtype=_DTYPES[output.dtype])
-            for output in operation.outputs(named, options)
+            for output in operation.outputs(named, options, num_sms)
         )
 
     def real_out(*inputs: Any) -> None:
