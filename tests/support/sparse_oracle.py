@@ -1,8 +1,8 @@
 """The float64 oracle of sparse MLA attention, and how far a right result may lie from it.
 
 Written apart from `flashmla_cupy.reference_sparse`, in another way: bytes of tokens are decoded by
-ml_dtypes and struct-like views, every query token looks at the whole pool, and how often a list
-names a slot is a weight of that slot; logaddexp instead of a maximum; the sink is one more logit.
+ml_dtypes and views; how often a list names a slot is a weight of that slot, not a further
+key; logaddexp instead of a maximum; the sink is one more logit.
 
 The bound is that of `oracle`, for fp32 accumulation and any split, with one more cause of error:
 
@@ -82,22 +82,21 @@ def sparse_oracle(
         count = np.concatenate(counts)
         if not count.any():
             continue
-        keys = np.where(count[:, None] > 0, values, 0.0)
-        with np.errstate(divide="ignore"):
-            many = np.log(count.astype(np.float64))
+        seen = np.flatnonzero(count)
+        keys, many = values[seen], np.log(count[seen].astype(np.float64))
         query = q[b, i].astype(np.float64) * factor
-        logits = scale * np.einsum("hd,nd->hn", query, keys) + many
+        logits = scale * np.matmul(query, keys.T) + many
         total = np.logaddexp.reduce(logits, axis=1)
         weight = np.exp(logits - total[:, None])
-        size = scale * np.einsum("hd,nd->hn", np.abs(query), np.abs(keys))
+        size = scale * np.matmul(np.abs(query), np.abs(keys).T)
         delta = (d_qk * 2.0**-23 + k) * size.max(axis=1)
         sums = -(-int(count.sum()) // 64) * 2.0**-23
         share = np.ones(h_q)
         if problem.attn_sink is not None:
             sink = problem.attn_sink.astype(np.float64)
             share = np.where(np.isposinf(sink), 0.0, np.exp(total - np.logaddexp(total, sink)))
-        mean = np.einsum("hn,nd->hd", weight, keys[:, :512])
-        spread = np.einsum("hn,nd->hd", weight, np.abs(keys[:, :512])) * share[:, None]
+        mean = np.matmul(weight, keys[:, :512])
+        spread = np.matmul(weight, np.abs(keys[:, :512])) * share[:, None]
         relative = p + k + 2 * delta + sums + 2.0**-20
         out[b, i] = mean * share[:, None]
         out_bound[b, i] = u * np.abs(out[b, i]) + relative[:, None] * spread + tiny
@@ -114,13 +113,13 @@ def prefill_oracle(q, kv, indices, sm_scale, attn_sink=None, topk_length=None):
         listed = np.where(np.arange(topk) < topk_length[:, None], listed, s_kv)
     count = np.stack([np.bincount(row, minlength=s_kv + 1)[:s_kv] for row in listed])
     q, keys = q.astype(np.float64), kv[:, 0].astype(np.float64)
-    logits = sm_scale * np.einsum("qhd,nd->qhn", q, keys)
+    logits = sm_scale * np.matmul(q, keys.T)
     with np.errstate(divide="ignore", invalid="ignore"):
         weighted = logits + np.log(count)[:, None]
         lse = np.logaddexp.reduce(weighted, axis=2)
         weight = np.exp(weighted - lse[..., None])
         share = 1 if attn_sink is None else np.exp(lse - np.logaddexp(lse, attn_sink))[..., None]
-        out = np.einsum("qhn,nd->qhd", weight, keys[:, :512]) * share
+        out = np.matmul(weight, keys[:, :512]) * share
     lonely = ~count.any(axis=1)
     out[lonely], lse[lonely] = 0, np.inf
     return out, np.where(count[:, None] > 0, logits, -np.inf).max(axis=2), lse
