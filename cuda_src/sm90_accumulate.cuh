@@ -147,7 +147,7 @@ DEVICE void matrix_role(const Params& params, int half, const TensorMap& q_map,
     if (kind == BACK) {
       __syncwarp();
       bar_sync(PAIR_BARRIER, BLOCK_THREADS);  // all of O and lse are stored
-      if (thread_index() == ANNOUNCER) announce_back(params);
+      if (thread_index() == ANNOUNCER) announce_back_for_tma(params);
       free_results();
     }
   }

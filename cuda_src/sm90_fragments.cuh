@@ -4,6 +4,7 @@
 // warpgroup as fragments: warp w has rows 16 w to 16 w + 15, a thread the rows row_in_block() and
 // row_in_block() + 8 and, of every eight columns, column_pair() and the next one.
 #pragma once
+#include "row_statistics.cuh"
 #include "sm90_pieces.cuh"
 #include "wgmma.cuh"
 
@@ -29,15 +30,6 @@ DEVICE uint64_t descriptor_k_major_plain(uint32_t a) {
 
 DEVICE int row_in_block() { return warp_in_group() * 16 + (lane_index() >> 2); }
 DEVICE int column_pair() { return (lane_index() & 3) * 2; }
-// Over the four lanes that share a row.
-DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
 // Byte offset in a swizzled column block for ldmatrix and stmatrix; ^ (step << 5) for step 1..3.
 DEVICE uint32_t fragment_offset() {
   const uint32_t lane = lane_index(), row = warp_in_group() * 16 + (lane & 15);

@@ -6,15 +6,12 @@
 // `combine` does. Every request that the schedule splits in two is a pair, and `combine` takes two
 // pieces for one: their partial results are floats, however many rows there are (merge.cuh).
 //
-// They meet in a word of `pairs`, which holds the number of this launch (its epoch) once the back
-// is written. Any other number means that it is not, since scratch memory comes as it is. The front
-// does not wait: `combine` takes less time than a wait and the rest of the way through memory. In a
-// graph every replay has the same number, so `combine` clears the words after each.
+// They meet in a word of `pairs`: sm90_pair_words.cuh.
 //
 // The arithmetic is the same for both (merge.cuh): who merges changes no bit.
 #pragma once
 #include "merge.cuh"
-#include "sm90_pieces.cuh"
+#include "sm90_pair_words.cuh"
 
 // The back lies in two stages of the ring. Its rows are padded there, so that the quads of lanes
 // that read two rows at once meet 32 different banks.
@@ -24,20 +21,11 @@ static_assert(BACK_PITCH * BACK_ROWS <= STAGE_BYTES && 2 * BACK_ROWS == ROWS, "t
 // Where Q was: float [64] each, what out of the front (with l divided out) and of the back weigh.
 constexpr int FRONT_WEIGHTS = Q_STEP_31, BACK_WEIGHTS = FRONT_WEIGHTS + ROWS * 4;
 
-DEVICE uint64_t* pair_word(const Params& params, int part_of_back) {
-  const int row_blocks = gridDim.x * gridDim.y;
-  return params.pairs + (int64_t)part_of_back * row_blocks + blockIdx.y * gridDim.x + blockIdx.x;
-}
 // Says that the back is written. By one thread, after a barrier that follows all stores of the
 // block.
-DEVICE void announce_back(const Params& params) {
-  fence_proxy_async_all();  // the front reads it by TMA
-  fence_acq_rel_gpu();
-  st_relaxed(pair_word(params, blockIdx.z), params.epoch);
-}
-// Asked by one thread of the front's block.
-DEVICE bool is_back_written(const Params& params) {
-  return ld_acquire(pair_word(params, blockIdx.z + 1)) == params.epoch;
+DEVICE void announce_back_for_tma(const Params& params) {
+  fence_proxy_async_all();
+  announce_back(params);
 }
 
 // Loads the back's rows from `slot` into the two stages that follow the front's last one, by one

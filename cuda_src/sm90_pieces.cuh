@@ -9,7 +9,7 @@
 #include "metadata.cuh"
 #if defined(GATHERED)  // of sm90_gather_decode.cu
 #include "sm90_gather_shared.cuh"
-#else
+#elif !defined(FEW_ROWS_MAP)  // that of sm90_few_rows_decode.cu comes before
 #include "sm90_shared.cuh"
 #endif
 

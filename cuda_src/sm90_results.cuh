@@ -1,25 +1,8 @@
-// The results of a row block: the running maximum of a row, and where O goes in the end. Of all
-// decode kernels for sm_90a, whose accumulators are spread over threads alike (sm90_fragments.cuh).
+// The results of a row block: where O goes in the end. Of the decode kernels by wgmma, whose
+// accumulators are spread over threads alike (sm90_fragments.cuh).
 #pragma once
 #include "merge.cuh"
 #include "sm90_fragments.cuh"
-
-constexpr float LAZY = 8.f;  // log2 units by which a row may exceed its running maximum
-
-// A new maximum `top` for a row: m moves, and what is summed so far shrinks by the returned factor.
-DEVICE float raise_maximum(float& m, float& l, float top) {
-  const float by = ceilf(top - m);
-  float factor;
-  if (by < 126.f) {
-    m += by;
-    factor = __uint_as_float((127 - (int)by) << 23);
-  } else {  // the first keys, or all before them are negligible: one dominant key has P == 1
-    m = top;
-    factor = 0.f;
-  }
-  l *= factor;
-  return factor;
-}
 
 // O * inverse -> out, by 16 bytes a lane.
 DEVICE void store_out(const float (&o)[128], int half, const Params& params, int request,

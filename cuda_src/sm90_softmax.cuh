@@ -4,7 +4,9 @@
 // Q stays in 124 registers of each thread, 31 of its 36 steps in K; the other five come from shared
 // memory. P of a tile goes to the rotary columns of the same tile.
 #pragma once
+#include "row_statistics.cuh"
 #include "sm90_fragments.cuh"
+#include "sm90_no_tiles.cuh"
 #include "sm90_pair.cuh"
 #include "sm90_results.cuh"
 
@@ -156,22 +158,6 @@ DEVICE void softmax_step(float (&s)[32], float (&m)[2], float (&l)[2], uint32_t 
     b0 += t[4] + t[5], b1 += t[6] + t[7];
   }
   l[0] += a0 + b0, l[1] += a1 + b1;
-}
-
-// The results of a piece without tiles, by the softmax warpgroup.
-DEVICE void store_no_tiles(const Params& params, int request, const Piece& piece) {
-  const uint32_t thread = thread_in_group();
-  if (piece.refused && thread == 0) refuse(params, request, piece.reason, 0);
-  if (piece.slot < 0) {
-    store_no_keys(params, request, piece.refused, thread, GROUP_THREADS);
-    return;
-  }
-  // A split piece has tiles unless it is refused; combine makes the row NaN.
-  const RowBlock block = row_block();
-  if (thread < min(ROWS, params.slab_rows - block.first_row)) {
-    const int64_t row = partial_row(params, piece.slot, block, block.first_row + thread);
-    st_global_v4_f32(params.row_partial + row * 4, QUIET_NAN, 1.f, 1.f, 0.f);
-  }
 }
 
 // The end of a front, which is the last piece of its part: this warpgroup looks whether the back is

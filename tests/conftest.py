@@ -74,3 +74,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch, kernels):
     from emulator import device
 
     return lambda num_sms: device.install(monkeypatch, kernels, num_sms)
+
+
+@pytest.fixture(params=["few_rows_decode", "dense_decode"])
+def each_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls with few query rows are served by the first of these; here by each in turn."""
+    from flashmla_cupy.gpu import decode_launch
+    from flashmla_cupy.gpu.kernels import DENSE_DECODE
+
+    if request.param == "dense_decode":
+        monkeypatch.setattr(decode_launch, "decode_kernel", lambda slab_rows: DENSE_DECODE)

@@ -32,6 +32,9 @@ from flashmla_cupy.gpu.kernels import Variant, all_variants
 ROOT = Path(info.__file__).resolve().parent.parent
 SOURCES = {
     "sm90_dense_decode.cu": b'extern "C" __global__ void dense_decode(int* a) { *a = PAGE_SIZE; }',
+    "sm90_few_rows_decode.cu": (
+        b'extern "C" __global__ void few_rows_decode(int* a) { *a = PAGE_SIZE; }'
+    ),
     "schedule.cu": b'extern "C" __global__ void schedule(int* a) { *a = 1; }',
     "combine.cu": b'extern "C" __global__ void combine(int* a) { *a = 2; }',
 }
@@ -297,12 +300,17 @@ def test_warmup_compiles_everything_once(capsys, folder, has_nvrtc, monkeypatch)
     ("arguments", "expected"),
     [
         (["--dtype", "float16", "--page-size", "256", "32"],
-         ["dense_decode_fp16_p64", "dense_decode_fp16_p32", "combine_fp16", "schedule"]),
+         ["dense_decode_fp16_p64", "dense_decode_fp16_p32",
+          "few_rows_decode_fp16_p64",
+          "few_rows_decode_fp16_p32",
+          "combine_fp16", "schedule"]),
         (["--dtype", "fp16", "--page-size", "32"],  # as the kernels are named
-         ["dense_decode_fp16_p32", "combine_fp16", "schedule"]),
+         ["dense_decode_fp16_p32", "few_rows_decode_fp16_p32",
+          "combine_fp16", "schedule"]),
         # combine serves every page size
         (["--dtype", "bfloat16", "--page-size", "16"],
-         ["dense_decode_bf16_p16", "combine_bf16", "schedule"]),
+         ["dense_decode_bf16_p16", "few_rows_decode_bf16_p16",
+          "combine_bf16", "schedule"]),
     ],
 )  # fmt: skip
 def test_warmup_of_some(capsys, folder, has_nvrtc, arguments, expected):

@@ -79,10 +79,11 @@ def test_variants():
     names = [variant.name for variant in all_variants()]
     pages = ("p64", "p32", "p16")
     decode = [f"dense_decode_{dtype}_{page}" for dtype in ("bf16", "fp16") for page in pages]
+    few_rows = [f"few_rows_decode_{dtype}_{page}" for dtype in ("bf16", "fp16") for page in pages]
     of_caches = ["append_bf16", "append_fp16", "copy_pages", "update_tables"]
     gathering = ("gather_v32", "gather_e4m3", "gather_16bit", "combine_gathered")
     gathered = [f"{name}_{dtype}" for name in gathering for dtype in ("bf16", "fp16")]
-    everything = [*decode, "combine_bf16", "combine_fp16", "schedule", *of_caches]
+    everything = [*decode, *few_rows, "combine_bf16", "combine_fp16", "schedule", *of_caches]
     assert names == [*everything, *gathered, "list_lengths"]
 
 
@@ -95,6 +96,11 @@ def test_variants():
             "sm90_dense_decode.cu",
         ),
         (Variant("dense_decode", "float16", 16), ("-DDTYPE_FP16", "-DPAGE_SIZE=16"), None),
+        (
+            Variant("few_rows_decode", "bfloat16", 32),
+            ("-DDTYPE_BF16", "-DPAGE_SIZE=32"),
+            "sm90_few_rows_decode.cu",
+        ),
         (Variant("combine", "float16"), ("-DDTYPE_FP16",), "combine.cu"),
         (Variant("schedule"), (), "schedule.cu"),
         (

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(
 MERGED_LSE = 0x7FC0FFEE  # merge.cuh
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("seed", range(24))
 def test_random_problems_in_two_orders(gpu, seed):
     rng = np.random.default_rng([seed, 1])
@@ -63,6 +64,7 @@ def test_schedules_are_those_of_the_host(gpu, batch, rows, h_kv):
         np.testing.assert_array_equal(num_splits, expected_splits)
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize(("h_q", "parts"), [(2, 90), (16, 45), (40, 20), (170, 20)])
 def test_one_request_in_many_parts(gpu, h_q, parts):
     """`combine` takes 8, 4 or 2 warps for a unit, of floats, then of halves."""
@@ -74,6 +76,7 @@ def test_one_request_in_many_parts(gpu, h_q, parts):
     assert_within_bound(out, lse, oracle(*problem.arrays()))
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("h_q", [1, 20])
 def test_a_long_request_among_short_ones(gpu, h_q):
     """Split: the long one, in many pieces, and some short ones in two."""
@@ -87,6 +90,7 @@ def test_a_long_request_among_short_ones(gpu, h_q):
         assert_within_bound(*decode(problem, metadata), expected)
 
 
+@pytest.mark.usefixtures("each_kernel")
 def test_a_pair_has_the_same_bits_whoever_merges_it(gpu):
     emulator = gpu(num_sms=2)
     problem = make_problem([1500, 64], h_q=8)  # in two parts: one request is cut
@@ -100,6 +104,7 @@ def test_a_pair_has_the_same_bits_whoever_merges_it(gpu):
     assert len(results) == 1
 
 
+@pytest.mark.usefixtures("each_kernel")
 def test_calls_after_the_first_are_one_graph(gpu):
     """With the arrays of each call, and with words of pairs that the call before has cleared."""
     emulator = gpu(num_sms=2)
@@ -110,6 +115,7 @@ def test_calls_after_the_first_are_one_graph(gpu):
     assert emulator.graphs.launched == 5
 
 
+@pytest.mark.usefixtures("each_kernel")
 def test_metadata_of_the_newer_style(gpu):
     """Made anew for the lengths of each step, and shared by its layers."""
     gpu(num_sms=4)
@@ -123,6 +129,7 @@ def test_metadata_of_the_newer_style(gpu):
         assert all(map(np.array_equal, made, metadata_of(problem)))
 
 
+@pytest.mark.usefixtures("each_kernel")
 def test_requests_without_tokens(gpu):
     gpu(num_sms=3)
     problem = make_problem([0, 90, 0], h_q=5, s_q=2, causal=True)
@@ -132,6 +139,7 @@ def test_requests_without_tokens(gpu):
     assert_within_bound(out, lse, oracle(*problem.arrays(), causal=True))
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 @pytest.mark.parametrize("entry", [-1, 2147480000, "num_pages"])
 def test_a_bad_page_id_is_refused(gpu, page_size, entry):
@@ -148,6 +156,7 @@ def test_a_bad_page_id_is_refused(gpu, page_size, entry):
     assert (caught.value.request, caught.value.column) == (1, 1)
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("length", [-1, 2**31 - 1, -(2**31), 641])
 def test_a_bad_length_is_refused(gpu, length):
     gpu(num_sms=4)
@@ -161,6 +170,7 @@ def test_a_bad_length_is_refused(gpu, length):
         check()
 
 
+@pytest.mark.usefixtures("each_kernel")
 def test_stale_metadata_is_refused(gpu):
     gpu(num_sms=4)
     problem = make_problem([300, 500, 200], h_q=3)
@@ -180,6 +190,7 @@ def test_stale_metadata_is_refused(gpu):
         check()
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("seed", range(12))
 def test_metadata_of_another_origin_is_reported(gpu, seed):
     """It may lead to any result but must end, stay within the arrays, and not pass in silence."""
@@ -228,6 +239,7 @@ def test_a_list_of_another_origin_leads_nowhere_else(gpu, seed):
         check()
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize(("h_q", "num_sms"), [(8, 6), (100, 8)])
 def test_a_batch_filled_up_behind_its_metadata(gpu, h_q, num_sms):
     """As serving engines fill up the batch of a captured graph: metadata of the real requests, then
@@ -265,6 +277,7 @@ def filled_up(problem, more):
     return replace(problem, q=q, block_table=table, cache_seqlens=lengths)
 
 
+@pytest.mark.usefixtures("each_kernel")
 def test_metadata_of_more_requests_than_the_batch_is_reported(gpu):
     gpu(num_sms=4)
     problem = make_problem([300, 500, 0], h_q=8)
@@ -275,6 +288,7 @@ def test_metadata_of_more_requests_than_the_batch_is_reported(gpu):
         check()
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(("lengths", "num_sms"), [([200, 130, 64], 1), ([1100, 300, 64], 12)])
 def test_what_is_not_finite_is_where_the_reference_has_it(gpu, value, lengths, num_sms):
@@ -298,6 +312,7 @@ def test_what_is_not_finite_is_where_the_reference_has_it(gpu, value, lengths, n
         assert bits(out[0, :, :3], lse[0, :3]) == bits(before[0][0, :, :3], before[1][0, :3])
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("seed", range(16))
 def test_the_kernels_refuse_what_stale_requests_says(gpu, seed):
     """Of metadata that was made for other lengths."""

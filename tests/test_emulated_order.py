@@ -18,6 +18,8 @@ from support.oracle import assert_within_bound, oracle
 from support.problems import PAGE_SIZES, make_problem
 
 from flashmla_cupy import get_mla_metadata
+from flashmla_cupy.gpu import decode_launch
+from flashmla_cupy.gpu.kernels import DENSE_DECODE
 from flashmla_cupy.schedule import split
 
 pytestmark = pytest.mark.skipif(
@@ -44,6 +46,16 @@ def races(gpu):
         out, lse = decode(problem)
         assert_within_bound(out, lse, oracle(*problem.arrays()))
         assert len(results) == 1, "the bits depend on the order of threads"
+
+
+def races_of_short_pieces(gpu):
+    """The same, with pieces of one slot of the ring, or two."""
+    for seed in range(20):
+        emulator = gpu(num_sms=5)
+        problem = make_problem([900, 330, 10, 40, 30, 5], h_q=8, seed=seed)
+        emulator.seed = seed
+        out, lse = decode(problem)
+        assert_within_bound(out, lse, oracle(*problem.arrays()))
 
 
 def pairs(gpu):
@@ -196,10 +208,12 @@ def hidden_nan(gpu):
 # ---- the kernels pass --------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("each_kernel")
 def test_pairs_in_many_orders(gpu):
     pairs(gpu)
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("scenario", [replays, replays_beside_many_pieces])
 def test_a_replay_merges_no_back_of_the_replay_before(gpu, scenario):
     scenario(gpu)
@@ -211,6 +225,7 @@ def test_a_call_clears_the_words_of_pairs(gpu):
     assert not emulator.framework.allocated[-1].view(np.uint64)[-2:].any()
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("scenario", [split_in_many, split_in_pairs, with_schedule])
 def test_kernels_wait_for_those_ahead(gpu, scenario):
     scenario(gpu)
@@ -220,16 +235,19 @@ def test_metadata_waits_for_the_lengths(gpu):
     metadata_of_late_lengths(gpu)
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("at_end", [True, False])
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_no_byte_next_to_an_array_is_touched(gpu, page_size, at_end):
     edges(gpu, page_size, at_end)
 
 
+@pytest.mark.usefixtures("each_kernel")
 def test_a_slot_out_of_range_is_refused(gpu):
     slots(gpu)
 
 
+@pytest.mark.usefixtures("each_kernel")
 def test_a_nan_that_a_query_does_not_see_reaches_it(gpu):
     hidden_nan(gpu)
 
@@ -413,12 +431,78 @@ BROKEN = {
         lambda gpu: edges(gpu, 64),
     ),
 }
+BROKEN_FEW_ROWS = {
+    "K is read before it is there": (
+        "sm90_few_rows_scores.cuh",
+        "      mbarrier_wait(full(place.slot), place.phase);\n      scores(",
+        "      scores(",
+        RACE,
+    ),
+    "P is read before it is written": (
+        "sm90_few_rows_values.cuh",
+        "      mbarrier_wait(p_ready(place.slot), place.phase);\n",
+        "",
+        RACE,
+    ),
+    "the score warps do not wait for each other's maxima": (
+        "sm90_few_rows_scores.cuh",
+        "  bar_sync(SCORE_BARRIER, GROUP_THREADS);\n  arrive(empty(slot));",
+        "  arrive(empty(slot));",
+        RACE,
+    ),
+    "Q's slot has no phase of p_ready": (
+        "sm90_few_rows_scores.cuh",
+        "  arrive(p_ready(place.slot));  // every use",
+        "  // every use",
+        RACE,
+    ),
+    "V past the end is not cleared": (
+        "sm90_few_rows_values.cuh",
+        "if (left < SLOT_TOKENS)",
+        "if (false)",
+        RACE,
+    ),
+    "rows are cleared without a fence": (
+        "sm90_few_rows_values.cuh",
+        "  fence_proxy_async();",
+        "",
+        "without fence.proxy.async",
+    ),
+    "a slot is filled while it is read": (
+        "sm90_few_rows_loader.cuh",
+        "      mbarrier_wait(empty(place.slot), place.phase ^ 1);\n      if (lane == 0) mbarrier",
+        "      if (lane == 0) mbarrier",
+        RACE,
+    ),
+    "the results of a piece are overwritten": (
+        "sm90_few_rows_scores.cuh",
+        "      mbarrier_wait(results_free(), results_phase);\n",
+        "",
+        RACE,
+        races_of_short_pieces,
+    ),
+    "the back is announced before it is written": (
+        "sm90_few_rows_values.cuh",
+        "      bar_sync(BACK_BARRIER, BACK_BARRIER_THREADS);\n",
+        "",
+        RACE,
+        pairs,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_FEW_ROWS)
+def test_a_broken_kernel_of_few_rows_is_noticed(monkeypatch, tmp_path, kernels, what):
+    is_noticed(monkeypatch, tmp_path, kernels, *BROKEN_FEW_ROWS[what])
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_broken_kernel_is_noticed(monkeypatch, tmp_path, kernels, what):
-    name, right, wrong, reported, *scenario = BROKEN[what]
+    monkeypatch.setattr(decode_launch, "decode_kernel", lambda slab_rows: DENSE_DECODE)
+    is_noticed(monkeypatch, tmp_path, kernels, *BROKEN[what])
 
+
+def is_noticed(monkeypatch, tmp_path, kernels, name, right, wrong, reported, run=races):
     def edit(file, text):
         if file != name:
             return text
@@ -426,6 +510,5 @@ def test_a_broken_kernel_is_noticed(monkeypatch, tmp_path, kernels, what):
         return text.replace(right, wrong)
 
     broken = device.Kernels(tmp_path, edit, kernels)
-    (run,) = scenario or (races,)
     with pytest.raises(AssertionError, match=reported), monkeypatch.context() as patch:
         run(lambda num_sms: device.install(patch, broken, num_sms))

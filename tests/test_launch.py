@@ -30,7 +30,16 @@ from flashmla_cupy.gpu import (
 )
 from flashmla_cupy.gpu import engine as engine_module
 from flashmla_cupy.gpu.geometry import Addresses, Geometry
-from flashmla_cupy.gpu.kernels import COMBINE, DENSE_DECODE, KERNELS, SCHEDULE, Variant
+from flashmla_cupy.gpu.kernels import (
+    COMBINE,
+    DENSE_DECODE,
+    FEW_ROWS,
+    FEW_ROWS_DECODE,
+    KERNELS,
+    SCHEDULE,
+    Variant,
+    decode_kernel,
+)
 from flashmla_cupy.gpu.parameters import Arguments, Parameters
 from flashmla_cupy.schedule import split as schedule
 
@@ -120,7 +129,12 @@ def unpacked(parameters: Parameters, arguments) -> dict[str, float]:
 
 def test_constants_are_those_of_the_kernels():
     assert f"SHARED_BYTES == {DENSE_DECODE.shared_bytes}" in all_sources()
-    assert f"__launch_bounds__({DENSE_DECODE.threads}, 1)" in source(DENSE_DECODE.source)
+    for kernel in (DENSE_DECODE, FEW_ROWS_DECODE):
+        assert f"__launch_bounds__({kernel.threads}, 1)" in source(kernel.source)
+    few_rows = source("sm90_few_rows_shared.cuh")
+    assert f"SHARED_BYTES == {FEW_ROWS_DECODE.shared_bytes}" in few_rows
+    assert f"constexpr int ROWS = {FEW_ROWS};" in few_rows
+    assert f"constexpr int SLOT_TOKENS = {tensor_maps.SLOT_TOKENS};" in few_rows
     assert SCHEDULE.shared_bytes == schedule.MOST_SHARED_BYTES
     combine = source("combine.cu")
     assert f"constexpr int THREADS = {COMBINE.threads}," in combine
@@ -226,7 +240,10 @@ def reporting() -> reports.Reports:
 def prepare(q, k_cache, table, parts=66):
     geometry = Geometry.of(q, k_cache, table, parts)
     kernels = decode_launch.DecodeKernels(
-        *(function(kernel.name, kernel.threads) for kernel in (SCHEDULE, DENSE_DECODE, COMBINE))
+        *(
+            function(kernel.name, kernel.threads)
+            for kernel in (SCHEDULE, decode_kernel(geometry.slab_rows), COMBINE)
+        )
     )
     return decode_launch.DecodeLaunch(geometry, kernels, 132, reporting(), iter(range(99, 200)))
 
@@ -242,15 +259,17 @@ TABLE = info(3, 5, dtype="int32")
 
 
 @pytest.mark.parametrize(
-    ("q", "k_cache", "grid"),
+    ("q", "k_cache", "grid", "few"),  # few: query rows of a block, where they are few
     [
-        (info(3, 1, 128, 576), info(9, 64, 1, 576), (2, 1, 66)),
-        (info(3, 2, 128, 576), info(9, 64, 1, 576), (4, 1, 66)),  # positions in one slab
-        (info(3, 2, 24, 576), info(9, 16, 8, 576), (2, 8, 66)),  # a slab for each position
-        (info(3, 70, 5, 576), info(9, 256, 1, 576), (6, 1, 66)),
+        (info(3, 1, 128, 576), info(9, 64, 1, 576), (2, 1, 66), None),
+        (info(3, 2, 128, 576), info(9, 64, 1, 576), (4, 1, 66), None),  # positions in one slab
+        (info(3, 2, 24, 576), info(9, 16, 8, 576), (2, 8, 66), 16),  # a slab for each position
+        (info(3, 2, 192, 576), info(9, 16, 4, 576), (2, 4, 66), None),
+        (info(3, 2, 8, 576), info(9, 128, 1, 576), (1, 1, 66), 16),
+        (info(3, 70, 5, 576), info(9, 256, 1, 576), (6, 1, 66), None),
     ],
 )
-def test_grid_and_tensor_maps(fake, q, k_cache, grid):
+def test_grid_and_tensor_maps(fake, q, k_cache, grid, few):
     made = prepare(q, k_cache, TABLE)
     assert made.grid == grid
     made.q_maps[q.ptr]
@@ -264,12 +283,12 @@ def test_grid_and_tensor_maps(fake, q, k_cache, grid):
         assert all(stride % 16 == 0 for stride in strides)
         if nan_outside:  # k_cache: a page number of num_pages is outside
             assert dims == (64, page_size, 9, h_kv, 9)
-            assert box[1] == min(page_size, 64)
+            assert box[1] == min(page_size, 32 if few else 64)
         else:
             assert dims[1] * dims[3] == q.shape[1] * q.shape[2]
-            assert box[1] == 64
+            assert box[1] == (few or 64)
     halves = [box[2] for *_, box, nan_outside in fake.maps if nan_outside]
-    assert halves == ([4, 5] if page_size >= 64 else [1])
+    assert halves == ([9] if few else [4, 5] if page_size >= 64 else [1])
     before = len(fake.maps)
     made.q_maps[q.ptr]
     assert len(fake.maps) == before  # once for an address
@@ -536,3 +555,17 @@ def test_tensor_maps_promote_128_bytes_into_the_l2_cache(monkeypatch):
     driver.tensor_map(0, "bfloat16", (64, 64), (128,), (64, 64), nan_outside=True)
     interleave, swizzle, promotion, fill = seen[0][-4:]
     assert (interleave, swizzle, promotion, fill) == (0, 3, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("slab_rows", "kernel"),
+    [
+        (1, FEW_ROWS_DECODE),
+        (16, FEW_ROWS_DECODE),
+        (17, DENSE_DECODE),
+        (64, DENSE_DECODE),
+        (1000, DENSE_DECODE),
+    ],
+)
+def test_which_kernel_decodes(slab_rows, kernel):
+    assert decode_kernel(slab_rows) is kernel

@@ -18,17 +18,17 @@ from ..sizes import TOKENS_PER_TILE, ceil_div
 from .combine_grid import combine_blocks
 from .driver import Function, Launch
 from .geometry import Addresses, Geometry
-from .kernels import COMBINE, DENSE_DECODE, SCHEDULE, Variant, select
+from .kernels import COMBINE, DECODE_PARAMETERS, SCHEDULE, Variant, decode_kernel, select
 from .launch_graph import CaptureStatus, LaunchGraph
 from .parameters import Arguments
 from .reports import Reports
 from .schedule_launch import ScheduleAhead
-from .tensor_maps import Maps, maps_of_k_cache, maps_of_q
+from .tensor_maps import Maps, boxes_of, maps_of_k_cache, maps_of_q
 
 LOG2_E = 1.4426950408889634
 
 # What differs from call to call: arrays of the caller, then what lies in scratch, then the launch.
-_CALL = DENSE_DECODE.parameters.run(
+_CALL = DECODE_PARAMETERS.run(
     (*Addresses._fields[2:-1], "out_partial", "row_partial", "pairs", "epoch")
 )
 
@@ -37,7 +37,7 @@ class DecodeKernels(NamedTuple):
     """The loaded kernels of a decode call."""
 
     schedule: Function
-    dense_decode: Function
+    decode: Function
     combine: Function
 
     @staticmethod
@@ -46,7 +46,7 @@ class DecodeKernels(NamedTuple):
         dtype, page_size = geometry.dtype, geometry.page_size
         schedule, decode, combine = (
             select(kernel.name, arch, dtype, page_size)
-            for kernel in (SCHEDULE, DENSE_DECODE, COMBINE)
+            for kernel in (SCHEDULE, decode_kernel(geometry.slab_rows), COMBINE)
         )
         return schedule, decode, combine
 
@@ -86,7 +86,10 @@ class DecodeLaunch:
         }
         self.causal_tiles = 1 + ceil_div(g.s_q - 1, TOKENS_PER_TILE)
         self.out_partial_bytes, self.partial_bytes = g.out_partial_bytes, g.partial_bytes
-        self.q_maps, self.k_maps = maps_of_q(g), maps_of_k_cache(g)
+        decode = decode_kernel(g.slab_rows)
+        self.shared_bytes = decode.shared_bytes
+        boxes = boxes_of(decode, g)
+        self.q_maps, self.k_maps = maps_of_q(g, boxes.q), maps_of_k_cache(g, boxes.k_cache)
         self._own = threading.local()
 
     def __call__(
@@ -125,9 +128,9 @@ class _OfThread:
     def __init__(self, of: DecodeLaunch) -> None:
         self._of = of
         g, kernels = of.geometry, of.kernels
-        self._arguments = Arguments(DENSE_DECODE.parameters)
+        self._arguments = Arguments(DECODE_PARAMETERS)
         self._arguments.pack(**of.parameters)
-        decode = Launch(kernels.dense_decode, of.grid, DENSE_DECODE.shared_bytes)
+        decode = Launch(kernels.decode, of.grid, of.shared_bytes)
         launches = [(decode, self._arguments.address)]
         if g.partial_slots:
             # (An attribute, since a launch knows of its arguments only the address.)

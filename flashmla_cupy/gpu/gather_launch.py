@@ -29,7 +29,7 @@ from .kernels import (
 from .parameters import Arguments
 from .reports import Reports
 from .schedule_launch import ScheduleAhead, ScheduleLaunch
-from .tensor_maps import COLUMN_BLOCK, COLUMN_BLOCKS, Maps, MapsByAddress
+from .tensor_maps import COLUMN_BLOCK, COLUMN_BLOCKS, HALVES, Box, Maps, MapsByAddress
 
 LOG2_E = 1.4426950408889634
 FORMATS = {  # by the name of a CacheFormat: those that there are kernels for
@@ -149,7 +149,7 @@ class GatherLaunch:
                 g.batch,
             ),
             (head, COLUMN_BLOCK, position, batch),
-            box_rows=ROWS_PER_BLOCK,
+            box=Box(ROWS_PER_BLOCK, HALVES),
             nan_outside=False,
         )
         self._own = threading.local()

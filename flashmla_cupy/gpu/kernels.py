@@ -33,33 +33,48 @@ class Kernel:
     # What ptxas may use of a thread's registers, and spill in bytes: more is a fault of the code.
     registers: int = 128
     spill_bytes: int = 0
-    mma_loops: int = 0  # innermost loops with warpgroup matrix instructions
+    mma_loops: int = 0  # innermost loops with matrix instructions
 
+
+DECODE_PARAMETERS = Parameters(
+    """
+    pointer tile_scheduler_metadata, cache_seqlens, block_table, out, lse
+    pointer out_partial, row_partial, pairs
+    uint64 epoch
+    pointer refusal, refused
+    int64 table_stride
+    int batch, s_q, h_q, group, slab_rows, blocks, num_pages, page_tiles_log2, max_length
+    int slots, causal, border_tiles
+    float scale_log2
+    """,
+    as_struct=True,
+    tensor_maps=4,  # of q and of k_cache, two each
+)
 
 DENSE_DECODE = Kernel(
     "dense_decode",
     "sm90_dense_decode.cu",
     ("sm_90a",),
     384,
-    Parameters(
-        """
-        pointer tile_scheduler_metadata, cache_seqlens, block_table, out, lse
-        pointer out_partial, row_partial, pairs
-        uint64 epoch
-        pointer refusal, refused
-        int64 table_stride
-        int batch, s_q, h_q, group, slab_rows, blocks, num_pages, page_tiles_log2, max_length
-        int slots, causal, border_tiles
-        float scale_log2
-        """,
-        as_struct=True,
-        tensor_maps=4,  # of q and of k_cache, for the two halves of a ring slot
-    ),
+    DECODE_PARAMETERS,
     shared_bytes=232304,  # SHARED_BYTES
     dtypes=("bfloat16", "float16"),
     page_sizes=(64, 32, 16),
     registers=168,  # 384 threads of a block; setmaxnreg shares them out anew by role
     spill_bytes=56,
+    mma_loops=2,  # Q K^T with softmax, and P V
+)
+
+FEW_ROWS_DECODE = Kernel(
+    "few_rows_decode",
+    "sm90_few_rows_decode.cu",
+    ("sm_90a",),
+    384,
+    DECODE_PARAMETERS,
+    shared_bytes=114968,  # SHARED_BYTES
+    dtypes=("bfloat16", "float16"),
+    page_sizes=(64, 32, 16),
+    registers=168,
     mma_loops=2,  # Q K^T with softmax, and P V
 )
 
@@ -213,8 +228,11 @@ LIST_LENGTHS = Kernel(
     registers=32,
 )
 
+FEW_ROWS = 16  # query rows of a block of few_rows_decode
+
 KERNELS = (
     DENSE_DECODE,
+    FEW_ROWS_DECODE,
     COMBINE,
     SCHEDULE,
     APPEND,
@@ -313,3 +331,9 @@ def select(kernel: str, arch: str, dtype: str, page_size: int) -> Variant:
         min(page_size, max(row.page_sizes)) if row.page_sizes else None,
         arch,
     )
+
+
+def decode_kernel(slab_rows: int) -> Kernel:
+    """The kernel that decodes calls with so many query rows of a slab (geometry.py), of any dtype
+    and page size: few_rows_decode where they fit one of its blocks, else dense_decode."""
+    return FEW_ROWS_DECODE if slab_rows <= FEW_ROWS else DENSE_DECODE

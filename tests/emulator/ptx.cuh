@@ -168,6 +168,11 @@ struct Vector4 {
 };
 DEVICE Vector4 ld_shared_v4(uint32_t a) { return ld_shared<Vector4>(a); }
 DEVICE void st_shared_v4(uint32_t a, Vector4 v) { st_shared(a, v); }
+struct Vector2 {
+  uint32_t x, y;
+};
+DEVICE void st_shared_v2(uint32_t a, uint32_t x, uint32_t y) { st_shared(a, Vector2{x, y}); }
+DEVICE float2 ld_shared_v2_f32(uint32_t a) { return ld_shared<float2>(a); }
 DEVICE float ld_shared_f32(uint32_t a) { return ld_shared<float>(a); }
 DEVICE float4 ld_shared_v4_f32(uint32_t a) { return ld_shared<float4>(a); }
 DEVICE void st_shared_f32(uint32_t a, float x) { st_shared(a, x); }
@@ -193,6 +198,17 @@ DEVICE void ldmatrix_x4(uint32_t a, uint32_t& x, uint32_t& y, uint32_t& z, uint3
   uint32_t loaded[4];
   for (int r = 0; r < 4; ++r) {
     loaded[r] = ld_shared<uint32_t>(rows[r * 8 + lane_index() / 4] + lane_index() % 4 * 4);
+  }
+  x = loaded[0], y = loaded[1], z = loaded[2], w = loaded[3];
+}
+// The same of the transposed matrices: two elements of column lane / 4 of matrix r.
+DEVICE void ldmatrix_x4_trans(uint32_t a, uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w) {
+  const uint64_t* rows = all_lanes(~0u, a, "ldmatrix");
+  uint32_t loaded[4];
+  for (int r = 0; r < 4; ++r) {
+    const uint64_t* from = rows + r * 8 + lane_index() % 4 * 2;
+    const uint32_t low = ld_shared<uint16_t>(from[0] + lane_index() / 4 * 2);
+    loaded[r] = low | (uint32_t)ld_shared<uint16_t>(from[1] + lane_index() / 4 * 2) << 16;
   }
   x = loaded[0], y = loaded[1], z = loaded[2], w = loaded[3];
 }
@@ -265,3 +281,24 @@ DEVICE uint32_t max_abs_x2(uint32_t x, uint32_t y) {
 
 template <class T>
 DEVICE void pin(T*&) {}
+
+// ---- mma ------------------------------------------------------------------------------------
+
+DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+  uint64_t lanes[3][32];  // of all lanes: a[0] and a[1], a[2] and a[3], b
+  const uint64_t mine[3] = {a[0] | (uint64_t)a[1] << 32, a[2] | (uint64_t)a[3] << 32,
+                            b0 | (uint64_t)b1 << 32};
+  for (int i = 0; i < 3; ++i) memcpy(lanes[i], all_lanes(~0u, mine[i], "mma"), sizeof(lanes[i]));
+  auto element = [&](const uint64_t* of, int lane, int half, int i) {
+    return machine::to_float(of[lane] >> (32 * half + 16 * i) & 0xffff);
+  };
+  const int row = lane_index() / 4, column = lane_index() % 4 * 2;
+  for (int k = 0; k < 16; ++k) {
+    const int of_k = k % 8 / 2;
+    for (int i = 0; i < 4; ++i) {
+      const float x = element(lanes[k / 8], row * 4 + of_k, i / 2, k % 2);
+      const float y = element(lanes[2], (column + i % 2) * 4 + of_k, k / 8, k % 2);
+      d[i] += x * y;
+    }
+  }
+}

@@ -35,8 +35,9 @@ from support.gpu.arrays import DRY, DTYPES, synchronize, xp
 import flashmla_cupy
 from flashmla_cupy.build import compiler
 
-# (s_q, h_q, h_kv): one row; a full block; two; positions in blocks of their own; many positions.
-SHAPES = ((1, 16, 1), (1, 128, 1), (2, 40, 1), (3, 6, 3), (70, 1, 1))
+# (s_q, h_q, h_kv): few rows; two full blocks; two; positions in blocks of their own; many positions
+# of one head; one full block.
+SHAPES = ((1, 16, 1), (1, 128, 1), (2, 40, 1), (3, 6, 3), (70, 1, 1), (1, 64, 1))
 # Lengths without and with splits; both with empty requests, and not multiples of a tile.
 WHOLE = (0, 1, 65, 130)
 SPLIT = (0, 1500, 17)
