@@ -104,7 +104,7 @@ struct Walk {
     }
     return (is_second ? params.extra_cache : params.cache) +
            in_pool * (is_second ? params.extra_page_bytes : params.page_bytes) +
-           (index - page * page_size) * ROW_BYTES;
+           (int64_t)(index - page * page_size) * ROW_BYTES;
   }
 };
 
