@@ -121,6 +121,39 @@ def test_strided_arrays_as_flashmla_tests_them():
     assert same_bits(got[0], want[0]) and same_bits(got[1], want[1])
 
 
+class Foreign:
+    """An array of a framework the library has never heard of, in host memory."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def foreign(named: dict) -> dict:
+    return {n: Foreign(x) if isinstance(x, np.ndarray) else x for n, x in named.items()}
+
+
+def test_arrays_of_other_frameworks_come_through_dlpack():
+    problem = make_sparse_problem("v32", q_dtype="float16", lengths="request")
+    want = call(problem)
+    made = get_mla_metadata(**foreign({"cache_seqlens": np.zeros(2, np.int32)}),
+                            num_q_tokens_per_head_k=8, num_heads_q=8, topk=64,
+                            topk_length=Foreign(problem.pool.topk_length))  # fmt: skip
+    got = flash_mla_with_kvcache(
+        **foreign(keywords(problem)), tile_scheduler_metadata=made[0], num_splits=made[1]
+    )
+    assert same_bits(got[0], want[0]) and same_bits(got[1], want[1])
+    arguments = prompt(dtype="float16")
+    want = flash_mla_sparse_fwd(**arguments)
+    got = flash_mla_sparse_fwd(**foreign(arguments))
+    assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_empty_batches_and_no_query_token():
     problem = problem_of("v32", extra=None, lengths="none")
     for axis in (0, 1, 2):
