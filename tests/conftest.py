@@ -60,12 +60,10 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def kernels(tmp_path_factory: pytest.TempPathFactory):
-    """The kernels, for the emulated GPU."""
+    """The kernels for the emulated GPU, each compiled when it is first launched."""
     from emulator import device
 
-    made = device.Kernels(tmp_path_factory.mktemp("kernels"))
-    made.make_all(device.variants().values())
-    return made
+    return device.Kernels(tmp_path_factory.mktemp("kernels"))
 
 
 @pytest.fixture

@@ -27,6 +27,15 @@ pytestmark = pytest.mark.skipif(
 MERGED_LSE = 0x7FC0FFEE  # merge.cuh
 
 
+DECODE = ("dense_decode", "few_rows_decode", "combine", "schedule")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_side_by_side(kernels):
+    """What the tests of this file launch, nearly all of it."""
+    kernels.make_all(v for v in device.variants().values() if v.kernel in DECODE)
+
+
 @pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("seed", range(24))
 def test_random_problems_in_two_orders(gpu, seed):

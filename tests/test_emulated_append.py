@@ -124,7 +124,11 @@ def test_tables_are_updated_where_they_lie(gpu):
 
 BROKEN = {
     "a slot beyond the pool": ("append.cu", "slot >= slots", "slot > slots"),
-    "a position beyond the tables": ("append.cu", "position >= num_positions", "position > 99"),
+    "a position beyond the tables": (
+        "append.cu",
+        "position < angles.num_positions",
+        "position <= angles.num_positions",
+    ),
     "the wrong half": ("append.cu", "is_second ? -away : away", "is_second ? away : -away"),
 }
 
