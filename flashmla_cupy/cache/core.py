@@ -1,9 +1,4 @@
-"""What a cache and its steps do with arrays: check them, write them, attend to them, in order.
-
-Arrays come from any framework and place that can reach the pool: NumPy, PyTorch on the CPU and JAX
-for a pool in host memory; CuPy, PyTorch and JAX on its GPU for a pool there, and rows from host
-memory as well. JAX's arrays and those of other frameworks pass through DLPack.
-"""
+"""What a cache and its steps do with a pool: they write rows and attend to them, in order."""
 
 from __future__ import annotations
 
@@ -20,12 +15,12 @@ from ..errors import (
     ArgTypeError,
     ArgumentError,
     DeviceMismatchError,
-    DTypeError,
     ScalarError,
     ShapeError,
     StepError,
 )
-from ..frameworks import HOST, Adapter, framework, framework_of, is_foreign, numpy_dtype
+from ..formats.write import write_kv
+from ..frameworks import HOST, Adapter, framework_of, is_foreign, numpy_dtype
 from ..frameworks.dlpack import from_dlpack
 from ..interface import flash_mla_with_kvcache
 from ..schedule.sched_meta import SchedMeta
@@ -114,66 +109,6 @@ class Core:
             raise ScalarError("layer", expected, f"{layer}", remedy, function)
         return int(layer)
 
-    def rows(
-        self, name: str, rows: Any, axes: int, function: str, *, one_layer: bool = False
-    ) -> tuple[Any, Adapter]:
-        """(rows [layers, ..., h_kv, width] where the pool can be reached, their adapter), with
-        `axes` axes before the last two but the first; or an ArgumentError."""
-        rows, adapter = self._reachable(name, rows, function)
-        info = adapter.describe(rows, name)
-        layout, got = self.layout, show(info)
-        if info.dtype != layout.dtype:
-            remedy = f"Convert it with {name}.astype(cache.dtype)."
-            if adapter.name == "torch":
-                remedy = f"Convert it with {name}.to(torch.{layout.dtype})."
-            expected = f"{layout.dtype}, the dtype of the cache"
-            raise DTypeError(name, expected, got, remedy, function)
-        one_head, layered = layout.num_heads_kv == 1, layout.num_layers > 1 and not one_layer
-        full, missing = rows, axes + 2 + layered - len(info.shape)
-        if one_head and missing == 1:
-            full = rows[..., None, :]
-        if not layered:
-            full = full[None]
-        ends = layout.num_heads_kv, layout.width
-        layers = layout.num_layers if layered else 1
-        if len(full.shape) != axes + 3 or full.shape[-2:] != ends or full.shape[0] != layers:
-            lead = "n" if axes == 1 else "batch, n"
-            if layered:
-                lead = f"{layers}, {lead}"
-            expected = f"[{lead}, {layout.num_heads_kv}, {layout.width}]"
-            if one_head:
-                expected = f"[{lead}, {layout.width}] or {expected}"
-            remedy = "A row holds 512 latent and 64 rotary columns, side by side."
-            raise ShapeError(name, expected, got, remedy, function)
-        return full, adapter
-
-    def _reachable(self, name: str, rows: Any, function: str) -> tuple[Any, Adapter]:
-        try:
-            if is_foreign(rows):
-                rows = from_dlpack(rows, name)
-            adapter = framework_of(rows, name)
-            if adapter.name == "jax":
-                rows = from_dlpack(rows, name)
-                adapter = framework_of(rows, name)
-            device = adapter.describe(rows, name).device
-        except ArgumentError as error:
-            raise error.of(function) from None
-        if device == self.place:
-            return rows, adapter
-        if device == HOST:
-            return self._upload(rows, adapter), framework("cupy")
-        where = "the CPU" if self.place == HOST else f"CUDA device {self.place}"
-        expected = f"an array on {where}, where the pool is"
-        remedy = f"Move {name} to {where}."
-        raise DeviceMismatchError(name, expected, f"one on CUDA device {device}", remedy, function)
-
-    def _upload(self, rows: Any, adapter: Adapter) -> Any:
-        with framework("cupy").device_guard(self.place):
-            bits = importlib.import_module("cupy").asarray(
-                np.ascontiguousarray(adapter.to_numpy(rows)).view(np.uint8)
-            )
-        return bits.view(self.dtype)
-
     # --- what is launched ----------------------------------------------------------------------
 
     def open(self, made: Reservation, stream: int) -> None:
@@ -182,9 +117,18 @@ class Core:
             self.writer.copy_pages(made.source, made.target, stream)
 
     def write(self, rows: Any, adapter: Adapter, slots: Any, layers: slice) -> None:
-        """rows [layers, batch, n, h_kv, width] to slots [batch, n]."""
-        if rows.shape[1] and rows.shape[2]:
+        """rows [layers, batch, n, h_kv, width] to slots [batch, n]; to a cache of FP8 also numbers,
+        [layers, batch, n, h_kv, d_qk], which are quantised."""
+        if not rows.shape[1] or not rows.shape[2]:
+            return
+        if adapter.describe(rows).dtype == self.layout.dtype:
             self.writer.write(rows, adapter, slots, layers)
+            return
+        with adapter.device_guard(self.place):
+            flat = slots.reshape(-1)
+            for i, layer in enumerate(range(*layers.indices(self.layout.num_layers))):
+                k_cache = self.pool.layer(layer, adapter.name)
+                write_kv(k_cache, rows[i].reshape(-1, *rows.shape[3:]), flat)
 
     def append(self, made: Reservation, rows: Any, adapter: Adapter, stream: int) -> None:
         """Opens a reservation, writes rows [layers, batch, n, h_kv, width] and keeps them; if that
@@ -250,6 +194,7 @@ class Core:
             found,
             softmax_scale=softmax_scale,
             causal=causal,
+            is_fp8_kvcache=self.pool.is_fp8,
         )
 
     def _capture(self, adapter: Adapter) -> int:

@@ -34,6 +34,7 @@ from . import pool
 from .core import handle_list
 from .exports import csr, tables_of
 from .page_table import Reservation
+from .row_arrays import checked
 from .sequence import Sequence
 from .sequence_cache import SequenceCache
 from .sequence_rows import Int32
@@ -275,7 +276,7 @@ class PagedKVCache(SequenceCache):
         batch: int | None = None,
     ) -> None:
         """rows to the sequences with these rows in the page table."""
-        full, adapter = self._core.rows(name, rows, axes, function)
+        full, adapter = checked(self._core.pool, name, rows, axes, function)
         if axes == 1:
             full = full[:, None]
         elif full.shape[1] != batch:

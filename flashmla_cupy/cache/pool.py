@@ -26,6 +26,7 @@ from ..errors import (
     ShapeError,
     StrideError,
 )
+from ..formats.cache_format import format_of
 from ..frameworks import HOST, Adapter, ArrayInfo, framework, framework_of, numpy_dtype
 from ..gpu.arch import arch_of
 from ..sizes import HEAD_DIM, PAGE_SIZES
@@ -62,6 +63,10 @@ class Pool:
         self.framework = framework_of(storage, "storage")
         info = self.framework.describe(storage)
         self.place, self.address = info.device, info.ptr
+        self.format = format_of(layout.dtype, layout.width)  # None: bytes that nobody knows
+        self.is_fp8 = self.format is not None and self.format.is_fp8
+        # Whether a row is something of its own, and can be moved by vectors of 16 bytes.
+        self.takes_rows = layout.width * layouts.itemsize(info) % layouts.TMA_BYTES == 0
         bits = bits_of(storage, self.framework)
         if layout.layer_axis is None:
             bits = bits[:, None]
@@ -131,7 +136,7 @@ def adopt(storage: Any, num_layers: Any, layer_axis: Any, function: str) -> Pool
         axes = 4 if num_layers == 1 and len(info.shape) != 5 else 5
         axis = None if axes == 4 else _layer_axis(layer_axis, function)
         raw = info.dtype == "uint8"
-        columns = "row_bytes, a multiple of 16" if raw else f"{HEAD_DIM}"
+        columns = "row_bytes" if raw else f"{HEAD_DIM}"
         tail = f"page_size, h_kv, {columns}]"
         if axis is None:
             expected = f"[num_pages, {tail}, no axis empty"
@@ -140,7 +145,7 @@ def adopt(storage: Any, num_layers: Any, layer_axis: Any, function: str) -> Pool
             lead.insert(axis, str(num_layers))
             expected = f"[{', '.join(lead)}, {tail}, no axis empty"
         width = info.shape[-1] if info.shape else 0
-        fits = width % 16 == 0 if raw else width == HEAD_DIM
+        fits = raw or width == HEAD_DIM
         if len(info.shape) != axes or 0 in info.shape or not fits:
             raise ShapeError(name, expected, got, f"Reshape it to these {axes} axes.")
         if axis is not None and info.shape[axis] != num_layers:
@@ -162,12 +167,16 @@ def adopt(storage: Any, num_layers: Any, layer_axis: Any, function: str) -> Pool
 
 
 def _strides(name: str, info: ArrayInfo, axis: int | None, pages: int) -> None:
-    """A layer that a tensor map can read, and layers that do not overlap."""
-    if axis is None:
+    """A layer that a tensor map can read, and layers that do not overlap; of bytes whole pages."""
+    if info.dtype == "uint8":
+        _whole_pages(name, info)
+    elif axis is None:
         layouts.latent_rows(name, info)
+    else:
+        of_layer = (info.strides[1 - axis], *info.strides[2:])
+        layouts.latent_rows(name, info._replace(shape=(pages, *info.shape[2:]), strides=of_layer))
+    if axis is None:
         return
-    of_layer = (info.strides[1 - axis], *info.strides[2:])
-    layouts.latent_rows(name, info._replace(shape=(pages, *info.shape[2:]), strides=of_layer))
     reach = info.shape[-1]
     for stride, length in sorted(zip(info.strides[:-1], info.shape[:-1], strict=True)):
         if length > 1 and stride < reach:
@@ -177,6 +186,18 @@ def _strides(name: str, info: ArrayInfo, axis: int | None, pages: int) -> None:
     if info.strides[axis] * layouts.itemsize(info) % layouts.TMA_BYTES:
         expected = f"strides that are multiples of {layouts.TMA_BYTES} bytes"
         raise AlignmentError(name, expected, strides(info), "Pass a contiguous array.")
+
+
+def _whole_pages(name: str, info: ArrayInfo) -> None:
+    """Pages of bytes, each contiguous and at an address that is a multiple of 16."""
+    _, heads, width = info.shape[-3:]
+    token, head, byte = info.strides[-3:]
+    if byte != 1 or token != heads * width or (heads > 1 and head != width):
+        raise StrideError(name, "contiguous pages", strides(info), "Pass a contiguous array.")
+    if any(stride % layouts.TMA_BYTES for stride in info.strides[:-3]):
+        expected = f"pages at multiples of {layouts.TMA_BYTES} bytes"
+        raise AlignmentError(name, expected, strides(info), "Pass a contiguous array.")
+    layouts.aligned(name, info, layouts.TMA_BYTES)
 
 
 # --- arguments ---------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from ..errors import ArgTypeError, ScalarError, ShapeError, StepError
 from ..frameworks import Adapter
 from .core import Core
 from .page_table import Reservation
+from .row_arrays import checked
 from .sequence import Sequence
 from .sequence_rows import Int32
 from .tables import FreshTables, LastingTables, Tables
@@ -100,7 +101,9 @@ class Step:
         if layer is not None:
             layer = self._core.layer(layer, function)
             layers = slice(layer, layer + 1)
-        rows, adapter = self._core.rows("rows", rows, 2, function, one_layer=layer is not None)
+        rows, adapter = checked(
+            self._core.pool, "rows", rows, 2, function, one_layer=layer is not None
+        )
         self._require_batch("rows", rows.shape[1], rows.shape[2], function)
         self._core.write(rows, adapter, self._of(adapter).slot_mapping, layers)
 

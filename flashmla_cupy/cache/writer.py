@@ -71,6 +71,10 @@ class DeviceWriter:
             layout.num_heads_kv,
             layout.width * element,
         )
+        self._of_pages = self.geometry
+        if layout.dtype == "uint8":  # a page may be more than its rows
+            whole = layout.page_size * layout.num_heads_kv * layout.width
+            self._of_pages = self.geometry._replace(page_size=1, heads=1, row_bytes=whole)
         dtype = layout.dtype if layout.dtype != "uint8" else "bfloat16"
         self.launches = CacheLaunches(engine_of(pool.place), dtype)
 
@@ -100,7 +104,7 @@ class DeviceWriter:
         with cuda.Device(self._pool.place), stream_of(cuda, stream, self._pool.place):
             pages = self._cupy.asarray(np.stack([source, target]))
             layers = self._bits.shape[1]
-            self.launches.copy_pages(stream, self.geometry, layers, pages.data.ptr, len(source))
+            self.launches.copy_pages(stream, self._of_pages, layers, pages.data.ptr, len(source))
 
     def save(self, pages: Int32, stream: int) -> Any:
         """A copy in host memory, made by the time that the call returns."""
