@@ -196,7 +196,7 @@ def hidden_nan(gpu):
     """In a key that two of three queries do not see, in a tile of its own."""
     gpu(num_sms=1)
     for length in (65, 100):
-        problem = make_problem([length, 64], s_q=3, causal=True)
+        problem = make_problem([length, 64], s_q=3, h_q=4, causal=True)  # 12 rows
         page, slot = problem.token(0, length - 1)
         problem.k_cache[page, slot, 0, 3] = np.nan
         out, lse = decode(problem)
@@ -333,7 +333,7 @@ BROKEN = {
         RACE,
     ),
     "a back is announced without a fence of GPU scope": (
-        "sm90_pair.cuh",
+        "sm90_pair_words.cuh",
         "  fence_acq_rel_gpu();\n",
         "",
         "out of bound|order of threads",
@@ -341,8 +341,8 @@ BROKEN = {
     ),
     "a back is announced without a proxy fence": (
         "sm90_pair.cuh",
-        "  fence_proxy_async_all();  // the front reads it by TMA\n",
-        "",
+        "  fence_proxy_async_all();\n  announce_back(params);\n",
+        "  announce_back(params);\n",
         "bulk copy of global memory, which block 1 wrote without fence.proxy.async",
         pairs,
     ),
@@ -480,6 +480,34 @@ BROKEN_FEW_ROWS = {
         "",
         RACE,
         races_of_short_pieces,
+    ),
+    "a back is announced without a fence of GPU scope": (
+        "sm90_pair_words.cuh",
+        "  fence_acq_rel_gpu();\n",
+        "",
+        "out of bound|order of threads",
+        pairs,
+    ),
+    "few_rows_decode does not wait for schedule": (
+        "sm90_few_rows_decode.cu",
+        "  griddepcontrol_wait();\n",
+        "",
+        "out of bound|no array",
+        with_schedule,
+    ),
+    "a NaN that a query does not see is dropped": (
+        "sm90_few_rows_scores.cuh",
+        "spoils ? QUIET_NAN : NEG_INF",
+        "NEG_INF",
+        "a NaN did not reach all queries",
+        hidden_nan,
+    ),
+    "pages are looked up beyond the table": (
+        "sm90_few_rows_loader.cuh",
+        "  if (token >= params.max_length) return -1;\n",
+        "",
+        "access to memory where no array is",
+        edges,
     ),
     "the back is announced before it is written": (
         "sm90_few_rows_values.cuh",
