@@ -27,16 +27,20 @@ from flashmla_cupy.errors import (
     NoDeviceError,
     NVRTCNotFoundError,
 )
-from flashmla_cupy.gpu.kernels import Variant, all_variants
+from flashmla_cupy.gpu.kernels import KERNELS, Variant, all_variants
 
 ROOT = Path(info.__file__).resolve().parent.parent
+SOURCES = {  # small kernels of the same names
+    source: "".join(
+        f'extern "C" __global__ void {kernel.name}(int* a) {{ *a = PAGE_SIZE; }}\n'
+        for kernel in KERNELS
+        if kernel.source == source
+    ).encode()
+    for source in dict.fromkeys(kernel.source for kernel in KERNELS)
+} | {"page_size.cuh": b"#ifndef PAGE_SIZE\n#define PAGE_SIZE 0\n#endif\n"}
 SOURCES = {
-    "sm90_dense_decode.cu": b'extern "C" __global__ void dense_decode(int* a) { *a = PAGE_SIZE; }',
-    "sm90_few_rows_decode.cu": (
-        b'extern "C" __global__ void few_rows_decode(int* a) { *a = PAGE_SIZE; }'
-    ),
-    "schedule.cu": b'extern "C" __global__ void schedule(int* a) { *a = 1; }',
-    "combine.cu": b'extern "C" __global__ void combine(int* a) { *a = 2; }',
+    name: text if name.endswith(".cuh") else b'#include "page_size.cuh"\n' + text
+    for name, text in SOURCES.items()
 }
 KEY = "0" * 64
 METADATA = {
@@ -296,23 +300,27 @@ def test_warmup_compiles_everything_once(capsys, folder, has_nvrtc, monkeypatch)
     assert capsys.readouterr().out.count("found in the cache") == len(names)
 
 
+def serving(dtype: str, *pages: str) -> list[str]:
+    """The kernels of a dtype and page sizes; most serve every page size, and some every dtype."""
+    decode = ("dense_decode", "few_rows_decode")
+    gathering = ("gather_v32", "gather_e4m3", "gather_16bit", "combine_gathered")
+    return [
+        *(f"{name}_{dtype}_{page}" for name in decode for page in pages),
+        *(f"combine_{dtype}", "schedule"),
+        *(f"append_{dtype}", "copy_pages", "update_tables"),
+        *(f"{name}_{dtype}" for name in gathering),
+        "list_lengths",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--dtype", "float16", "--page-size", "256", "32"],
-         ["dense_decode_fp16_p64", "dense_decode_fp16_p32",
-          "few_rows_decode_fp16_p64",
-          "few_rows_decode_fp16_p32",
-          "combine_fp16", "schedule"]),
-        (["--dtype", "fp16", "--page-size", "32"],  # as the kernels are named
-         ["dense_decode_fp16_p32", "few_rows_decode_fp16_p32",
-          "combine_fp16", "schedule"]),
-        # combine serves every page size
-        (["--dtype", "bfloat16", "--page-size", "16"],
-         ["dense_decode_bf16_p16", "few_rows_decode_bf16_p16",
-          "combine_bf16", "schedule"]),
+        (["--dtype", "float16", "--page-size", "256", "32"], serving("fp16", "p64", "p32")),
+        (["--dtype", "fp16", "--page-size", "32"], serving("fp16", "p32")),  # as kernels are named
+        (["--dtype", "bfloat16", "--page-size", "16"], serving("bf16", "p16")),
     ],
-)  # fmt: skip
+)
 def test_warmup_of_some(capsys, folder, has_nvrtc, arguments, expected):
     assert main(["warmup", *arguments]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:-1]] == expected
