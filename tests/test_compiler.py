@@ -456,9 +456,8 @@ def test_an_interrupt_between_any_two_lines_leaves_nobody_waiting(compilations, 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_forked_child_does_not_wait_for_its_parent(sources):
-    compiler._locks[SCHEDULE] = Lock()
-    held = compiler._locks[SCHEDULE].held()  # a thread of the parent is compiling this
-    with held, compiler._locks_lock.held(), warnings.catch_warnings():
+    held = compiler._locks[SCHEDULE] = Lock()  # a thread of the parent is compiling this
+    with held, compiler._locks_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # fork in a process with threads
         child = os.fork()
         if child == 0:
