@@ -310,8 +310,8 @@ BROKEN = {
     ),
     "a descriptor says the wrong distance": (
         "sm90_fragments.cuh",
-        "(uint64_t)512 << 16",
-        "(uint64_t)256 << 16",
+        "(uint64_t)(BLOCK_BYTES >> 4) << 16",
+        "(uint64_t)(BLOCK_BYTES >> 5) << 16",
         "out of bound",
     ),
     "V past the end is not cleared": (
