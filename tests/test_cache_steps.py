@@ -358,6 +358,24 @@ def test_one_step_may_be_open_where_arrays_last():
     whole.step([a, b], 1)
 
 
+def test_what_would_be_copied_in_a_capture_is_refused(monkeypatch):
+    whole = WholeCache(HOST)
+    seq = whole.add(3)
+    step = whole.cache.reserve([seq])
+    monkeypatch.setattr(whole.cache._core, "is_capturing", lambda stream: True)
+    with pytest.raises(E.StepError, match=r"Step\(\): the stream is being captured.* max_seqs"):
+        step.write(whole.new(1, 1), layer=0)
+    with pytest.raises(E.StepError, match=r"attend\(\): the stream is being captured"):
+        whole.cache.attend(whole.new(1, 1, 4), [seq])
+    with pytest.raises(E.StepError, match=r"reserve\(\): the stream is being captured"):
+        whole.cache.reserve([whole.cache.add()])
+    with pytest.raises(E.StepError, match=r"append\(\): the stream is being captured"):
+        whole.cache.append(whole.cache.add(), whole.new(3, 1))
+    monkeypatch.undo()
+    step.rollback()
+    whole.step([seq], 1)
+
+
 def test_a_sequence_has_at_most_so_many_pages():
     whole = WholeCache(HOST, max_pages_per_seq=2)
     a, b = whole.add(31), whole.add(1)

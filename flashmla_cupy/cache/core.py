@@ -30,7 +30,7 @@ from .page_states import PageStates
 from .page_table import PageTable, Reservation
 from .pool import Pool
 from .prefix import PrefixIndex
-from .tables import LastingTables, Tables
+from .tables import FreshTables, LastingTables, Tables
 from .views import array_of, current_stream
 from .writer import DeviceWriter, HostWriter
 
@@ -201,6 +201,15 @@ class Core:
         from ..gpu.driver import capture_id
 
         return capture_id(adapter.stream(self.place))
+
+    def fresh(self, tables: FreshTables, adapter: Adapter, function: str) -> Tables:
+        """The arrays of a framework. Raises StepError if they would be copied in a capture."""
+        if not tables.has(adapter) and self.is_capturing(self.stream_of(adapter)):
+            raise StepError(
+                f"{function}(): the stream is being captured, and a graph needs tables that last."
+                " Make the cache with max_seqs, and capture write() and attend() of a step."
+            )
+        return tables.of(adapter)
 
     def require_uncaptured(self, stream: int, function: str) -> None:
         """Raises StepError on a stream that is being captured: a graph would not do it again."""

@@ -260,7 +260,7 @@ class PagedKVCache(SequenceCache):
 
         def ready(adapter: Adapter) -> Tables:
             core.fences.use(core.stream_of(adapter))
-            return batch.tables.of(adapter)
+            return core.fresh(batch.tables, adapter, function)
 
         return core.attend(q, layer, count, ready, batch.metadata, softmax_scale, causal, function)
 
@@ -286,6 +286,7 @@ class PagedKVCache(SequenceCache):
         n = int(full.shape[2])
         self._require_room((), index, n, function)
         stream = self._core.stream()
+        self._core.require_uncaptured(self._core.stream_of(adapter), function)
         made: Reservation = self._table.reserve(index, n)
         self._core.append(made, full, adapter, stream)
 

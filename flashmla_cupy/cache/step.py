@@ -195,7 +195,7 @@ class Step:
     def _arrays(self, adapter: Adapter) -> Tables:
         if isinstance(self._tables, LastingTables):
             return self._tables.of(adapter, len(self.seqs), self.tokens)
-        return self._tables.of(adapter)
+        return self._core.fresh(self._tables, adapter, "Step")
 
 
 def counts_of(name: str, value: Any, batch: int, function: str) -> Int32:

@@ -40,6 +40,10 @@ class FreshTables:
         self._tables: Tables | None = None
         self._made: dict[tuple[str, int], Tables] = {}
 
+    def has(self, adapter: Adapter) -> bool:
+        """Whether those of a framework are there already."""
+        return (adapter.name, current_stream(adapter, self._device)) in self._made
+
     def of(self, adapter: Adapter) -> Tables:
         """The arrays of a framework, ready on its current stream."""
         # Arrays made on one stream may not be ready on another, so the stream is part of the key.
