@@ -15,6 +15,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from support.books_model import PAGE, BooksModel, run
 from support.fake_streams import FakeStreams
 
@@ -44,11 +47,6 @@ def test_random_operations_agree_with_the_model(streams):
 
 
 # --- Hypothesis --------------------------------------------------------------------------------
-
-hypothesis = pytest.importorskip("hypothesis")
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 
 class Books(RuleBasedStateMachine):
