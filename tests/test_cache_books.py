@@ -373,6 +373,23 @@ def test_a_stream_that_is_done_is_forgotten():
     assert device.events == before
 
 
+def test_streams_are_kept_alive_while_events_may_be_recorded_on_them():
+    """Recording on a stream that its owner has destroyed would end the process."""
+    device = FakeStreams()
+    fences = Fences(device)
+    for stream in (1, 2, 3):
+        fences.use(stream)
+        device.read(stream, [stream])
+    assert {stream: fences.holder(stream) for stream in (1, 2, 3)} == device.held
+    device.finish(1)
+    assert fences.fence() is not None
+    assert [fences.holder(stream) for stream in (1, 2, 3)] == [None, "stream 2", "stream 3"]
+    device.finish(2)
+    device.finish(3)
+    assert fences.fence() is None
+    assert [fences.holder(stream) for stream in (2, 3)] == [None, "stream 3"]
+
+
 def test_the_model_is_told_of_a_race():
     device = FakeStreams()
     device.read(0, [3])

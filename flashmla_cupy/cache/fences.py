@@ -17,6 +17,9 @@ from typing import Any, Protocol
 class StreamEvents(Protocol):
     """What is asked of a device; CudaEvents below is the one that there is."""
 
+    def hold(self, stream: int) -> Any:
+        """What keeps the stream, which is the current one, from being destroyed."""
+
     def record(self, stream: int) -> Any:
         """An event behind all work that `stream` has been given."""
 
@@ -55,6 +58,7 @@ class Fences:
         self._device = device
         self._latest: int | None = None  # the stream of the last use, which most uses are on
         self._left: dict[int, Any] = {}  # the others, each with an event behind all its work
+        self._held: dict[int, Any] = {}  # what keeps these streams alive
 
     def use(self, stream: int) -> None:
         """To be called before work on the cache's pages is launched on a stream."""
@@ -67,7 +71,12 @@ class Fences:
         else:
             for event in self._left.values():
                 self._device.order(stream, event)
+        self._held[stream] = self._device.hold(stream)
         self._latest = stream
+
+    def holder(self, stream: int) -> Any:
+        """What keeps a stream alive that was used."""
+        return self._held.get(stream)
 
     def order_latest(self) -> None:
         """Lets the stream of the last use wait, on the device, for the work on all others."""
@@ -82,6 +91,8 @@ class Fences:
         self._left = {
             stream: event for stream, event in self._left.items() if not self._device.is_done(event)
         }
+        for stream in self._held.keys() - self._left.keys() - {self._latest}:
+            del self._held[stream]
         if not self._left or self._latest is None:
             return None
         return Fence(self._device, [*self._left.values(), self._device.record(self._latest)])
@@ -89,6 +100,9 @@ class Fences:
 
 class NoEvents:
     """Host memory: a call returns when its work is done, all on stream 0."""
+
+    def hold(self, stream: int) -> Any:
+        return None
 
     def record(self, stream: int) -> Any:
         return None
@@ -108,6 +122,12 @@ class CudaEvents:
 
     def __init__(self, cuda: Any, device: int) -> None:
         self._cuda, self._device = cuda, device
+
+    def hold(self, stream: int) -> Any:
+        """CuPy's object, which destroys its stream with it. PyTorch's streams are never destroyed;
+        those that other libraries made are theirs to keep."""
+        current = self._cuda.get_current_stream(self._device)
+        return current if current.ptr == stream else None
 
     def record(self, stream: int) -> Any:
         with self._cuda.Device(self._device):

@@ -52,6 +52,7 @@ class Step:
     ) -> None:
         self._core, self._made, self._tables = core, made, tables
         self._stream = stream  # on which the room was made
+        self._holds = core.fences.holder(stream)  # and what keeps it alive
         self._metadata: dict[Any, Any] = {}
         self._state = "open"
         self.seqs = seqs

@@ -21,10 +21,14 @@ class FakeStreams:
         self.done = defaultdict(int)  # those that are done
         self.seen = defaultdict(lambda: defaultdict(int))  # [stream][other]: it waits for those
         self.events = 0
+        self.held = {}
         self._reads = defaultdict(dict)  # page: {stream: time of the last one}
         self._writes = defaultdict(dict)
 
     # --- what Fences asks -----------------------------------------------------------------------
+
+    def hold(self, stream):
+        return self.held.setdefault(stream, f"stream {stream}")
 
     def record(self, stream):
         self.events += 1
