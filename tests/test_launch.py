@@ -33,9 +33,9 @@ from flashmla_cupy.gpu.geometry import Addresses, Geometry
 from flashmla_cupy.gpu.kernels import (
     COMBINE,
     DENSE_DECODE,
-    FEW_ROWS,
     FEW_ROWS_DECODE,
     KERNELS,
+    ROWS_PER_BLOCK_OF_FEW,
     SCHEDULE,
     Variant,
     decode_kernel,
@@ -133,7 +133,7 @@ def test_constants_are_those_of_the_kernels():
         assert f"__launch_bounds__({kernel.threads}, 1)" in source(kernel.source)
     few_rows = source("sm90_few_rows_shared.cuh")
     assert f"SHARED_BYTES == {FEW_ROWS_DECODE.shared_bytes}" in few_rows
-    assert f"constexpr int ROWS = {FEW_ROWS};" in few_rows
+    assert f"constexpr int ROWS = {ROWS_PER_BLOCK_OF_FEW};" in few_rows
     assert f"constexpr int SLOT_TOKENS = {tensor_maps.SLOT_TOKENS};" in few_rows
     assert SCHEDULE.shared_bytes == schedule.MOST_SHARED_BYTES
     combine = source("combine.cu")

@@ -210,7 +210,7 @@ LIST_LENGTHS = Kernel(
     registers=32,
 )
 
-FEW_ROWS = 16  # query rows of a block of few_rows_decode
+ROWS_PER_BLOCK_OF_FEW = 16  # query rows of a block of few_rows_decode
 
 KERNELS = (
     DENSE_DECODE,
@@ -318,4 +318,4 @@ def select(kernel: str, arch: str, dtype: str, page_size: int) -> Variant:
 def decode_kernel(slab_rows: int) -> Kernel:
     """The kernel that decodes calls with so many query rows of a slab (geometry.py), of any dtype
     and page size: few_rows_decode where they fit one of its blocks, else dense_decode."""
-    return FEW_ROWS_DECODE if slab_rows <= FEW_ROWS else DENSE_DECODE
+    return FEW_ROWS_DECODE if slab_rows <= ROWS_PER_BLOCK_OF_FEW else DENSE_DECODE

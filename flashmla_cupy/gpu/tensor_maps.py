@@ -9,7 +9,7 @@ from ..bounded import Bounded
 from ..sizes import HEAD_DIM, ROWS_PER_BLOCK, TOKENS_PER_TILE
 from .driver import tensor_map
 from .geometry import Geometry
-from .kernels import FEW_ROWS, FEW_ROWS_DECODE, Kernel
+from .kernels import FEW_ROWS_DECODE, ROWS_PER_BLOCK_OF_FEW, Kernel
 
 COLUMN_BLOCK = 64  # elements: 128 bytes
 COLUMN_BLOCKS = HEAD_DIM // COLUMN_BLOCK
@@ -37,7 +37,7 @@ def boxes_of(kernel: Kernel, g: Geometry) -> Boxes:
     """What a kernel loads of q and k_cache at once."""
     if kernel is FEW_ROWS_DECODE:
         whole = (COLUMN_BLOCKS,)
-        return Boxes(Box(FEW_ROWS, whole), Box(min(g.page_size, SLOT_TOKENS), whole))
+        return Boxes(Box(ROWS_PER_BLOCK_OF_FEW, whole), Box(min(g.page_size, SLOT_TOKENS), whole))
     # A box for each half of a stage or, of small pages, for each column block.
     tokens = min(g.page_size, TOKENS_PER_TILE)
     counts = HALVES if tokens == TOKENS_PER_TILE else (1,)
