@@ -154,7 +154,7 @@ def prepare(folder: Path, names: Sequence[str]) -> str:
             f"{major}.{minor}."
         )
     if OURS in names:
-        nvrtc.binding()  # says what is missing of CuPy
+        nvrtc.cupy_cuda()  # says what is missing of CuPy
     gpu = importlib.import_module("peers_gpu")
     for peer, library in libraries.items():
         try:

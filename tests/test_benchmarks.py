@@ -4,7 +4,10 @@ here needs a GPU or the peers; the problems and their reference need PyTorch.
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
+import inspect
 import io
 import json
 import sys
@@ -279,3 +282,31 @@ def test_kernels_of_an_nvrtc_in_a_folder(tmp_path, has_nvrtc, monkeypatch, capsy
     assert "schedule" in capsys.readouterr().out
     (loaded,) = nvrtc_versions.from_folder(tmp_path / "cubins" / "own", [schedule])
     assert (loaded.variant, loaded.cubin) == (schedule, cubin)
+
+
+SCRIPTS = sorted(
+    path
+    for folder in ("benchmarks", "examples")
+    for path in (Path(peers.__file__).parents[1] / folder).glob("*.py")
+)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_what_a_script_asks_of_the_package_is_there(path):
+    """Some lines run on a GPU only, where a name that was changed would be noticed too late."""
+    tree, modules = ast.parse(path.read_text()), {}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or "flashmla_cupy" not in (node.module or ""):
+            continue
+        package = importlib.import_module(node.module)
+        for alias in node.names:
+            full = f"{node.module}.{alias.name}"
+            if hasattr(package, "__path__") and importlib.util.find_spec(full):
+                importlib.import_module(full)
+            found = getattr(package, alias.name)
+            if inspect.ismodule(found):
+                modules[alias.asname or alias.name] = found
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = modules.get(node.value.id)
+            assert module is None or hasattr(module, node.attr), f"{node.value.id}.{node.attr}"
