@@ -1,6 +1,6 @@
-// The maximum and the sum of a row of S or P, of which the four lanes of a quad have two columns each
-// of every eight. The running maximum m is lazy: it moves only when the row exceeds it by more than
-// LAZY, and by whole numbers, so that the factors for O are exact powers of two.
+// The maximum and the sum of a row of S or P, of which the four lanes of a quad have two columns
+// each of every eight. The running maximum m is lazy: it moves only when the row exceeds it by more
+// than LAZY, and by whole numbers, so that the factors for O are exact powers of two.
 #pragma once
 #include "ptx.cuh"
 

@@ -1,8 +1,8 @@
 // The load role, of one warp, which fills the ring by TMA, as soon as a slot is empty.
 //
-// It walks over the tokens of its part, piece by piece: first the rows of Q for the piece's request,
-// then the tokens, 32 at a time. A request whose length or metadata is refused has none; a page id
-// out of range is refused here, and reads as NaN.
+// It walks over the tokens of its part, piece by piece: first the rows of Q for the piece's
+// request, then the tokens, 32 at a time. A request whose length or metadata is refused has none; a
+// page id out of range is refused here, and reads as NaN.
 #pragma once
 #include "sm90_few_rows_shared.cuh"
 #include "sm90_pieces.cuh"

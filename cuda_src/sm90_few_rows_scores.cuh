@@ -125,8 +125,8 @@ DEVICE void softmax_step(float (&s)[4], float (&m)[2], float (&l)[2], uint32_t s
   arrive(p_ready(slot));
 }
 
-// The end of a piece, by warp 0: what the value warps need of its rows, and lse. The front of a pair
-// looks whether the back is written, and weighs the two.
+// The end of a piece, by warp 0: what the value warps need of its rows, and lse. The front of a
+// pair looks whether the back is written, and weighs the two.
 DEVICE void finish_rows(const Params& params, int request, const Piece& piece,
                         const float (&m)[2]) {
   const RowBlock block = row_block();

@@ -10,8 +10,8 @@ constexpr int V_STEPS = SLOT_TOKENS / 16;
 // further, [2] and [3].
 using Accumulators = float[V_TILES][4];
 
-// Zeroes the warp's columns of the rows past the end of the request: unused memory may hold NaN, and
-// 0 * NaN is NaN.
+// Zeroes the warp's columns of the rows past the end of the request: unused memory may hold NaN,
+// and 0 * NaN is NaN.
 DEVICE void clear_rows(uint32_t slot, int rows_used) {
   const uint32_t lane = lane_index();
   const uint32_t column = (warp_in_group() * 2 + (lane >> 3 & 1)) * BLOCK_BYTES + (lane & 7) * 16;

@@ -1,9 +1,9 @@
 // The word of `pairs` by which the two pieces of a pair meet.
 //
 // It holds the number of this launch (its epoch) once the back is written. Any other number means
-// that it is not, since scratch memory comes as it is. The front does not wait: `combine` takes less
-// time than a wait and the rest of the way through memory. In a graph every replay has the same
-// number, so `combine` clears the words after each.
+// that it is not, since scratch memory comes as it is. The front does not wait: `combine` takes
+// less time than a wait and the rest of the way through memory. In a graph every replay has the
+// same number, so `combine` clears the words after each.
 #pragma once
 #include "sm90_pieces.cuh"
 
