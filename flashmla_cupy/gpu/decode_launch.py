@@ -157,7 +157,7 @@ class _OfThread:
         num_splits: int,
     ) -> None:
         """Launches the kernels. The number of a graph may stay the same, since combine clears the
-        words that hold it (pair.cuh)."""
+        words that hold it (sm90_pair.cuh)."""
         call = addresses, softmax_scale, causal, num_splits
         chain = self._chain_with_schedule if num_splits else self._chain
         graph = chain.graph

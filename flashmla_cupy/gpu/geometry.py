@@ -95,7 +95,7 @@ class Geometry:
 
     # Scratch holds the partial results, out [slots, s_q * h_q, 512] and, of each row, 16 bytes
     # with its lse and scales (merge.cuh), and then a 64-bit word for every thread block
-    # (pair.cuh).
+    # (sm90_pair.cuh).
 
     @property
     def out_partial_bytes(self) -> int:
