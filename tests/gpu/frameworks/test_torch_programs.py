@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+import shutil
+import subprocess
+import sys
+
 import pytest
 from support.every_framework import decode, same_bits
 from support.gpu.sides import arrays_of, cupy
@@ -10,6 +15,15 @@ from support.problems import make_problem
 from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
 
 pytestmark = pytest.mark.gpu
+
+
+def in_another_process(code, *paths):
+    """What a program prints that finds the tests' helpers, and the paths as sys.argv[1:]."""
+    code = f"import sys; sys.path[:0] = {sys.path!r}\n{code}"
+    command = [sys.executable, "-c", code, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
 
 
 def test_torch_graph_is_right_for_other_lengths(torch):
@@ -67,3 +81,64 @@ def test_torch_opcheck(torch):
     ):
         results = torch.library.opcheck(op.default, args)
         assert set(results.values()) == {"SUCCESS"}, results
+
+
+UNPICKLED = """
+import pickle, torch
+from flashmla_cupy import check, flash_mla_with_kvcache
+arrays = [x.cuda() for x in torch.load(sys.argv[1])]
+with open(sys.argv[2], "rb") as file:
+    sched_meta = pickle.load(file)
+assert not sched_meta.have_initialized
+out, _ = flash_mla_with_kvcache(*arrays, 512, sched_meta, causal=True)
+check()
+print(out.float().sum().item())
+"""
+
+
+def test_a_bound_sched_meta_in_another_process(torch, tmp_path):
+    """Its arrays, and so their addresses, stay behind."""
+    arrays = arrays_of("torch", make_problem([300, 70], s_q=2, h_q=16))
+    sched_meta, _ = get_mla_metadata()
+    out, _ = flash_mla_with_kvcache(*arrays, 512, sched_meta, causal=True)
+    assert sched_meta.have_initialized
+    inputs, pickled = tmp_path / "inputs.pt", tmp_path / "sched_meta"
+    torch.save([x.cpu() for x in arrays], inputs)
+    pickled.write_bytes(pickle.dumps(sched_meta))
+    assert float(in_another_process(UNPICKLED, inputs, pickled)) == out.float().sum().item()
+
+
+LOADED = {
+    "export": "program = torch.export.load(sys.argv[2]).module()",
+    "aoti": "program = torch._inductor.aoti_load_package(sys.argv[2])",
+}
+RUN = """
+import flashmla_cupy, torch
+flashmla_cupy.register_torch_ops()
+{loaded}
+out, _ = program(*[x.cuda() for x in torch.load(sys.argv[1])])
+flashmla_cupy.check()
+print(out.float().sum().item())
+"""
+
+
+@pytest.mark.parametrize("kind", LOADED)
+def test_a_saved_program_in_another_process(torch, tmp_path, kind):
+    if kind == "aoti" and shutil.which("g++") is None:
+        pytest.skip("AOTInductor needs g++")
+
+    class Layer(torch.nn.Module):
+        def forward(self, *arrays):
+            return decode(*arrays, causal=True)
+
+    arrays = arrays_of("torch", make_problem([300, 70], s_q=2, h_q=16))
+    expected, _ = decode(*arrays, causal=True)
+    program = torch.export.export(Layer(), tuple(arrays))
+    path, inputs = tmp_path / "layer.pt2", tmp_path / "inputs.pt"
+    if kind == "export":
+        torch.export.save(program, path)
+    else:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    torch.save([x.cpu() for x in arrays], inputs)
+    found = in_another_process(RUN.format(loaded=LOADED[kind]), inputs, path)
+    assert float(found) == expected.float().sum().item()
