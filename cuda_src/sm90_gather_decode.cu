@@ -59,13 +59,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 
 // ---- lab notes ------------------------------------------------------------------------------
 // What was tried: the setting, then each choice with its time, the one taken first. Microseconds of
-// a call on an H200, L2 cold, in a CUDA graph; in brackets the kernels in the wheel of vllm 0.33.0 in
-// the same run. Lists of 2048 tokens of 8192 for each of 128 requests, unless said.
+// a call on an H200, L2 cold, in a CUDA graph; in brackets the kernels in the wheel of vllm 0.33.0
+// in the same run. Lists of 2048 tokens of 8192 for each of 128 requests, unless said.
 //
 // Two earlier states of the gather role over FP8 were timed; the present one was not. A had 24
 // registers, four rows of a warp at a time, and 16 rows on their way. B had 40 registers, all loads
-// of four rows ahead of their conversion, and 12 rows on their way; what is not to be seen came from
-// a row of zeros in global memory. (A was timed with lists that all named the same 8192 tokens.)
+// of four rows ahead of their conversion, and 12 rows on their way; what is not to be seen came
+// from a row of zeros in global memory. (A had lists that all named the same 8192 tokens.)
 //   656 bytes, 128 heads    B 223, s_q 2 416 | A 268, 527        (212 to 216, 419)
 //   64 heads                B 124, s_q 2 224 | A 139, 271        (115 to 120, 224 to 231)
 //   16 heads                B 118            | A 136             (117, padded to 64)
@@ -75,13 +75,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 //                           B 335 | 341 | 665, A 399 | 402 | 791 (210 | 219 | 422)
 //   dense, 656 bytes        B 384 | - | 757, A 434 | 437 | 863
 //   parts of B left out     128 heads 223, 16 heads 118: without the conversion 190, 102; without
-//                           copies 167, 85; without looking up 196, 99. So each took time of the one
-//                           warp of a scheduler: entries are copied ahead now, not loaded
+//                           copies 167, 85; without looking up 196, 99. So each took time of the
+//                           one warp of a scheduler: entries are copied ahead now, not loaded
 //   proxy fence             by the writers | by the reader: the same
 //   P V is released         8 steps before the end of S | 4 or 14: the same, in A
 //   L2 prefetch of copies   128 bytes | none: the same
-// Accuracy over 656 bytes, of the wheel's root mean square error: results in float16 0.15, of scales
-// that are no powers of two 0.14; in bfloat16 0.89 and 0.56.
+// Accuracy over 656 bytes, of the wheel's root mean square error: results in float16 0.15, with
+// scales that are no powers of two 0.14; in bfloat16 0.89 and 0.56.
 //
 // Over 16-bit rows, prompts of 4096 tokens with their lists, keys 8192 | 32768 | 65536:
 //   128 heads  3762 | 4171 | 4383  (3747 | 4146 | 4456)
@@ -91,5 +91,5 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 // Decoding, 16 heads 83 (3.7 TB/s), 64 heads 87, 128 heads and s_q 2 273 (24 steps).
 //
 // Of ptxas (NVRTC 12.9), with 512 threads: m64n256 wants 154 registers at launch, where there are
-// 128; so P V is two m64n128. wgmma is serialised with 152 registers for the matrix warpgroups, with
-// 144 for softmax and 24 steps, with 160 and 28. 28 steps fit 168, then 24 are left to gather.
+// 128; so P V is two m64n128. wgmma is serialised with 152 registers for the matrix warpgroups,
+// with 144 for softmax and 24 steps, with 160 and 28. 28 steps fit 168, then 24 are left to gather.
