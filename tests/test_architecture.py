@@ -111,3 +111,9 @@ def test_every_kernel_file_says_what_it_is_for(path):
     source = path.read_text()
     assert source.startswith("// ")
     assert source.count("\n") <= MOST_KERNEL_LINES
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Or pytest takes one for the other, and refuses both."""
+    names = [path.name for path in (ROOT.parent / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names))

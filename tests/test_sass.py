@@ -249,6 +249,8 @@ def test_kernels_without_a_prefix_are_those_for_all_gpus():
     assert {variant.kernel for variant in FOR_ALL_GPUS} == {
         "schedule",
         "combine",
+        "combine_gathered",
+        "list_lengths",
         *changing_a_cache,
     }
     prefix = re.compile(r'#include "(sm90_\w+\.cuh|wgmma\.cuh)"')
