@@ -14,9 +14,11 @@ from ..errors import DTypeError, OptionError, ReadOnlyError, ShapeError, StrideE
 from ..formats.cache_format import CacheFormat, format_of
 from ..frameworks import Adapter, ArrayInfo
 from ..schedule.split import MAX_BATCH
+from ..sizes import HEAD_DIM_V, NUM_SMS_CPU
 from . import checks
 from .arguments import FLOATS, Array, Table
 from .layouts import aligned, contiguous, latent_rows
+from .operation import Output
 from .scalars import INT_LIMIT
 from .wording import show, strides
 
@@ -165,6 +167,17 @@ def descales(infos: Mapping[str, ArrayInfo], cache_format: CacheFormat) -> None:
         if name in infos and not cache_format.has_descale:
             expected = f"None, since k_cache, of the format {cache_format.name}, needs none"
             raise OptionError(name, expected, show(infos[name]), "Leave it out.")
+
+
+def decode_outputs(
+    named: Mapping[str, Any], options: tuple[Any, ...], num_sms: int = NUM_SMS_CPU
+) -> tuple[Output, ...]:
+    """What a decode call over gathered rows gives, by its q: out, and lse. The options and the
+    multiprocessors, which other operations ask about, do not matter."""
+    q = named["q"]
+    batch, s_q, h_q, _ = q.shape
+    dtype = out_dtype(str(q.dtype).removeprefix("torch."))
+    return Output((batch, s_q, h_q, HEAD_DIM_V), dtype), Output((batch, h_q, s_q), "float32")
 
 
 def outputs(

@@ -10,19 +10,10 @@ from .. import reference
 from ..errors import DeviceCheckError
 from ..schedule import split
 from ..schedule.sched_meta import Configuration, stale_requests
-from ..sizes import HEAD_DIM_V, NUM_SMS_CPU, num_sm_parts
+from ..sizes import NUM_SMS_CPU, num_sm_parts
 from . import checks, fits, gathered, scalars
 from .arguments import FP8_DECODE
-from .operation import Operation, Output, Valid, Views
-
-
-def _outputs(
-    named: dict[str, Any], options: tuple[Any, ...], num_sms: int = NUM_SMS_CPU
-) -> tuple[Output, ...]:
-    q = named["q"]
-    batch, s_q, h_q, _ = q.shape
-    dtype = fits.out_dtype(str(q.dtype).removeprefix("torch."))
-    return Output((batch, s_q, h_q, HEAD_DIM_V), dtype), Output((batch, h_q, s_q), "float32")
+from .operation import Operation, Valid, Views
 
 
 def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
@@ -43,7 +34,7 @@ def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     if "tile_scheduler_metadata" in infos:
         parts = num_sm_parts(gathered.num_sms_of(q.device), s_q * h_q, 1)
         checks.metadata(infos["tile_scheduler_metadata"], infos["num_splits"], batch, parts)
-    outputs = _outputs(infos, options)
+    outputs = fits.decode_outputs(infos, options)
     fits.outputs(FP8_DECODE, infos, outputs)
     page_size, name = k_cache.shape[1], framework.name
     configuration = Configuration(name, q.device, batch, s_q, h_q, 1, page_size, causal, found.name)
@@ -100,7 +91,7 @@ def _on_gpu(valid: Valid) -> gathered.Work:
 FP8 = Operation(
     name="fp8_decode",
     table=FP8_DECODE,
-    outputs=_outputs,
+    outputs=fits.decode_outputs,
     validate=_validate,
     refused=_refused,
     compute=_compute,

@@ -98,7 +98,3 @@ class Signatures(Generic[Call]):
         if key is not None:
             self._known[key] = call
         return call
-
-    def clear(self) -> None:
-        """Forgets all of them."""
-        self._known.clear()

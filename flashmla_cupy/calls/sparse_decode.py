@@ -13,20 +13,11 @@ from ..frameworks import ArrayInfo
 from ..schedule import split
 from ..schedule.lists import list_lengths
 from ..schedule.sched_meta import Configuration, stale_requests
-from ..sizes import HEAD_DIM_V, NUM_SMS_CPU, num_sm_parts
+from ..sizes import NUM_SMS_CPU, num_sm_parts
 from . import checks, fits, gathered, scalars
 from .arguments import SPARSE_DECODE
-from .operation import Operation, Output, Valid, Views
+from .operation import Operation, Valid, Views
 from .wording import show
-
-
-def _outputs(
-    named: dict[str, Any], options: tuple[Any, ...], num_sms: int = NUM_SMS_CPU
-) -> tuple[Output, ...]:
-    q = named["q"]
-    batch, s_q, h_q, _ = q.shape
-    dtype = fits.out_dtype(str(q.dtype).removeprefix("torch."))
-    return Output((batch, s_q, h_q, HEAD_DIM_V), dtype), Output((batch, h_q, s_q), "float32")
 
 
 def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
@@ -48,7 +39,7 @@ def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
         parts = num_sm_parts(gathered.num_sms_of(q.device), h_q, 1)
         schedule = infos["tile_scheduler_metadata"], infos["num_splits"]
         checks.metadata(*schedule, batch * s_q, parts)
-    outputs = _outputs(infos, options)
+    outputs = fits.decode_outputs(infos, options)
     fits.outputs(SPARSE_DECODE, infos, outputs)
     configuration = Configuration(
         framework.name,
@@ -189,7 +180,7 @@ def _on_gpu(valid: Valid) -> gathered.Work:
 SPARSE = Operation(
     name="sparse_decode",
     table=SPARSE_DECODE,
-    outputs=_outputs,
+    outputs=fits.decode_outputs,
     validate=_validate,
     refused=_refused,
     compute=_compute,
