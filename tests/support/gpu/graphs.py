@@ -12,11 +12,18 @@ def new_stream():
 
 
 def capture(stream, step):
-    """(replay, what the step returned), of a step that has run before on this stream."""
+    """(replay, what the step returned), of a step that has run before on this stream.
+
+    A step that fails leaves no capture behind, which would fail all that comes after it."""
     if DRY:
         return step, None
     stream.synchronize()
     stream.begin_capture()
-    kept = step()
+    try:
+        kept = step()
+    except BaseException:
+        with contextlib.suppress(Exception):  # the capture may be invalid; it ends all the same
+            stream.end_capture()
+        raise
     graph = stream.end_capture()
     return lambda: graph.launch(stream), kept
