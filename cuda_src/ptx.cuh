@@ -177,11 +177,15 @@ DEVICE void cp_async_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_
       : "memory");
 }
 
-// cp.async (9.7.9.25): 16 bytes from global to shared memory, zeros if `bytes` is 0; and 4 bytes.
+// cp.async (9.7.9.25): 16 or 8 bytes from global to shared memory, zeros if `bytes` is 0; 4 bytes.
 // Copies since the last commit are a group; the wait is for all groups but the newest `Newest`.
 DEVICE void cp_async_16(uint32_t to, const void* from, uint32_t bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(bytes)
+               : "memory");
+}
+DEVICE void cp_async_8(uint32_t to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
 DEVICE void cp_async_4(uint32_t to, const void* from) {
@@ -257,6 +261,11 @@ DEVICE float4 ld_shared_v4_f32(uint32_t a) {
 DEVICE uint16_t ld_shared_u16(uint32_t a) {
   uint16_t x;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(x) : "r"(a) : "memory");
+  return x;
+}
+DEVICE uint32_t ld_shared_u8(uint32_t a) {
+  uint32_t x;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x) : "r"(a) : "memory");
   return x;
 }
 DEVICE void st_shared_u16(uint32_t a, uint16_t x) {
@@ -374,10 +383,6 @@ DEVICE uint32_t half_x2_from_e4m3(uint32_t x) {
       : "=r"(y)
       : "r"(x));
   return y;
-}
-// Two bfloat16 to two float16: exact but for those beyond its range.
-DEVICE uint32_t half_x2_from_bf16_x2(uint32_t x) {
-  return half_x2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
 }
 DEVICE uint32_t mul_half_x2(uint32_t x, uint32_t y) {
   uint32_t z;

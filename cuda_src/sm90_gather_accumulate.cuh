@@ -35,7 +35,7 @@ DEVICE void matrix_role(const Params& params, int half) {
       }
       {
         const uint32_t stage = stage_address(place.stage);
-        const uint64_t p_tile = descriptor_k_major_plain(stage + ROPE * BLOCK_BYTES);
+        const uint64_t p_tile = descriptor_k_major_plain(stage + P_BLOCK * BLOCK_BYTES);
         const uint64_t v_tile = descriptor_mn_major(stage + half * 4 * BLOCK_BYTES);
         pin(o);
         wgmma_fence();

@@ -28,6 +28,11 @@ DEVICE uint32_t row_pointers() {
 }
 DEVICE uint32_t entries() { return shared_base() + ENTRIES + warp_in_group() * WARP_TOKENS * 4; }
 DEVICE const uint8_t* row_at(uint32_t pointer) { return (const uint8_t*)ld_shared_u64(pointer); }
+// Where the tail of the token is whose row pointer this is, and the copy of it.
+DEVICE void copy_tail(uint32_t to, uint32_t pointer) {
+  const uint8_t* tail = row_at(pointer + TAIL_POINTERS - ROW_POINTERS);
+  cp_async_8(to, tail, tail ? 8 : 0);
+}
 // Copies 16 bytes of a row; of a null one, zeros.
 DEVICE void copy_16(uint32_t to, const uint8_t* row, uint32_t offset) {
   cp_async_16(to, row + offset, row ? 16 : 0);
@@ -80,8 +85,10 @@ struct Walk {
   DEVICE static uint32_t page_of(int page_size, int shift, uint32_t token) {
     return shift >= 0 ? token >> shift : token / (uint32_t)page_size;
   }
-  // Where this lane's token lies, given its entry; null: it is not to be seen.
-  DEVICE const uint8_t* row(const Params& params, int entry, bool& is_bad) const {
+  // Where this lane's token lies, given its entry; null: it is not to be seen. `tail`: and where
+  // its tail does.
+  DEVICE const uint8_t* row(const Params& params, int entry, const uint8_t*& tail,
+                            bool& is_bad) const {
     const int mine = my_token();
     const bool is_second = mine >= second, is_listed = params.topk > 0;
     const uint32_t page_size = is_second ? params.extra_page_size : params.page_size;
@@ -102,9 +109,11 @@ struct Walk {
       }
       return nullptr;
     }
-    return (is_second ? params.extra_cache : params.cache) +
-           in_pool * (is_second ? params.extra_page_bytes : params.page_bytes) +
-           (int64_t)(index - page * page_size) * ROW_BYTES;
+    const uint8_t* page_begin = (is_second ? params.extra_cache : params.cache) +
+                                in_pool * (is_second ? params.extra_page_bytes : params.page_bytes);
+    const int64_t in_page = index - page * page_size;
+    if (TAIL_BYTES) tail = page_begin + (int64_t)page_size * ROW_BYTES + in_page * TAIL_BYTES;
+    return page_begin + in_page * ROW_BYTES;
   }
 };
 
@@ -144,13 +153,17 @@ DEVICE void look_up(const Params& params) {
   walk.load();
   const int request = walk.token < walk.end ? walk.request : -1;
   const bool begins = request >= 0 && uniform(ld_shared_u32(Tile::address())) != request;
-  const uint8_t* row = nullptr;
+  const uint8_t *row = nullptr, *tail = nullptr;
   bool is_bad = false;
   if (walk.has_token()) {
-    row = walk.row(params, ld_shared_u32(entries() + lane_index() * 4), is_bad);
+    row = walk.row(params, ld_shared_u32(entries() + lane_index() * 4), tail, is_bad);
   }
   const uint32_t live = __ballot_sync(~0u, row != nullptr), bad = __ballot_sync(~0u, is_bad);
-  if (lane_index() < WARP_TOKENS) st_shared_u64(row_pointers() + lane_index() * 8, (uint64_t)row);
+  if (lane_index() < WARP_TOKENS) {
+    const uint32_t pointer = row_pointers() + lane_index() * 8;
+    st_shared_u64(pointer, (uint64_t)row);
+    if (TAIL_BYTES) st_shared_u64(pointer + TAIL_POINTERS - ROW_POINTERS, (uint64_t)tail);
+  }
   if (lane_index() == 0) {
     st_shared_v4(Tile::address(), {(uint32_t)request, begins, live | bad, bad});
   }

@@ -14,7 +14,7 @@
 // The schedule counts in tiles of 64 tokens, so pieces begin at multiples of 64. A query token with
 // a list of its own is a request of its own.
 #include "sm90_gather_format.cuh"
-#if defined(FORMAT_V32) || defined(FORMAT_PER_TENSOR)
+#if defined(FORMAT_FP8)
 #include "sm90_gather_fp8.cuh"
 #else
 #include "sm90_gather_16bit.cuh"
@@ -22,13 +22,6 @@
 #include "sm90_gather_accumulate.cuh"
 #include "sm90_gather_softmax.cuh"
 
-#if defined(FORMAT_V32)
-#define GATHER gather_v32
-#elif defined(FORMAT_PER_TENSOR)
-#define GATHER gather_e4m3
-#else
-#define GATHER gather_16bit
-#endif
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     GATHER(const __grid_constant__ TensorMap q_map_0, const __grid_constant__ TensorMap q_map_1,
            const __grid_constant__ Params params) {

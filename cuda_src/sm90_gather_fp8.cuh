@@ -1,20 +1,13 @@
 // The gather role over an FP8 cache, of warpgroup 3: rows are copied to the warp's staging memory
-// as they are, 16 bytes a lane, and converted to float16 in the ring. As soon as a chunk is in
+// as they are, 16 bytes a lane, and converted in the ring. As soon as a chunk is in
 // registers, the same chunk of the next tile is on its way to where it was, be it of the next
 // piece.
 //
 // One warp a scheduler does this, next to others that mostly wait. So what it takes is its number
 // of instructions, and their latency: addresses are computed once, loads come first.
 #pragma once
-#include "sm90_gather_cursor.cuh"
+#include "sm90_gather_convert.cuh"
 
-#if defined(FORMAT_V32)
-constexpr int SCALES = 512, ROTARY = 528;  // byte offsets in a row
-constexpr bool IS_E4M3_ROTARY = false;
-#else
-constexpr int ROTARY = 512;
-constexpr bool IS_E4M3_ROTARY = true;
-#endif
 constexpr int STAGED_CHUNK = CHUNK * STAGED_ROW;
 constexpr int CHUNK_PITCH = CHUNK * GROUP_WARPS * 128;  // in a stage, to the next of the warp
 
@@ -39,7 +32,7 @@ struct Lane {
                 ((((index & 3) * 2) ^ (first_row & 4) ^ odd) << 4);
     const uint32_t column = rotary_column() / (IS_E4M3_ROTARY ? 8 : 16);
     rotary = staging + rotary_token() * STAGED_ROW + ROTARY + rotary_column();
-    rotary_to = ROPE * BLOCK_BYTES + (first_row + rotary_token()) * 128 +
+    rotary_to = ROTARY_BLOCK * BLOCK_BYTES + (first_row + rotary_token()) * 128 +
                 ((column ^ ((first_row + rotary_token()) & 7)) << 4);
   }
   DEVICE uint32_t rotary_token() const { return IS_E4M3_ROTARY ? index >> 2 & 3 : index >> 3; }
@@ -53,59 +46,47 @@ DEVICE void copy_chunk(const Lane& lane, int chunk) {
   const uint32_t to = lane.staging + chunk * STAGED_CHUNK;
 #pragma unroll
   for (int i = 0; i < CHUNK; ++i) {
+    if (LATENT_LANES < 32 && lane.index >= LATENT_LANES) continue;
     copy_16(to + i * STAGED_ROW + lane.index * 16, row_at(from + i * 8), lane.index * 16);
   }
   if (!IS_E4M3_ROTARY || lane.index < 16) {
     copy_16(lane.rotary + chunk * STAGED_CHUNK, row_at(from + lane.rotary_token() * 8),
             ROTARY + lane.rotary_column());
   }
-#if defined(FORMAT_V32)
-  if (lane.index < CHUNK) {
-    copy_16(to + lane.index * STAGED_ROW + SCALES, row_at(from + lane.index * 8), SCALES);
+  if (HAS_SCALES && lane.index < CHUNK) {
+    const uint32_t scales = to + lane.index * STAGED_ROW + SCALES, row = from + lane.index * 8;
+    if (TAIL_BYTES) {
+      copy_tail(scales, row);
+    } else {
+      copy_16(scales, row_at(row), SCALES);
+    }
   }
-#endif
-}
-
-// Eight e4m3, in two registers, to eight float16 at `to`.
-DEVICE void convert(uint32_t to, uint32_t first, uint32_t second, uint32_t scale) {
-  Vector4 v = {half_x2_from_e4m3(first), half_x2_from_e4m3(first >> 16), half_x2_from_e4m3(second),
-               half_x2_from_e4m3(second >> 16)};
-#if defined(FORMAT_V32)
-  v = {mul_half_x2(v.x, scale), mul_half_x2(v.y, scale), mul_half_x2(v.z, scale),
-       mul_half_x2(v.w, scale)};
-#endif
-  st_shared_v4(to, v);
 }
 
 // The latent columns of four rows, in registers.
 struct Latent {
   Vector4 v[4];
-  uint32_t scales;  // of token lane / 4 and group lane % 4, twice
+  ColumnScale scale;
   DEVICE Latent(const Lane& lane, int chunk) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       v[i] = ld_shared_v4(lane.latent + chunk * STAGED_CHUNK + (i >> 1) * 2 * STAGED_ROW +
                           (i & 1) * 256);
     }
-#if defined(FORMAT_V32)
-    const float scale = ld_shared_f32(lane.staging + chunk * STAGED_CHUNK + SCALES +
-                                      (lane.index >> 2 & 3) * STAGED_ROW + (lane.index & 3) * 4);
-    scales = half_x2(scale * LATENT_UP, scale * LATENT_UP);
-#endif
+    scale = load_scale(lane.staging + chunk * STAGED_CHUNK, lane.index);
   }
   // Converts them into a stage.
   DEVICE void store(const Lane& lane, uint32_t stage, int chunk) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint32_t scale = 0;
-#if defined(FORMAT_V32)
-      scale = __shfl_sync(~0u, scales,
-                          (lane.index & 4) + (lane.index >> 4) + (i >> 1) * 8 + (i & 1) * 2);
-#endif
+      const uint32_t block = (i & 1) * 4 + (lane.index >> 3);
+      const ColumnScale of_block =
+          scale_of_block(scale, (i >> 1) * 2 + (lane.index >> 2 & 1), block);
+      if (ROTARY_IN_V && block == ROTARY_BLOCK) continue;
       const uint32_t to = stage + chunk * CHUNK_PITCH + (lane.latent_to ^ (i >> 1) << 5) +
                           (i >> 1) * 256 + (i & 1) * 4 * BLOCK_BYTES;
-      convert(to, v[i].x, v[i].y, scale);
-      convert(to ^ 16, v[i].z, v[i].w, scale);
+      convert(to, v[i].x, v[i].y, of_block);
+      convert(to ^ 16, v[i].z, v[i].w, of_block);
     }
   }
 };
@@ -114,8 +95,8 @@ struct Latent {
 DEVICE void store_rotary(const Lane& lane, const Vector4& x, uint32_t stage, int chunk) {
   const uint32_t to = stage + chunk * CHUNK_PITCH + lane.rotary_to;
   if (!IS_E4M3_ROTARY) {
-    st_shared_v4(to, {half_x2_from_bf16_x2(x.x), half_x2_from_bf16_x2(x.y),
-                      half_x2_from_bf16_x2(x.z), half_x2_from_bf16_x2(x.w)});
+    st_shared_v4(to, {product_from_bf16(x.x), product_from_bf16(x.y), product_from_bf16(x.z),
+                      product_from_bf16(x.w)});
   } else if (lane.index < 16) {
     convert(to, x.x, x.y, 0);
     convert(to ^ 16, x.z, x.w, 0);

@@ -1,8 +1,9 @@
 // Shared memory of sm90_gather_decode.cu: where everything lies, and which barriers order it.
 //
 // Most of it is a ring of stages. A stage holds one tile of K, 48 tokens in the 16-bit type of the
-// products: nine column blocks of 48 rows x 128 bytes, swizzled. Ahead of the tiles of each piece,
-// two stages hold the block's rows of Q, column blocks 0 to 3 and 4 to 8, of 64 rows each.
+// products: column blocks of 48 rows x 128 bytes, swizzled. P of the tile is written to the ninth,
+// over the rotary columns where they are no part of V. Ahead of the tiles of each piece, two stages
+// hold the block's rows of Q, column blocks 0 to 3 and from 4 on, of 64 rows each.
 //
 // Rows of an FP8 cache wait in `staging` as they are, until they are converted into the ring: as
 // many as a tile has. Each warp of the gather warpgroup has its own part of it, where no other warp
@@ -16,14 +17,14 @@ constexpr int TILE = 48;    // tokens of a tile here
 constexpr int STAGES = 3;  // of the ring
 constexpr int Q_STAGES = 2;
 
-constexpr int BLOCK_BYTES = TILE * 128, COLUMN_BLOCKS = 9;
-constexpr int ROPE = 8;  // the last column block; P of the tile overwrites it
-constexpr int STAGE_BYTES = COLUMN_BLOCKS * BLOCK_BYTES;
+constexpr int BLOCK_BYTES = TILE * 128;
+constexpr int P_BLOCK = 8;  // where P is, in column blocks
+constexpr int STAGE_BYTES = (P_BLOCK + 1) * BLOCK_BYTES;
 constexpr int Q_BLOCK_BYTES = ROWS * 128;
 constexpr int Q_FIRST_BLOCKS = 4;  // column blocks of Q in the first of its stages
 static_assert((COLUMN_BLOCKS - Q_FIRST_BLOCKS) * Q_BLOCK_BYTES <= STAGE_BYTES, "Q in two stages");
 constexpr int P_STEP_BYTES = ROWS * 32;  // 16 columns of P, core matrices
-static_assert(TILE / 16 * P_STEP_BYTES == BLOCK_BYTES, "P takes the place of the rotary columns");
+static_assert(TILE / 16 * P_STEP_BYTES == BLOCK_BYTES, "P takes the place of a column block");
 
 // Four warpgroups: 0 has the softmax role, 1 and 2 the matrix role, 3 gathers.
 constexpr int GROUP_THREADS = 128, BLOCK_THREADS = 4 * GROUP_THREADS, GROUP_WARPS = 4;
@@ -41,7 +42,9 @@ constexpr int Q_TAIL = STAGES * STAGE_BYTES;  // the last column blocks of Q
 constexpr int STAGING = Q_TAIL + Q_TAIL_BLOCKS * Q_BLOCK_BYTES;  // [4 warps][12] rows
 constexpr int ROW_POINTERS =
     STAGING + GROUP_WARPS * WARP_TOKENS * STAGED_ROW;                  // uint64 [4 warps][12]
-constexpr int ENTRIES = ROW_POINTERS + GROUP_WARPS * WARP_TOKENS * 8;  // int32 [4 warps][12]
+constexpr int TAIL_POINTERS = ROW_POINTERS + GROUP_WARPS * WARP_TOKENS * 8;  // the same, if any
+constexpr int ENTRIES =
+    TAIL_POINTERS + (TAIL_BYTES ? GROUP_WARPS * WARP_TOKENS * 8 : 0);  // int32 [4 warps][12]
 constexpr int CURSORS = ENTRIES + GROUP_WARPS * WARP_TOKENS * 4;       // [4 warps] two Vector4
 constexpr int FACTORS = CURSORS + GROUP_WARPS * 32;
 constexpr int INVERSE_L = FACTORS + STAGES * ROWS * 2;  // behind uint16 [STAGES][64]; float [64]

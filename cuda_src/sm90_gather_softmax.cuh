@@ -1,8 +1,8 @@
 // The softmax role, of warpgroup 0: S = Q K^T, P = 2^(scale S - m), the running maximum m and the
 // running sum l of each row, and lse.
 //
-// Most of Q stays in registers, 24 or 28 of its 36 steps in K; the others come from shared memory.
-// P of a tile goes to the rotary columns of the same tile.
+// Most of Q stays in registers, 24 or 28 of its 32 or 36 steps in K; the others come from shared
+// memory. P of a tile goes to the stage of the tile.
 //
 // Over an FP8 cache, the products are of float16. So each row of Q is scaled by the power of two
 // that brings its largest value to [2^13, 2^14), which is exact for all values that matter, and the
@@ -45,7 +45,7 @@ DEVICE uint32_t scaled(uint32_t x, float factor) {
 // The largest value of a row, given the largest of its latent and of its rotary columns, in pairs.
 DEVICE float largest_of(uint32_t latent, uint32_t rotary) {
   const float2 x = q_pair(latent), y = q_pair(rotary);
-  return quad_max(fmaxf(fmaxf(x.x, x.y), fmaxf(y.x, y.y) * LATENT_UP));
+  return quad_max(fmaxf(fmaxf(x.x, x.y), fmaxf(y.x, y.y) * ROTARY_Q_UP));
 }
 // The factor of a row whose largest value this is, and what its scores are to be multiplied by.
 struct RowScale {
@@ -58,7 +58,7 @@ DEVICE RowScale row_scale(float largest) {
 }
 #endif
 
-// Takes the rows of Q [64, 576] out of their stages, and frees these: most steps go to registers,
+// Takes the rows of Q [64, d_qk] out of their stages, and frees these: most steps go to registers,
 // the other column blocks to shared memory of their own. Returns in `scale` what the scores of the
 // thread's two rows are to be multiplied by, given softmax_scale * log2(e).
 DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], float (&scale)[2], Place& place, float scale_log2) {
@@ -87,7 +87,7 @@ DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], float (&scale)[2], Place& place, 
     ldmatrix_x4(block(k >> 2) ^ ((k & 3) << 5), x[0], x[1], x[2], x[3]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      uint32_t& largest = k < 4 * ROPE ? latent[i & 1] : rotary[i & 1];
+      uint32_t& largest = k < 4 * ROTARY_BLOCK ? latent[i & 1] : rotary[i & 1];
       largest = max_abs_x2(largest, x[i]);
     }
   }
@@ -98,7 +98,7 @@ DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], float (&scale)[2], Place& place, 
   for (int i = 0; i < 4 * Q_STEPS; ++i) q[i] = scaled(q[i], rows[i & 1].up);
 #pragma unroll 1
   for (int k = Q_STEPS; k < STEPS; ++k) {
-    const float factor = k < 4 * ROPE ? 1.f : LATENT_UP;
+    const float factor = k < 4 * ROTARY_BLOCK ? 1.f : ROTARY_Q_UP;
     const uint32_t at = (k & 3) << 5;
     uint32_t x[4];
     ldmatrix_x4(block(k >> 2) ^ at, x[0], x[1], x[2], x[3]);
@@ -130,7 +130,7 @@ DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], float (&scale)[2], Place& place, 
 
 // ---- scores ---------------------------------------------------------------------------------
 
-// Issues S [64, 48] = Q [64, 576] K^T for the tile at `place`. `to_release` is p_ready of the tile
+// Issues S [64, 48] = Q [64, d_qk] K^T for the tile at `place`. `to_release` is p_ready of the tile
 // before, if it is yet to be released, or 0. Issuing is nearly synchronous, since a warp can queue
 // only a few wgmmas.
 DEVICE void issue_scores(float (&s)[SCORES], const uint32_t (&q)[4 * Q_STEPS], Place place,
@@ -185,7 +185,7 @@ DEVICE void mask(float (&s)[SCORES], uint32_t stage, const int (&seen)[2]) {
   }
 }
 
-// Scores -> P in the rotary block of the stage, and the running maximum m and sum l of the thread's
+// Scores -> P in the stage, and the running maximum m and sum l of the thread's
 // two rows (l of this thread's columns only). `largest` is their largest logit; m may be less by
 // LAZY.
 DEVICE void softmax_step(float (&s)[SCORES], float (&m)[2], float (&l)[2], float (&largest)[2],
@@ -215,7 +215,7 @@ DEVICE void softmax_step(float (&s)[SCORES], float (&m)[2], float (&l)[2], float
   if (lane_index() == 0) st_shared_u32(rescale_flag(stage), any);
 
   const float minus_m0 = m[0] == NEG_INF ? 0.f : -m[0], minus_m1 = m[1] == NEG_INF ? 0.f : -m[1];
-  const uint32_t p_tile = stage_address(stage) + ROPE * BLOCK_BYTES + plain_fragment_offset();
+  const uint32_t p_tile = stage_address(stage) + P_BLOCK * BLOCK_BYTES + plain_fragment_offset();
   float a0 = 0.f, a1 = 0.f, b0 = 0.f, b1 = 0.f;
 #pragma unroll
   for (int k = 0; k < TILE / 16; ++k) {

@@ -303,7 +303,8 @@ def test_warmup_compiles_everything_once(capsys, folder, has_nvrtc, monkeypatch)
 def serving(dtype: str, *pages: str) -> list[str]:
     """The kernels of a dtype and page sizes; most serve every page size, and some every dtype."""
     decode = ("dense_decode", "few_rows_decode")
-    gathering = ("gather_v32", "gather_e4m3", "gather_16bit", "combine_gathered")
+    formats = ("v32", "v4", "e4m3", "16bit", "16bit_512")
+    gathering = (*(f"gather_{name}" for name in formats), "combine_gathered")
     return [
         *(f"{name}_{dtype}_{page}" for name in decode for page in pages),
         *(f"combine_{dtype}", "schedule"),

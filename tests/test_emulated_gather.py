@@ -17,7 +17,8 @@ from flashmla_cupy import (
     flash_mla_with_kvcache,
     get_mla_metadata,
 )
-from flashmla_cupy.errors import DeviceCheckError, OptionError
+from flashmla_cupy.errors import DeviceCheckError
+from flashmla_cupy.formats.cache_format import FORMATS as CACHE_FORMATS
 from flashmla_cupy.formats.quantize import quantize_kv
 
 pytestmark = pytest.mark.skipif(
@@ -27,7 +28,7 @@ U16 = 2.0**-11  # unit round-off of float16, in which FP8 is multiplied
 # Of a key as the kernel holds it: a scale that is no power of two is rounded to float16, and so is
 # the product. Halves of a split request's results are rounded once more.
 ROUNDED = 2 * U16
-FORMATS = ("v32", "e4m3", "bfloat16")
+FORMATS = ("v32", "v4", "e4m3", "bfloat16", "float16_512")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def gpu(monkeypatch, kernels):
 
 def expected(problem):
     """The oracle, for P in float16 where the cache is FP8."""
-    fp8 = problem.format in ("v32", "e4m3")
+    fp8 = problem.format in sparse_calls.FP8
     return sparse_oracle(problem, p=U16 if fp8 else None, k=ROUNDED if fp8 else 0.0)
 
 
@@ -80,7 +81,7 @@ def test_lists_of_tokens(gpu, format, num_sms):
     check()
 
 
-@pytest.mark.parametrize("format", ["v32", "bfloat16"])
+@pytest.mark.parametrize("format", ["v32", "v4", "bfloat16"])
 def test_two_lists_and_metadata_of_ones_own(gpu, format):
     gpu(num_sms=4)
     problem = make_sparse_problem(
@@ -103,7 +104,7 @@ def test_two_lists_and_metadata_of_ones_own(gpu, format):
         assert out.tobytes() == first[0].tobytes() and lse.tobytes() == first[1].tobytes()
 
 
-@pytest.mark.parametrize("format", ["v32", "e4m3"])
+@pytest.mark.parametrize("format", ["v32", "v4", "e4m3"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_dense_fp8_cache(gpu, format, causal):
     gpu(num_sms=3)
@@ -114,10 +115,11 @@ def test_a_dense_fp8_cache(gpu, format, causal):
     order = rng.permutation(pages.sum() + 1).astype(np.int32)
     for b, n in enumerate(pages):
         table[b, :n], order = order[:n], order[n:]
-    descale = {} if format == "v32" else {"descale_k": np.array([0.5], np.float32)}
-    kv = rng.standard_normal((pages.sum() + 1, page_size, 1, 576)).astype(Q_DTYPES["bfloat16"])
+    descale = {"descale_k": np.array([0.5], np.float32)} if format == "e4m3" else {}
+    d_qk = CACHE_FORMATS[format].d_qk
+    kv = rng.standard_normal((pages.sum() + 1, page_size, 1, d_qk)).astype(Q_DTYPES["bfloat16"])
     cache = quantize_kv(kv, format, **descale)
-    q = rng.standard_normal((4, s_q, 24, 576)).astype(Q_DTYPES["float16"])
+    q = rng.standard_normal((4, s_q, 24, d_qk)).astype(Q_DTYPES["float16"])
     out, lse = flash_mla_with_kvcache(
         q,
         cache,
@@ -130,7 +132,7 @@ def test_a_dense_fp8_cache(gpu, format, causal):
         **descale,
     )
     values = pool_values(cache, format, float(descale.get("descale_k", [1.0])[0]))
-    values = values.reshape(-1, page_size, 1, 576)
+    values = values.reshape(-1, page_size, 1, d_qk)
     want = oracle(q, values.astype(np.float64), table, lengths, causal=causal)
     spread = 4 * U16 * np.abs(values).max()  # of keys as the kernel holds them, and of scores
     assert_within_bound(
@@ -141,14 +143,14 @@ def test_a_dense_fp8_cache(gpu, format, causal):
     check()
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_prefill(gpu, dtype):
+@pytest.mark.parametrize(("dtype", "d_qk"), [("bfloat16", 576), ("float16", 512)])
+def test_prefill(gpu, dtype, d_qk):
     """Indices outside of kv are no tokens; max_logits besides."""
     gpu(num_sms=2)
     rng = np.random.default_rng(5)
     s_q, h_q, s_kv, topk = 5, 20, 150, 100
-    q = rng.standard_normal((s_q, h_q, 576)).astype(Q_DTYPES[dtype])
-    kv = rng.standard_normal((s_kv, 1, 576)).astype(Q_DTYPES[dtype])
+    q = rng.standard_normal((s_q, h_q, d_qk)).astype(Q_DTYPES[dtype])
+    kv = rng.standard_normal((s_kv, 1, d_qk)).astype(Q_DTYPES[dtype])
     indices = rng.integers(-3, s_kv + 3, (s_q, 1, topk)).astype(np.int32)
     indices[1, 0, :4] = -(2**31), 2**31 - 1, s_kv, -1
     indices[2] = -1
@@ -171,7 +173,7 @@ def test_prefill(gpu, dtype):
     check()
 
 
-@pytest.mark.parametrize("format", ["v32", "bfloat16"])
+@pytest.mark.parametrize("format", ["v32", "v4", "bfloat16_512"])
 def test_an_index_outside_the_pool_makes_its_query_token_nan(gpu, format):
     gpu(num_sms=2)
     problem = make_sparse_problem(
@@ -201,10 +203,3 @@ def test_a_length_beyond_its_list_is_refused(gpu):
     assert (caught.value.request, caught.value.reason) == (1, "topk_length")
     assert np.isnan(out[1].astype(np.float32)).all() and np.isnan(lse[1]).all()
     assert not np.isnan(out[0].astype(np.float32)).any()
-
-
-def test_formats_without_a_kernel_are_named(gpu):
-    gpu(num_sms=2)
-    problem = make_sparse_problem("v4", topk=10, s_k=20)
-    with pytest.raises(OptionError, match=r"k_cache.*on a GPU"):
-        sparse_calls.call(problem)

@@ -520,17 +520,12 @@ def test_what_a_gpu_has_no_kernel_for_is_refused_before_anything_happens(monkeyp
             for name, x in named.items()
         }
 
-    lists = on_gpu(keywords(problem_of("v4"))) | {"tile_scheduler_metadata": get_mla_metadata()[0]}
-    dense = {name: lists[name] for name in ("q", "k_cache", "head_dim_v", "is_fp8_kvcache")}
-    dense |= {"tile_scheduler_metadata": get_mla_metadata()[0], "num_splits": None}
-    dense |= {"block_table": FakeArray((2, 3), "int32"), "cache_seqlens": FakeArray((2,), "int32")}
-    tokens = on_gpu(prompt(d_qk=512))
-    for function, given in (
-        (flash_mla_with_kvcache, lists),
-        (flash_mla_with_kvcache, dense),
-        (flash_mla_sparse_fwd, tokens),
-    ):
-        with pytest.raises(errors.OptionError, match=r"on a GPU.*dequantize_kv"):
-            function(**given)
+    lists = on_gpu(keywords(problem_of("e4m3"))) | {
+        "tile_scheduler_metadata": get_mla_metadata()[0]
+    }
+    lists["q"] = FakeArray(lists["q"].shape, "float8_e4m3fn")
+    del lists["topk_length"], lists["extra_topk_length"]
+    with pytest.raises(errors.OptionError, match=r"q: expected on a GPU.*Convert q"):
+        flash_mla_with_kvcache(**lists)
     assert fake.launches == []
     assert fake.framework.allocated == []

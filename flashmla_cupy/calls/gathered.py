@@ -187,29 +187,28 @@ def even_rows(name: str, lists: ArrayInfo) -> int:
 def require_kernel(name: str, cache: ArrayInfo, q: ArrayInfo, function: str) -> str:
     """The name of the cache's format. Raises OptionError where no kernel knows it."""
     found = format_of(cache.dtype, cache.shape[-1])
-    known = None if found is None else found.name
+    known = "none" if found is None else found.name
     if known not in FORMATS or q.dtype not in QUERIES:
         raise OptionError(
             name if known not in FORMATS else "q",
-            "on a GPU, a cache of 656 (V3.2) or 576 bytes (one scale) a token or of 576 columns in"
-            " 16 bits, and q in bfloat16 or float16",
+            "on a GPU, a cache of a CacheFormat, and q in bfloat16 or float16",
             f"the format {known} with q in {q.dtype}",
-            "Move the arrays to the host, or dequantize_kv() the cache.",
+            "Convert q to bfloat16.",
             function,
         )
-    assert known is not None
     return known
 
 
 def geometry_of(cache: ArrayInfo, q: ArrayInfo, cache_format: str, **of: Any) -> GatherGeometry:
-    """q as [batch, s_q, h_q, 576]."""
-    batch, s_q, h_q, _ = q.shape
+    """q as [batch, s_q, h_q, d_qk]."""
+    batch, s_q, h_q, d_qk = q.shape
     return GatherGeometry(
         cache_format=cache_format,
         dtype=q.dtype,
         batch=batch,
         s_q=s_q,
         h_q=h_q,
+        d_qk=d_qk,
         q_strides=tuple(plain(q).strides),
         pool=pool_of(cache),
         **of,

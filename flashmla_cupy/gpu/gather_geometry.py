@@ -38,7 +38,8 @@ class GatherGeometry:
     batch: int  # of the call
     s_q: int
     h_q: int
-    q_strides: tuple[int, ...]  # of [batch, s_q, h_q, 576]
+    d_qk: int
+    q_strides: tuple[int, ...]  # of [batch, s_q, h_q, d_qk]
     pool: Pool
     table_stride: int  # of block_table, or of lists, from one request of the kernels to the next
     columns: int  # of block_table
@@ -49,6 +50,11 @@ class GatherGeometry:
     extra_pool: Pool = NO_POOL
     length_group: int = 1  # query tokens that share a length
     outside_is_none: bool = False
+
+    @property
+    def column_blocks(self) -> int:
+        """Of 64 columns, in a key."""
+        return self.d_qk // 64
 
     @property
     def group(self) -> int:

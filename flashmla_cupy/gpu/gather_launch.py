@@ -19,7 +19,9 @@ from .gather_geometry import GatherAddresses, GatherGeometry
 from .kernels import (
     COMBINE_GATHERED,
     GATHER_16BIT,
+    GATHER_16BIT_512,
     GATHER_E4M3,
+    GATHER_V4,
     GATHER_V32,
     LIST_LENGTHS,
     SCHEDULE,
@@ -29,15 +31,19 @@ from .kernels import (
 from .parameters import Arguments
 from .reports import Reports
 from .schedule_launch import ScheduleAhead, ScheduleLaunch
-from .tensor_maps import COLUMN_BLOCK, COLUMN_BLOCKS, HALVES, Box, Maps, MapsByAddress
+from .tensor_maps import COLUMN_BLOCK, Box, Maps, MapsByAddress
 
 LOG2_E = 1.4426950408889634
 FORMATS = {  # by the name of a CacheFormat: those that there are kernels for
     "v32": GATHER_V32,
+    "v4": GATHER_V4,
     "e4m3": GATHER_E4M3,
     "bfloat16": GATHER_16BIT,
     "float16": GATHER_16BIT,
+    "bfloat16_512": GATHER_16BIT_512,
+    "float16_512": GATHER_16BIT_512,
 }
+Q_FIRST_BLOCKS = 4  # column blocks of q in the first of its stages (sm90_gather_shared.cuh)
 QUERIES = ("bfloat16", "float16")  # dtypes of q
 _PARAMETERS = GATHER_V32.parameters  # all formats have the same
 _FIRST = _PARAMETERS.run(
@@ -144,12 +150,12 @@ class GatherLaunch:
             (
                 COLUMN_BLOCK,
                 g.rows if together else g.h_q,
-                COLUMN_BLOCKS,
+                g.column_blocks,
                 1 if together else g.s_q,
                 g.batch,
             ),
             (head, COLUMN_BLOCK, position, batch),
-            box=Box(ROWS_PER_BLOCK, HALVES),
+            box=Box(ROWS_PER_BLOCK, (Q_FIRST_BLOCKS, g.column_blocks - Q_FIRST_BLOCKS)),
             nan_outside=False,
         )
         self._own = threading.local()

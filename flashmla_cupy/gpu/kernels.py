@@ -157,7 +157,7 @@ _GATHER_PARAMETERS = """
         """
 
 
-def _gather(name: str, define: str | None, shared_bytes: int) -> Kernel:
+def _gather(name: str, shared_bytes: int, *defines: str, dtypes: tuple[str, ...] = ()) -> Kernel:
     """sm90_gather_decode.cu for the rows of one format of a cache."""
     return Kernel(
         name,
@@ -166,17 +166,19 @@ def _gather(name: str, define: str | None, shared_bytes: int) -> Kernel:
         512,
         Parameters(_GATHER_PARAMETERS, as_struct=True, tensor_maps=2),  # of q: for two stages
         shared_bytes=shared_bytes,  # SHARED_BYTES
-        dtypes=("bfloat16", "float16"),
-        defines=("GATHERED",) if define is None else ("GATHERED", define),
+        dtypes=dtypes or ("bfloat16", "float16"),
+        defines=("GATHERED", f"GATHER={name}", *defines),
         registers=128,  # setmaxnreg shares them out anew by role
         spill_bytes=96,
         mma_loops=2,  # Q K^T with softmax, and P V
     )
 
 
-GATHER_V32 = _gather("gather_v32", "FORMAT_V32", 225808)
-GATHER_E4M3 = _gather("gather_e4m3", "FORMAT_PER_TENSOR", 219664)
-GATHER_16BIT = _gather("gather_16bit", None, 183824)
+GATHER_V32 = _gather("gather_v32", 225808, "FORMAT_V32")
+GATHER_V4 = _gather("gather_v4", 218000, "FORMAT_V4")
+GATHER_E4M3 = _gather("gather_e4m3", 219664, "FORMAT_PER_TENSOR")
+GATHER_16BIT = _gather("gather_16bit", 183824)
+GATHER_16BIT_512 = _gather("gather_16bit_512", 175632, "FORMAT_16BIT_512")
 
 COMBINE_GATHERED = Kernel(
     "combine_gathered",
@@ -221,8 +223,10 @@ KERNELS = (
     COPY_PAGES,
     UPDATE_TABLES,
     GATHER_V32,
+    GATHER_V4,
     GATHER_E4M3,
     GATHER_16BIT,
+    GATHER_16BIT_512,
     COMBINE_GATHERED,
     LIST_LENGTHS,
 )

@@ -144,6 +144,9 @@ DEVICE void cp_async(uint32_t to, const void* from, uint32_t bytes, uint32_t of)
 DEVICE void cp_async_16(uint32_t to, const void* from, uint32_t bytes) {
   cp_async(to, from, bytes, 16);
 }
+DEVICE void cp_async_8(uint32_t to, const void* from, uint32_t bytes) {
+  cp_async(to, from, bytes, 8);
+}
 DEVICE void cp_async_4(uint32_t to, const void* from) { cp_async(to, from, 4, 4); }
 DEVICE void cp_async_commit_group() { machine::commit_copies(); }
 template <int Newest>
@@ -181,6 +184,7 @@ DEVICE void st_shared_u32(uint32_t a, uint32_t x) { st_shared(a, x); }
 DEVICE uint64_t ld_shared_u64(uint32_t a) { return ld_shared<uint64_t>(a); }
 DEVICE void st_shared_u64(uint32_t a, uint64_t x) { st_shared(a, x); }
 DEVICE uint16_t ld_shared_u16(uint32_t a) { return ld_shared<uint16_t>(a); }
+DEVICE uint32_t ld_shared_u8(uint32_t a) { return ld_shared<uint8_t>(a); }
 DEVICE void st_shared_u16(uint32_t a, uint16_t x) { st_shared(a, x); }
 DEVICE float ld_global_f32(const float* p) { return *p; }
 DEVICE float4 ld_global_v4_f32(const float* p) { return *(const float4*)p; }
@@ -266,9 +270,6 @@ DEVICE float from_e4m3(uint8_t x) {
   return x & 0x80 ? -size : size;
 }
 DEVICE uint32_t half_x2_from_e4m3(uint32_t x) { return half_x2(from_e4m3(x), from_e4m3(x >> 8)); }
-DEVICE uint32_t half_x2_from_bf16_x2(uint32_t x) {
-  return half_x2(from_bfloat16(x), from_bfloat16(x >> 16));
-}
 DEVICE uint32_t mul_half_x2(uint32_t x, uint32_t y) {
   return half_x2(from_half(x) * from_half(y), from_half(x >> 16) * from_half(y >> 16));
 }

@@ -336,7 +336,7 @@ def test_runs_are_bit_identical(format, batch):
     assert not host(xp.stack(wrong)).any()
 
 
-@pytest.mark.parametrize("format", ["v32", "e4m3", "bfloat16"])
+@pytest.mark.parametrize("format", ["v32", "v4", "e4m3", "bfloat16", "bfloat16_512"])
 def test_replays_with_changed_lists(format):
     """A graph with both calls; lists, lengths and queries change in place between its replays."""
     need(format)
