@@ -366,10 +366,10 @@ DEVICE float2 from_half_x2(uint32_t x) {
       : "r"(x));
   return y;
 }
-// Of pairs of the kernel's 16-bit type: max(x, |y|). NaN counts for nothing.
+// Of pairs of Q's 16-bit type, float16 for e4m3: max(x, |y|). NaN counts for nothing.
 DEVICE uint32_t max_abs_x2(uint32_t x, uint32_t y) {
   uint32_t z;
-#if defined(DTYPE_FP16)
+#if defined(DTYPE_FP16) || defined(QUERY_E4M3)
   asm("{\n.reg .b32 t;\nabs.f16x2 t, %2;\nmax.f16x2 %0, %1, t;\n}" : "=r"(z) : "r"(x), "r"(y));
 #else
   asm("{\n.reg .b32 t;\nabs.bf16x2 t, %2;\nmax.bf16x2 %0, %1, t;\n}" : "=r"(z) : "r"(x), "r"(y));

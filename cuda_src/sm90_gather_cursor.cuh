@@ -10,7 +10,7 @@
 // followed: it is refused, and its row becomes NaN, which reaches every row of the request's out;
 // or, if the call says so, it is no token either.
 #pragma once
-#include "sm90_pieces.cuh"
+#include "sm90_gather_q_e4m3.cuh"
 
 constexpr uint32_t CHUNK_MASK = (1 << CHUNK) - 1;
 
@@ -180,12 +180,18 @@ DEVICE void load_q(const Params& params, const TensorMap& q_map_0, const TensorM
 #pragma unroll 1
   for (int i = 0; i < Q_STAGES; ++i) {
     mbarrier_wait(empty(place.stage), place.phase ^ 1);
-    if (uniform(warp_in_group()) == 0 && elect_sync()) {
-      const RowBlock block = row_block();
-      const int blocks = i ? COLUMN_BLOCKS - Q_FIRST_BLOCKS : Q_FIRST_BLOCKS;
-      // A query token that is a request of its own is a position of a request of the call.
-      const int of_call = request / params.lse_group;
-      const int position = block.slab + request - of_call * params.lse_group;
+    const RowBlock block = row_block();
+    const int blocks = i ? COLUMN_BLOCKS - Q_FIRST_BLOCKS : Q_FIRST_BLOCKS;
+    // A query token that is a request of its own is a position of a request of the call.
+    const int of_call = request / params.lse_group;
+    const int position = block.slab + request - of_call * params.lse_group;
+    if (QUERY_IS_E4M3) {
+      convert_q(params.q + of_call * params.q_batch_stride + position * params.q_position_stride +
+                    (block.first_head + block.first_row) * params.q_head_stride,
+                params.q_head_stride, params.slab_rows - block.first_row, i * Q_FIRST_BLOCKS,
+                blocks, stage_address(place.stage));
+      fence_proxy_async();
+    } else if (uniform(warp_in_group()) == 0 && elect_sync()) {
       mbarrier_expect_tx(full(place.stage), blocks * Q_BLOCK_BYTES);
       cp_async_bulk_tensor_5d(stage_address(place.stage), i ? q_map_1 : q_map_0, full(place.stage),
                               0, block.first_head + block.first_row, i * Q_FIRST_BLOCKS, position,

@@ -7,7 +7,7 @@
 //   FORMAT_16BIT_512   1024 bytes: 512 values of the type of q
 //   none of them       1152 bytes: 576 values of the type of q
 //
-// GATHER is the name of the kernel.
+// GATHER is the name of the kernel. QUERY_E4M3 says that q is in e4m3, and out in bfloat16.
 //
 // V is the first 512 columns. Where a key has no more than these, its rotary columns are V's, too.
 //

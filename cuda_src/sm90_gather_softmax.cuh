@@ -32,7 +32,7 @@ DEVICE uint32_t product_x2(float low, float high) {
 
 #if defined(PRODUCTS_IN_FP16)
 DEVICE float2 q_pair(uint32_t x) {
-#if defined(DTYPE_FP16)
+#if defined(DTYPE_FP16) || defined(QUERY_E4M3)
   return from_half_x2(x);
 #else
   return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)};

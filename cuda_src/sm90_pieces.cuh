@@ -49,6 +49,8 @@ struct Params {
   const float* descale_q;        // [1] each, or null for 1
   const float* descale_k;
   float* max_logits;  // [batch, h_q], or null
+  const uint8_t* q;   // of e4m3, and its strides; other rows of q are read by way of tensor maps
+  int64_t q_batch_stride, q_position_stride, q_head_stride;
   int64_t page_bytes, extra_page_bytes, extra_stride;
   uint64_t length_group;  // 2^40 / query tokens that share a length, rounded up
   int page_size, extra_page_size, extra_num_pages;

@@ -81,10 +81,15 @@ def test_variants():
     decode = [f"dense_decode_{dtype}_{page}" for dtype in ("bf16", "fp16") for page in pages]
     few_rows = [f"few_rows_decode_{dtype}_{page}" for dtype in ("bf16", "fp16") for page in pages]
     of_caches = ["append_bf16", "append_fp16", "copy_pages", "update_tables"]
-    gathering = ("gather_v32", "gather_e4m3", "gather_16bit", "combine_gathered")
-    gathered = [f"{name}_{dtype}" for name in gathering for dtype in ("bf16", "fp16")]
+    formats = ("v32", "v4", "e4m3", "e4m3_q_e4m3", "16bit", "16bit_512")
+    gathering = [
+        f"{name}_{dtype}"
+        for name in (*(f"gather_{format}" for format in formats), "combine_gathered")
+        for dtype in ("bf16", "fp16")
+        if not (name.endswith("q_e4m3") and dtype == "fp16")
+    ]
     everything = [*decode, *few_rows, "combine_bf16", "combine_fp16", "schedule", *of_caches]
-    assert names == [*everything, *gathered, "list_lengths"]
+    assert names == [*everything, *gathering, "list_lengths"]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +110,7 @@ def test_variants():
         (Variant("schedule"), (), "schedule.cu"),
         (
             Variant("gather_v32", "bfloat16"),
-            ("-DGATHERED", "-DFORMAT_V32", "-DDTYPE_BF16"),
+            ("-DGATHERED", "-DGATHER=gather_v32", "-DFORMAT_V32", "-DDTYPE_BF16"),
             "sm90_gather_decode.cu",
         ),
         (Variant("combine_gathered", "float16"), ("-DGATHERED", "-DDTYPE_FP16"), "combine.cu"),

@@ -8,6 +8,7 @@ import pytest
 from emulator import device
 from support import sparse_calls
 from support.oracle import assert_within_bound, oracle
+from support.sparse_dense import dense_problem
 from support.sparse_oracle import pool_values, sparse_oracle
 from support.sparse_problems import Q_DTYPES, make_sparse_problem
 
@@ -78,6 +79,30 @@ def test_lists_of_tokens(gpu, format, num_sms):
             assert_within_bound(out, lse, want)
             seen.add(out.tobytes() + lse.tobytes())
         assert len(seen) == 1, "the bits depend on the order of threads"
+    check()
+
+
+@pytest.mark.parametrize("s_q", [1, 2])
+def test_queries_in_e4m3(gpu, s_q):
+    """With lists, and dense, where rows of several positions make one slab."""
+    gpu(num_sms=3)
+    problem = make_sparse_problem(
+        "e4m3", s_q=s_q, h_q=40, topk=70, s_k=90, q_dtype="float8_e4m3fn", seed=s_q
+    )
+    problem.q[0, 0, 1, :2] = 448, 2**-9
+    out, lse = sparse_calls.call(problem)
+    assert out.dtype.name == "bfloat16"
+    assert_within_bound(out, lse, expected(problem))
+    dense, lists = dense_problem("e4m3", [70, 0, 3], s_q=s_q, h_q=40, page_size=16, causal=True)
+    dense["q"] = lists.q = dense["q"].astype(Q_DTYPES["float8_e4m3fn"])
+    out, lse = flash_mla_with_kvcache(
+        **dense,
+        head_dim_v=512,
+        tile_scheduler_metadata=get_mla_metadata()[0],
+        causal=True,
+        is_fp8_kvcache=True,
+    )
+    assert_within_bound(out, lse, expected(lists))
     check()
 
 

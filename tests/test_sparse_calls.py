@@ -7,7 +7,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.every_framework import get, same_bits
-from support.fake_device import FakeArray, install
 from support.oracle import assert_within_bound, oracle
 from support.problems import make_problem
 from support.sparse_calls import FP8, call, here, keywords, schedule
@@ -509,23 +508,3 @@ def test_mistakes_of_metadata_are_named(bad, error, argument, words):
 
 
 # --- arrays on a GPU ---------------------------------------------------------------------------
-
-
-def test_what_a_gpu_has_no_kernel_for_is_refused_before_anything_happens(monkeypatch):
-    fake = install(monkeypatch)
-
-    def on_gpu(named):
-        return {
-            name: FakeArray(x.shape, x.dtype.name) if isinstance(x, np.ndarray) else x
-            for name, x in named.items()
-        }
-
-    lists = on_gpu(keywords(problem_of("e4m3"))) | {
-        "tile_scheduler_metadata": get_mla_metadata()[0]
-    }
-    lists["q"] = FakeArray(lists["q"].shape, "float8_e4m3fn")
-    del lists["topk_length"], lists["extra_topk_length"]
-    with pytest.raises(errors.OptionError, match=r"q: expected on a GPU.*Convert q"):
-        flash_mla_with_kvcache(**lists)
-    assert fake.launches == []
-    assert fake.framework.allocated == []

@@ -392,11 +392,3 @@ def test_jax_on_a_gpu_makes_the_metadata_of_its_multiprocessors(gpus):
     results = [device_buffer(i, 0) for i in (200, 201, 300)]
     callback(SimpleNamespace(stream=7), results, device_buffer(100, 0))
     assert gpus.launches == [(0, ((8, 2, 70, 0), 78, 8), 7, (0, 0), 300, (200, 201))]
-
-
-def test_jax_on_a_gpu_refuses_what_has_no_kernel(gpus):
-    problem = make_sparse_problem("v4")
-    with pytest.raises(OptionError, match=r"k_cache: expected on a GPU, a cache of 656"):
-        flash_mla_with_kvcache(
-            **keywords(problem, "jax"), tile_scheduler_metadata=get_mla_metadata()[0]
-        )

@@ -30,6 +30,11 @@ INT64 = ("int64",)
 FLOAT32 = ("float32",)
 
 
+def out_dtype(q_dtype: str) -> str:
+    """Of out: that of q; bfloat16 for queries of a dtype that no result is of."""
+    return q_dtype if q_dtype in FLOATS else "bfloat16"
+
+
 @dataclass(frozen=True)
 class Array:
     """An array of a call."""

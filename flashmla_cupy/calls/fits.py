@@ -16,7 +16,7 @@ from ..frameworks import Adapter, ArrayInfo
 from ..schedule.split import MAX_BATCH
 from ..sizes import HEAD_DIM_V, NUM_SMS_CPU
 from . import checks
-from .arguments import FLOATS, Array, Table
+from .arguments import FLOATS, Array, Table, out_dtype
 from .layouts import aligned, contiguous, latent_rows
 from .operation import Output
 from .scalars import INT_LIMIT
@@ -199,8 +199,3 @@ def outputs(
         contiguous(name, info)
         aligned(name, info, array.alignment)
     checks.aliasing(table, infos)
-
-
-def out_dtype(q_dtype: str) -> str:
-    """That of q; bfloat16 for queries of a dtype that no result is of."""
-    return q_dtype if q_dtype in FLOATS else "bfloat16"

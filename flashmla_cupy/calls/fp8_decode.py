@@ -78,7 +78,6 @@ def _on_gpu(valid: Valid) -> gathered.Work:
     geometry = gathered.geometry_of(
         cache,
         q,
-        gathered.require_kernel("k_cache", cache, q, FP8_DECODE.function),
         table_stride=gathered.rows_of(table),
         columns=table.shape[1],
         parts=num_sm_parts(gathered.num_sms_of(q.device), s_q * h_q, 1),

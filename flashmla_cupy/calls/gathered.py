@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import OptionError, StrideError
+from ..errors import StrideError
 from ..formats.cache_format import format_of
 from ..frameworks import HERE, HOST, Adapter, ArrayInfo
 from ..gpu.engine import engine_of
 from ..gpu.gather_geometry import GatherAddresses, GatherGeometry, Pool
-from ..gpu.gather_launch import FORMATS, QUERIES
 from ..locks import Lock
 from ..schedule.sched_meta import Configuration, SchedMeta
 from ..sizes import METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
+from .arguments import out_dtype
 from .layouts import plain
 from .wording import strides
 
@@ -184,27 +184,15 @@ def even_rows(name: str, lists: ArrayInfo) -> int:
     return token
 
 
-def require_kernel(name: str, cache: ArrayInfo, q: ArrayInfo, function: str) -> str:
-    """The name of the cache's format. Raises OptionError where no kernel knows it."""
+def geometry_of(cache: ArrayInfo, q: ArrayInfo, **of: Any) -> GatherGeometry:
+    """q as [batch, s_q, h_q, d_qk], and a cache of some format."""
     found = format_of(cache.dtype, cache.shape[-1])
-    known = "none" if found is None else found.name
-    if known not in FORMATS or q.dtype not in QUERIES:
-        raise OptionError(
-            name if known not in FORMATS else "q",
-            "on a GPU, a cache of a CacheFormat, and q in bfloat16 or float16",
-            f"the format {known} with q in {q.dtype}",
-            "Convert q to bfloat16.",
-            function,
-        )
-    return known
-
-
-def geometry_of(cache: ArrayInfo, q: ArrayInfo, cache_format: str, **of: Any) -> GatherGeometry:
-    """q as [batch, s_q, h_q, d_qk]."""
+    assert found is not None
     batch, s_q, h_q, d_qk = q.shape
     return GatherGeometry(
-        cache_format=cache_format,
-        dtype=q.dtype,
+        cache_format=found.name,
+        q_dtype=q.dtype,
+        dtype=out_dtype(q.dtype),
         batch=batch,
         s_q=s_q,
         h_q=h_q,

@@ -143,7 +143,6 @@ def _on_gpu(valid: Valid) -> gathered.Work:
     infos = valid.infos
     q, cache, indices = (infos[name] for name in ("q", "k_cache", "indices"))
     _, s_q, h_q, _ = q.shape
-    cache_format = gathered.require_kernel("k_cache", cache, q, SPARSE_DECODE.function)
     extra = infos.get("extra_indices_in_kvcache")
     given = [infos[name] for name in ("topk_length", "extra_topk_length") if name in infos]
     if s_q > 1 and len({len(info.shape) for info in given}) > 1:
@@ -157,7 +156,6 @@ def _on_gpu(valid: Valid) -> gathered.Work:
     geometry = gathered.geometry_of(
         cache,
         q,
-        cache_format,
         table_stride=gathered.even_rows("indices", indices),
         columns=indices.shape[2],
         parts=num_sm_parts(gathered.num_sms_of(q.device), h_q, 1),

@@ -109,7 +109,6 @@ def _on_gpu(valid: Valid) -> gathered.Work:
     geometry = gathered.geometry_of(
         cache,
         of_requests,
-        gathered.require_kernel("kv", cache, q, FUNCTION),
         table_stride=indices.strides[0] if s_q > 1 else indices.shape[2],
         columns=indices.shape[2],
         parts=num_sm_parts(gathered.num_sms_of(q.device), h_q, 1),

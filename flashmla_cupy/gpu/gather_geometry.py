@@ -34,7 +34,8 @@ class GatherGeometry:
     """The sizes and strides (in elements) of one launch."""
 
     cache_format: str
-    dtype: str  # of q and out
+    q_dtype: str
+    dtype: str  # of out: that of q if that has 16 bits
     batch: int  # of the call
     s_q: int
     h_q: int

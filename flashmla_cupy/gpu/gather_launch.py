@@ -7,6 +7,7 @@ allocates is done when it is made, by `Engine.gather`, because a graph capture f
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,13 +15,14 @@ from typing import NamedTuple
 from ..schedule.split import launch_sizes
 from ..sizes import ROWS_PER_BLOCK, TOKENS_PER_TILE, ceil_div
 from .combine_grid import blocks_of
-from .driver import Function, Launch
+from .driver import TENSOR_MAP_BYTES, Function, Launch
 from .gather_geometry import GatherAddresses, GatherGeometry
 from .kernels import (
     COMBINE_GATHERED,
     GATHER_16BIT,
     GATHER_16BIT_512,
     GATHER_E4M3,
+    GATHER_E4M3_Q_E4M3,
     GATHER_V4,
     GATHER_V32,
     LIST_LENGTHS,
@@ -34,7 +36,7 @@ from .schedule_launch import ScheduleAhead, ScheduleLaunch
 from .tensor_maps import COLUMN_BLOCK, Box, Maps, MapsByAddress
 
 LOG2_E = 1.4426950408889634
-FORMATS = {  # by the name of a CacheFormat: those that there are kernels for
+FORMATS = {  # by the name of a CacheFormat
     "v32": GATHER_V32,
     "v4": GATHER_V4,
     "e4m3": GATHER_E4M3,
@@ -44,7 +46,7 @@ FORMATS = {  # by the name of a CacheFormat: those that there are kernels for
     "float16_512": GATHER_16BIT_512,
 }
 Q_FIRST_BLOCKS = 4  # column blocks of q in the first of its stages (sm90_gather_shared.cuh)
-QUERIES = ("bfloat16", "float16")  # dtypes of q
+OF_E4M3_QUERIES = {"e4m3": GATHER_E4M3_Q_E4M3}  # where q is float8_e4m3fn
 _PARAMETERS = GATHER_V32.parameters  # all formats have the same
 _FIRST = _PARAMETERS.run(
     (
@@ -70,8 +72,16 @@ _OTHERS = _PARAMETERS.run(
         "descale_q",
         "descale_k",
         "max_logits",
+        "q",
     )
 )
+_NO_MAPS = Maps(ctypes.create_string_buffer(TENSOR_MAP_BYTES))
+
+
+def kernel_of(geometry: GatherGeometry) -> Kernel:
+    """The kernel that gathers the rows of such calls."""
+    is_e4m3 = geometry.q_dtype == "float8_e4m3fn"
+    return (OF_E4M3_QUERIES if is_e4m3 else FORMATS)[geometry.cache_format]
 
 
 class GatherKernels(NamedTuple):
@@ -88,7 +98,7 @@ class GatherKernels(NamedTuple):
         return (
             Variant(LIST_LENGTHS.name, arch=arch),
             Variant(SCHEDULE.name, arch=arch),
-            Variant(FORMATS[geometry.cache_format].name, geometry.dtype, arch=arch),
+            Variant(kernel_of(geometry).name, geometry.dtype, arch=arch),
             Variant(COMBINE_GATHERED.name, geometry.dtype, arch=arch),
         )
 
@@ -106,8 +116,9 @@ class GatherLaunch:
         epochs: Iterator[int],
     ) -> None:
         g = self.geometry = geometry
+        self._own = threading.local()
         self.kernels, self.reports, self.epochs = kernels, reports, epochs
-        self.row: Kernel = FORMATS[g.cache_format]
+        self.row = kernel_of(g)
         self.grid = (g.slabs * g.slab_blocks, 1, g.parts)
         most_tiles = ceil_div(g.max_length, TOKENS_PER_TILE)
         self.combine_grid = (
@@ -143,6 +154,14 @@ class GatherLaunch:
             "outside_is_none": g.outside_is_none,
         }
         batch, position, head, _ = g.q_strides
+        self.q_maps: MapsByAddress | None = None
+        if g.q_dtype != g.dtype:  # e4m3, which is read without tensor maps
+            self.parameters |= {
+                "q_batch_stride": batch,
+                "q_position_stride": position,
+                "q_head_stride": head,
+            }
+            return
         # Over q as [batch, slab or query token, column block, head or row, 64].
         together = g.slabs == 1 and not g.topk
         self.q_maps = MapsByAddress(
@@ -158,7 +177,6 @@ class GatherLaunch:
             box=Box(ROWS_PER_BLOCK, (Q_FIRST_BLOCKS, g.column_blocks - Q_FIRST_BLOCKS)),
             nan_outside=False,
         )
-        self._own = threading.local()
 
     def __call__(
         self,
@@ -217,7 +235,7 @@ class _OfThread:
         if self._options != (softmax_scale, causal):
             self._options = softmax_scale, causal
             arguments.pack(causal=causal, scale_log2=softmax_scale * LOG2_E)
-        maps = self._maps = of.q_maps[a.q]
+        maps = self._maps = _NO_MAPS if of.q_maps is None else of.q_maps[a.q]
         arguments.set_q_maps(maps.addresses)
         _FIRST.pack_into(
             arguments.buffer,
@@ -244,6 +262,7 @@ class _OfThread:
             a.descale_q,
             a.descale_k,
             a.max_logits,
+            a.q,
         )
         if num_splits:
             if g.topk:

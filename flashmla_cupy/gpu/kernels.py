@@ -149,7 +149,8 @@ _GATHER_PARAMETERS = """
         int slots, causal, border_tiles
         float scale_log2
         pointer cache, extra_cache, extra_indices, topk_length, extra_topk_length
-        pointer attn_sink, descale_q, descale_k, max_logits
+        pointer attn_sink, descale_q, descale_k, max_logits, q
+        int64 q_batch_stride, q_position_stride, q_head_stride
         int64 page_bytes, extra_page_bytes, extra_stride
         uint64 length_group
         int page_size, extra_page_size, extra_num_pages, page_shift, extra_page_shift
@@ -177,6 +178,9 @@ def _gather(name: str, shared_bytes: int, *defines: str, dtypes: tuple[str, ...]
 GATHER_V32 = _gather("gather_v32", 225808, "FORMAT_V32")
 GATHER_V4 = _gather("gather_v4", 218000, "FORMAT_V4")
 GATHER_E4M3 = _gather("gather_e4m3", 219664, "FORMAT_PER_TENSOR")
+GATHER_E4M3_Q_E4M3 = _gather(
+    "gather_e4m3_q_e4m3", 219664, "FORMAT_PER_TENSOR", "QUERY_E4M3", dtypes=("bfloat16",)
+)
 GATHER_16BIT = _gather("gather_16bit", 183824)
 GATHER_16BIT_512 = _gather("gather_16bit_512", 175632, "FORMAT_16BIT_512")
 
@@ -225,6 +229,7 @@ KERNELS = (
     GATHER_V32,
     GATHER_V4,
     GATHER_E4M3,
+    GATHER_E4M3_Q_E4M3,
     GATHER_16BIT,
     GATHER_16BIT_512,
     COMBINE_GATHERED,

@@ -275,7 +275,11 @@ DEVICE uint32_t mul_half_x2(uint32_t x, uint32_t y) {
 }
 DEVICE uint32_t max_abs_x2(uint32_t x, uint32_t y) {
   auto larger = [](uint16_t a, uint16_t b) {
+#if defined(QUERY_E4M3)
+    return half_x2(fmaxf(from_half(a), fabsf(from_half(b))), 0);
+#else
     return (uint32_t)from_float(fmaxf(from_dtype(a), fabsf(from_dtype(b))));
+#endif
   };
   return larger(x, y) | larger(x >> 16, y >> 16) << 16;
 }

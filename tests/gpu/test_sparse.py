@@ -51,8 +51,8 @@ def put(x):
     """The same array on the GPU."""
     if not isinstance(x, np.ndarray):
         return x
-    if x.dtype.name == "bfloat16":
-        return xp.asarray(x.view(np.uint16)).view(x.dtype)
+    if x.dtype.name in ("bfloat16", "float8_e4m3fn"):
+        return xp.asarray(x.view(f"uint{8 * x.itemsize}")).view(x.dtype)
     return x if DRY else xp.asarray(x)
 
 
@@ -368,6 +368,35 @@ def test_replays_with_changed_lists(format):
             )
         assert not host(xp.stack(wrong)).any()
         flashmla_cupy.check()
+
+
+# --- queries in e4m3 ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("h_q", [1, 16, 40, 64, 128])
+@pytest.mark.parametrize("s_q", [1, 3])
+def test_queries_in_e4m3(h_q, s_q):
+    """Lists, and dense attention to the same; a result in bfloat16."""
+    from support.sparse_dense import dense_problem
+
+    h_q = min(h_q, 3) if DRY else h_q
+    problem = make_sparse_problem(
+        "e4m3", batch=3, s_q=s_q, h_q=h_q, topk=300, s_k=700, q_dtype="float8_e4m3fn",
+        lengths="query", seed=h_q,
+    )  # fmt: skip
+    out, lse = results_of(problem)
+    flashmla_cupy.check()
+    assert_within_bound(out, lse, sparse_oracle(problem, k=RAW), "lists")
+    for causal in (False, True):
+        lengths = [700, 0, 3, 65]
+        dense, lists = dense_problem("e4m3", lengths, s_q=s_q, h_q=h_q, page_size=64, causal=causal)
+        dense["q"] = lists.q = dense["q"].astype(problem.q.dtype)
+        out, lse = flash_mla_with_kvcache(
+            **{name: put(value) for name, value in dense.items()}, head_dim_v=512, causal=causal,
+            tile_scheduler_metadata=get_mla_metadata()[0], is_fp8_kvcache=True,
+        )  # fmt: skip
+        flashmla_cupy.check()
+        assert_within_bound(host(out), host(lse), sparse_oracle(lists, k=RAW), f"dense {causal}")
 
 
 # --- prefill -----------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from flashmla_cupy.formats.cache_format import FORMATS
 from flashmla_cupy.formats.quantize import quantize_kv
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-Q_DTYPES = {"bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
+E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
+Q_DTYPES = {"bfloat16": BFLOAT16, "float16": np.dtype(np.float16), "float8_e4m3fn": E4M3}
 INT_MAX, INT_MIN = 2**31 - 1, -(2**31)
 # What FlashMLA's tests of prefill take for no token.
 NO_TOKEN = (INT_MIN, -123456, -1, "s_kv", 114514, 1919810, 2147480000, INT_MAX)
@@ -112,6 +113,7 @@ def make_sparse_problem(
         None if extra is None else pool(*extra, extra_lengths),
         d_qk**-0.55 if softmax_scale == 0.0 else softmax_scale,
         attn_sink,
+        descale_q=np.array([1.25], np.float32) if q_dtype == "float8_e4m3fn" else None,
         descale_k=descale,
     )
 
