@@ -107,6 +107,7 @@ def flash_mla_with_kvcache(
     *,
     descale_q: Any = None,
     descale_k: Any = None,
+    wide_fp8: bool = False,
     out: Any = None,
     lse: Any = None,
 ) -> tuple[Any, Any]:
@@ -125,14 +126,14 @@ def flash_mla_with_kvcache(
     causal                   query i of s_q sees keys j <= cache_seqlens - s_q + i
     out, lse                 contiguous arrays to write into, instead of new ones (not in JAX)
 
-    Also FP8 caches and lists of tokens (`reference_sparse` holds the definition). On a GPU there
-    are kernels for caches of 656 and of 576 bytes a token and of 576 columns, and q in bfloat16 or
-    float16; anything else raises an OptionError there:
+    Also FP8 caches and lists of tokens (`reference_sparse` holds the definition):
 
     is_fp8_kvcache           True for a k_cache [num_pages, page_size, 1, width] of bytes: 656
                              (V3.2), 584 (V4) or 576 a token (CacheFormat); q is as wide as its keys
     descale_q, descale_k     float32 [1], for 576 bytes: factors of q, which may be float8_e4m3fn
                              then, and of the keys; 1 by default
+    wide_fp8                 True on a GPU, for 656 or 584 bytes: products in bfloat16 instead of
+                             float16, for caches with values beyond 8188; q is bfloat16
     indices                  [batch, s_q, topk] int32, the tokens that each query token sees, by
                              page * page_size + offset, -1 for none; then block_table and
                              cache_seqlens are not looked at, causal is False, k_cache is FP8 or
@@ -160,7 +161,7 @@ def flash_mla_with_kvcache(
         if num_splits is not None:  # a call that was seen before would not look at it again
             checks.metadata_kind(None, num_splits, is_lazy=True)
     options = head_dim_v, softmax_scale, causal, lazy is not None
-    if is_fp8_kvcache is not False or not (
+    if not is_fp8_kvcache is wide_fp8 is False or not (
         indices is attn_sink is extra_k_cache is extra_indices_in_kvcache is None
         and topk_length is extra_topk_length is descale_q is descale_k is None
     ):
@@ -182,7 +183,7 @@ def flash_mla_with_kvcache(
             "out": out,
             "lse": lse,
         }
-        return gathered(named, options, is_fp8_kvcache, lazy)
+        return gathered(named, options, is_fp8_kvcache, wide_fp8, lazy)
     arrays: tuple[Any, ...] = q, k_cache, block_table, cache_seqlens
     if out is not None or lse is not None:
         arrays = (*arrays, tile_scheduler_metadata, num_splits, out, lse)

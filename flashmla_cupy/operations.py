@@ -32,6 +32,7 @@ def gathered(
     named: dict[str, Any],
     options: tuple[Any, ...],
     is_fp8_kvcache: Any,
+    wide_fp8: Any,
     lazy: SchedMeta | None,
 ) -> tuple[Any, Any]:
     """flash_mla_with_kvcache() where tokens are looked up one by one: in an FP8 cache, or by lists.
@@ -42,10 +43,13 @@ def gathered(
         if is_fp8_kvcache is False:
             alone = {name: named[name] for name in DESCALES}
             scalars.without("is_fp8_kvcache", DECODE.function, **alone)
+            if wide_fp8 is not False:
+                scalars.without("is_fp8_kvcache", DECODE.function, wide_fp8=wide_fp8)
         dtype = str(getattr(named["k_cache"], "dtype", "")).removeprefix("torch.")
         scalars.says_fp8(is_fp8_kvcache, dtype not in FLOATS, f"of {dtype}")
         arrays = tuple([named[name] for name in FP8_DECODE.names])
-        dense: tuple[Any, Any] = run(fp8_decode.FP8, arrays, options, lazy)
+        of_fp8 = head_dim_v, softmax_scale, causal, wide_fp8, is_lazy
+        dense: tuple[Any, Any] = run(fp8_decode.FP8, arrays, of_fp8, lazy)
         return dense
     if scalars.causal(causal):
         raise OptionError(
@@ -55,7 +59,7 @@ def gathered(
             "Name in indices only the tokens that a query token may see.",
         )
     arrays = tuple([named[name] for name in SPARSE_DECODE.names])
-    options = head_dim_v, softmax_scale, is_fp8_kvcache, is_lazy
+    options = head_dim_v, softmax_scale, is_fp8_kvcache, wide_fp8, is_lazy
     sparse: tuple[Any, Any] = run(sparse_decode.SPARSE, arrays, options, lazy)
     return sparse
 

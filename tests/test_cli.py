@@ -303,8 +303,9 @@ def test_warmup_compiles_everything_once(capsys, folder, has_nvrtc, monkeypatch)
 def serving(dtype: str, *pages: str) -> list[str]:
     """The kernels of a dtype and page sizes; most serve every page size, and some every dtype."""
     decode = ("dense_decode", "few_rows_decode")
-    of_bf16 = ("e4m3_q_e4m3",) if dtype == "bf16" else ()
-    formats = ("v32", "v4", "e4m3", *of_bf16, "16bit", "16bit_512")
+    formats = ["v32", "v4", "v32_wide", "v4_wide", "e4m3", "e4m3_q_e4m3", "16bit", "16bit_512"]
+    if dtype == "fp16":
+        formats = [name for name in formats if not name.endswith(("wide", "q_e4m3"))]
     gathering = (*(f"gather_{name}" for name in formats), "combine_gathered")
     return [
         *(f"{name}_{dtype}_{page}" for name in decode for page in pages),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from emulator import device
 from support import sparse_calls
-from support.oracle import assert_within_bound, oracle
+from support.oracle import UNIT_ROUNDOFF, assert_within_bound, oracle
 from support.sparse_dense import dense_problem
 from support.sparse_oracle import pool_values, sparse_oracle
 from support.sparse_problems import Q_DTYPES, make_sparse_problem
@@ -79,6 +79,24 @@ def test_lists_of_tokens(gpu, format, num_sms):
             assert_within_bound(out, lse, want)
             seen.add(out.tobytes() + lse.tobytes())
         assert len(seen) == 1, "the bits depend on the order of threads"
+    check()
+
+
+@pytest.mark.parametrize("format", ["v32", "v4"])
+def test_values_beyond_float16(gpu, format):
+    """Products in bfloat16 hold them; those in float16 do not, and show it."""
+    gpu(num_sms=2)
+    problem = make_sparse_problem(
+        format, h_q=16, topk=70, s_k=90, kv_size=1e5, softmax_scale=1e-7, pow2_scales=format == "v4"
+    )
+    u16 = UNIT_ROUNDOFF["bfloat16"]
+    problem.wide_fp8 = True
+    out, lse = sparse_calls.call(problem)
+    assert_within_bound(out, lse, sparse_oracle(problem, p=u16, k=u16))
+    assert np.abs(out.astype(np.float32)).max() > 2e4
+    problem.wide_fp8 = False
+    out, _ = sparse_calls.call(problem)
+    assert not np.isfinite(out.astype(np.float32)).all(axis=-1).any()
     check()
 
 

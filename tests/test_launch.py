@@ -53,7 +53,8 @@ def source(name: str) -> str:
 
 def preprocessed(text: str, defines: tuple[str, ...]) -> str:
     """What a compiler with these macros sees of a source whose conditions are all #if defined()."""
-    lines, taken, names = [], [], {}  # taken: of each open condition, whether its branch is
+    lines, taken = [], []  # taken: of each open condition, whether its branch is
+    names = dict(define.split("=") for define in defines if "=" in define)
     for line in text.splitlines():
         words = line.split()
         asked = re.findall(r"defined\((\w+)\)", line)

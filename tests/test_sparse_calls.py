@@ -276,6 +276,23 @@ def test_dense_fp8_is_dense_attention_over_its_values(framework, format):
     assert same_bits(want.out, by_values.out)
 
 
+@pytest.mark.parametrize("framework", HERE)
+def test_wide_products_are_the_same_by_the_definition(framework):
+    """In host memory all is computed in float64."""
+    problem = problem_of("v32")
+    wide = call(problem, framework, wide_fp8=True)
+    assert all(same_bits(a, b) for a, b in zip(wide, call(problem, framework), strict=True))
+    dense, cache, _ = dense_problem("v32")
+    arrays = [here(framework, x) for x in (dense.q, cache, *dense.arrays()[2:])]
+    results = [
+        flash_mla_with_kvcache(
+            *arrays, 512, *get_mla_metadata(), causal=True, is_fp8_kvcache=True, wide_fp8=wide
+        )
+        for wide in (False, True)
+    ]
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_dense_fp8_beside_the_oracle_of_dense_attention():
     problem, cache, _ = dense_problem("v32")
     problem.k_cache = dequantize_kv(cache, dtype="bfloat16")
@@ -370,6 +387,15 @@ BAD_CALLS = [
     (V32, {"is_fp8_kvcache": False}, errors.OptionError, "is_fp8_kvcache", "True, as k_cache is"),
     (PLAIN, {"is_fp8_kvcache": True}, errors.OptionError, "is_fp8_kvcache", "False, as k_cache is"),
     (V32, {"is_fp8_kvcache": 1}, errors.OptionError, "is_fp8_kvcache", "int 1"),
+    (V32, {"wide_fp8": 1}, errors.OptionError, "wide_fp8", "int 1"),
+    (PLAIN, {"wide_fp8": True}, errors.OptionError, "wide_fp8", "no FP8 cache"),
+    (
+        V32,
+        {"wide_fp8": True, "q": V32.q.astype(np.float16)},
+        errors.DTypeError,
+        "q",
+        "bfloat16, with wide_fp8",
+    ),
     (V32, {"causal": True}, errors.OptionError, "causal", "False with indices"),
     (V32, {"head_dim_v": 576}, errors.ShapeError, "head_dim_v", "512"),
     (V32, {"softmax_scale": -1.0}, errors.ScalarError, "softmax_scale", "positive"),
@@ -397,6 +423,13 @@ BAD_CALLS = [
     (V32, {"k_cache": V32.pool.k_cache[..., :655]}, errors.ShapeError, "k_cache", "656"),
     (PLAIN, {"k_cache": PLAIN.pool.k_cache[..., :80]}, errors.ShapeError, "k_cache", "576"),
     (V32, {"k_cache": V32.pool.k_cache[:, ::2]}, errors.StrideError, "k_cache", "behind one"),
+    (
+        LISTED,
+        {"k_cache": np.zeros((3, 61, 1, 584), np.uint8)},
+        errors.AlignmentError,
+        "k_cache",
+        "quantize_kv",
+    ),
     (V32, {"k_cache": V32.pool.k_cache.repeat(2, 2)}, errors.ShapeError, "k_cache", "page_size, 1"),
     (LISTED, {"extra_k_cache": None}, errors.ArgTypeError, "extra_k_cache", "extra_indices"),
     (

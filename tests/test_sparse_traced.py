@@ -183,7 +183,7 @@ def test_opcheck():
     q, k_cache, indices, length, sink, extra, extra_indices, extra_length = arrays_of("torch")
     made = tuple(schedule(PROBLEM, "torch").values())
     optional = length, sink, extra, extra_indices, extra_length, None, None
-    sparse = (q, k_cache, indices, *made, SCALE, True, *optional)
+    sparse = (q, k_cache, indices, *made, SCALE, True, False, *optional)
     dense = dense_arrays("torch")
     of_dense = get_mla_metadata(dense[3], 16, 1)
     p_q, p_kv, p_indices, *p_optional = prompt("torch")
@@ -193,7 +193,7 @@ def test_opcheck():
         (ops.sparse_metadata, (lengths, 16, 1, 8, 70, 20, length, extra_length)),
         (ops.sparse_decode, sparse),
         (ops.sparse_decode_out, (*sparse, out.bfloat16(), lse)),
-        (ops.fp8_decode, (*dense, *of_dense, SCALE, True, None, None)),
+        (ops.fp8_decode, (*dense, *of_dense, SCALE, True, False, None, None)),
         (ops.sparse_prefill, (p_q, p_kv, p_indices, 0.05, *p_optional)),
     ):
         results = torch.library.opcheck(op.default, args)

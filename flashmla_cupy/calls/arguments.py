@@ -172,7 +172,13 @@ FP8_DECODE = Table(
         _OUT,
         _LSE,
     ),
-    DECODE.options,
+    (
+        Option("head_dim_v", (int,)),
+        Option("softmax_scale", (NoneType, float), "float"),
+        Option("causal", (bool,), "bool"),
+        Option("wide_fp8", (bool,), "bool"),
+        Option("is_lazy", (bool,)),
+    ),
 )
 
 SPARSE_DECODE = Table(
@@ -201,6 +207,7 @@ SPARSE_DECODE = Table(
         Option("head_dim_v", (int,)),
         Option("softmax_scale", (NoneType, float), "float"),
         Option("is_fp8_kvcache", (bool,), "bool"),
+        Option("wide_fp8", (bool,), "bool"),
         Option("is_lazy", (bool,)),
     ),
 )

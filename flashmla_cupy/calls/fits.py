@@ -10,12 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import DTypeError, OptionError, ReadOnlyError, ShapeError, StrideError
+from ..errors import (
+    AlignmentError,
+    DTypeError,
+    OptionError,
+    ReadOnlyError,
+    ShapeError,
+    StrideError,
+)
 from ..formats.cache_format import CacheFormat, format_of
 from ..frameworks import Adapter, ArrayInfo
 from ..schedule.split import MAX_BATCH
 from ..sizes import HEAD_DIM_V, NUM_SMS_CPU
-from . import checks
+from . import checks, scalars
 from .arguments import FLOATS, Array, Table, out_dtype
 from .layouts import aligned, contiguous, latent_rows
 from .operation import Output
@@ -124,6 +131,10 @@ def cache(name: str, info: ArrayInfo) -> CacheFormat:
         if 0 not in info.shape and info.strides[3] != 1:
             copy = f"Pass a contiguous copy of {name}."
             raise StrideError(name, "a contiguous last axis (stride 1)", strides(info), copy)
+        if num_pages > 1 and info.strides[0] % 16:
+            expected = "pages that begin at multiples of 16 bytes"
+            remedy = "Pad them: quantize_kv() makes pages of a multiple of 576 bytes."
+            raise AlignmentError(name, expected, strides(info), remedy)
         page = (num_pages, page_size * width), (info.strides[0], 1)
         info = info._replace(shape=page[0], strides=page[1])
     latent_rows(name, info)
@@ -144,6 +155,19 @@ def query(info: ArrayInfo, cache_format: CacheFormat, cache_dtype: str) -> None:
         remedy = "Convert q to bfloat16."
         expected = "bfloat16 or float16; float8_e4m3fn goes with a cache of one scale alone"
         raise DTypeError(name, expected, got, remedy)
+
+
+def wide_fp8(value: Any, q: ArrayInfo, cache_format: CacheFormat) -> None:
+    """Products in bfloat16 are of queries in bfloat16. A cache of one scale has no need of them."""
+    scalars.wide_fp8(value)
+    if not value or cache_format.has_descale:
+        return
+    if not cache_format.is_fp8:
+        expected = f"False, since k_cache, of the format {cache_format.name}, is no FP8 cache"
+        raise OptionError("wide_fp8", expected, "True", "Leave it out.")
+    if q.dtype != "bfloat16":
+        remedy = "Convert q to bfloat16, or leave wide_fp8 out."
+        raise DTypeError("q", "bfloat16, with wide_fp8", show(q), remedy)
 
 
 def requests(name: str, info: ArrayInfo, count: int) -> None:

@@ -17,7 +17,7 @@ from .operation import Operation, Valid, Views
 
 
 def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
-    head_dim_v, softmax_scale, causal, is_lazy = options
+    head_dim_v, softmax_scale, causal, wide_fp8, is_lazy = options
     scalars.head_dim_v(head_dim_v)
     causal = scalars.causal(causal)
     named = dict(zip(FP8_DECODE.names, arrays, strict=True))
@@ -27,6 +27,7 @@ def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     found = fits.cache("k_cache", k_cache)
     checks.page_size(k_cache, is_divisible=not found.tail_bytes)
     fits.query(q, found, k_cache.dtype)
+    fits.wide_fp8(wide_fp8, q, found)
     fits.descales(infos, found)
     batch, s_q, h_q = sizes["batch"], sizes["s_q"], sizes["h_q"]
     checks.table(infos["block_table"], batch, k_cache.shape[1])
@@ -39,7 +40,8 @@ def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     page_size, name = k_cache.shape[1], framework.name
     configuration = Configuration(name, q.device, batch, s_q, h_q, 1, page_size, causal, found.name)
     scale = scalars.softmax_scale(softmax_scale, found.d_qk)
-    return Valid(framework, infos, (scale, causal and s_q > 1), outputs, configuration)
+    checked = scale, causal and s_q > 1, wide_fp8
+    return Valid(framework, infos, checked, outputs, configuration)
 
 
 def _refused(valid: Valid, views: Views) -> DeviceCheckError | None:
@@ -63,7 +65,7 @@ def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:
         named["k_cache"],
         named["block_table"],
         lengths,
-        *valid.options,
+        *valid.options[:2],
         descale_q=named["descale_q"],
         descale_k=named["descale_k"],
         stale=None if metadata is None else stale_requests(metadata, lengths),
@@ -81,8 +83,9 @@ def _on_gpu(valid: Valid) -> gathered.Work:
         table_stride=gathered.rows_of(table),
         columns=table.shape[1],
         parts=num_sm_parts(gathered.num_sms_of(q.device), s_q * h_q, 1),
+        wide_fp8=valid.options[2],
     )
-    scale, causal = valid.options
+    scale, causal, _ = valid.options
     names = "k_cache", "block_table"
     return gathered.GpuWork(valid.framework, geometry, q.device, (scale, causal), names)
 

@@ -72,6 +72,14 @@ def is_fp8_kvcache(value: Any, function: str = DECODE.function) -> bool:
     return value
 
 
+def wide_fp8(value: Any, function: str = DECODE.function) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        remedy = "Pass True for products in bfloat16."
+        raise OptionError("wide_fp8", "True or False", kind(value), remedy, function)
+    return value
+
+
 def says_fp8(value: Any, is_fp8: bool, got: str) -> None:
     """is_fp8_kvcache says whether the cache is one; got: what k_cache is."""
     if is_fp8_kvcache(value) is not is_fp8:

@@ -21,7 +21,7 @@ from .wording import show
 
 
 def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
-    head_dim_v, softmax_scale, is_fp8_kvcache, is_lazy = options
+    head_dim_v, softmax_scale, is_fp8_kvcache, wide_fp8, is_lazy = options
     scalars.head_dim_v(head_dim_v)
     named = dict(zip(SPARSE_DECODE.names, arrays, strict=True))
     checks.metadata_kind(named["tile_scheduler_metadata"], named["num_splits"], is_lazy)
@@ -30,6 +30,7 @@ def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     found = fits.cache("k_cache", k_cache)
     scalars.says_fp8(is_fp8_kvcache, found.is_fp8, show(k_cache))
     fits.query(q, found, k_cache.dtype)
+    fits.wide_fp8(wide_fp8, q, found)
     fits.descales(infos, found)
     _lists(infos, "")
     _extra(infos)
@@ -56,7 +57,7 @@ def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
         sizes.get("extra_topk", 0),
     )
     scale = scalars.softmax_scale(softmax_scale, found.d_qk)
-    return Valid(framework, infos, (scale,), outputs, configuration)
+    return Valid(framework, infos, (scale, wide_fp8), outputs, configuration)
 
 
 def _lists(infos: dict[str, ArrayInfo], prefix: str) -> None:
@@ -117,7 +118,7 @@ def _schedule(valid: Valid, views: Views) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:
-    (scale,) = valid.options
+    scale, _ = valid.options
     named: dict[str, Any] = dict(views)
     metadata = named["tile_scheduler_metadata"]
     stale = None if metadata is None else stale_requests(metadata, _lengths(valid, views))
@@ -161,6 +162,7 @@ def _on_gpu(valid: Valid) -> gathered.Work:
         parts=num_sm_parts(gathered.num_sms_of(q.device), h_q, 1),
         topk=indices.shape[2],
         length_group=1 if per_token else s_q,
+        wide_fp8=valid.options[1],
         **(
             {}
             if extra is None

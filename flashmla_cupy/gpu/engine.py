@@ -22,9 +22,10 @@ from . import arch
 from .decode_launch import DecodeKernels, DecodeLaunch
 from .driver import Function, RelaxedCapture
 from .gather_geometry import GatherGeometry
+from .gather_kernels import LIST_LENGTHS
 from .gather_launch import GatherKernels, GatherLaunch, ListSchedule
 from .geometry import Geometry
-from .kernels import LIST_LENGTHS, SCHEDULE, Variant
+from .kernels import SCHEDULE, Variant
 from .reports import Reports
 from .schedule_launch import ScheduleLaunch
 

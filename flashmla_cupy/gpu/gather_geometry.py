@@ -51,6 +51,7 @@ class GatherGeometry:
     extra_pool: Pool = NO_POOL
     length_group: int = 1  # query tokens that share a length
     outside_is_none: bool = False
+    wide_fp8: bool = False
 
     @property
     def column_blocks(self) -> int:

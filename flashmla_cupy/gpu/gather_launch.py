@@ -17,36 +17,15 @@ from ..sizes import ROWS_PER_BLOCK, TOKENS_PER_TILE, ceil_div
 from .combine_grid import blocks_of
 from .driver import TENSOR_MAP_BYTES, Function, Launch
 from .gather_geometry import GatherAddresses, GatherGeometry
-from .kernels import (
-    COMBINE_GATHERED,
-    GATHER_16BIT,
-    GATHER_16BIT_512,
-    GATHER_E4M3,
-    GATHER_E4M3_Q_E4M3,
-    GATHER_V4,
-    GATHER_V32,
-    LIST_LENGTHS,
-    SCHEDULE,
-    Kernel,
-    Variant,
-)
+from .gather_kernels import COMBINE_GATHERED, GATHER_V32, LIST_LENGTHS, gather_kernel
+from .kernels import SCHEDULE, Kernel, Variant
 from .parameters import Arguments
 from .reports import Reports
 from .schedule_launch import ScheduleAhead, ScheduleLaunch
 from .tensor_maps import COLUMN_BLOCK, Box, Maps, MapsByAddress
 
 LOG2_E = 1.4426950408889634
-FORMATS = {  # by the name of a CacheFormat
-    "v32": GATHER_V32,
-    "v4": GATHER_V4,
-    "e4m3": GATHER_E4M3,
-    "bfloat16": GATHER_16BIT,
-    "float16": GATHER_16BIT,
-    "bfloat16_512": GATHER_16BIT_512,
-    "float16_512": GATHER_16BIT_512,
-}
 Q_FIRST_BLOCKS = 4  # column blocks of q in the first of its stages (sm90_gather_shared.cuh)
-OF_E4M3_QUERIES = {"e4m3": GATHER_E4M3_Q_E4M3}  # where q is float8_e4m3fn
 _PARAMETERS = GATHER_V32.parameters  # all formats have the same
 _FIRST = _PARAMETERS.run(
     (
@@ -78,10 +57,8 @@ _OTHERS = _PARAMETERS.run(
 _NO_MAPS = Maps(ctypes.create_string_buffer(TENSOR_MAP_BYTES))
 
 
-def kernel_of(geometry: GatherGeometry) -> Kernel:
-    """The kernel that gathers the rows of such calls."""
-    is_e4m3 = geometry.q_dtype == "float8_e4m3fn"
-    return (OF_E4M3_QUERIES if is_e4m3 else FORMATS)[geometry.cache_format]
+def _kernel_of(g: GatherGeometry) -> Kernel:
+    return gather_kernel(g.cache_format, g.q_dtype, wide_fp8=g.wide_fp8)
 
 
 class GatherKernels(NamedTuple):
@@ -98,7 +75,7 @@ class GatherKernels(NamedTuple):
         return (
             Variant(LIST_LENGTHS.name, arch=arch),
             Variant(SCHEDULE.name, arch=arch),
-            Variant(kernel_of(geometry).name, geometry.dtype, arch=arch),
+            Variant(_kernel_of(geometry).name, geometry.dtype, arch=arch),
             Variant(COMBINE_GATHERED.name, geometry.dtype, arch=arch),
         )
 
@@ -118,7 +95,7 @@ class GatherLaunch:
         g = self.geometry = geometry
         self._own = threading.local()
         self.kernels, self.reports, self.epochs = kernels, reports, epochs
-        self.row = kernel_of(g)
+        self.row = _kernel_of(g)
         self.grid = (g.slabs * g.slab_blocks, 1, g.parts)
         most_tiles = ceil_div(g.max_length, TOKENS_PER_TILE)
         self.combine_grid = (

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 
+from .gather_kernels import GATHERING
 from .kernel import Kernel as Kernel
 from .parameters import Parameters
 
@@ -139,83 +140,6 @@ UPDATE_TABLES = Kernel(
     registers=32,
 )
 
-_GATHER_PARAMETERS = """
-        pointer tile_scheduler_metadata, cache_seqlens, block_table, out, lse
-        pointer out_partial, row_partial, pairs
-        uint64 epoch
-        pointer refusal, refused
-        int64 table_stride
-        int batch, s_q, h_q, group, slab_rows, blocks, num_pages, page_tiles_log2, max_length
-        int slots, causal, border_tiles
-        float scale_log2
-        pointer cache, extra_cache, extra_indices, topk_length, extra_topk_length
-        pointer attn_sink, descale_q, descale_k, max_logits, q
-        int64 q_batch_stride, q_position_stride, q_head_stride
-        int64 page_bytes, extra_page_bytes, extra_stride
-        uint64 length_group
-        int page_size, extra_page_size, extra_num_pages, page_shift, extra_page_shift
-        int topk, extra_topk, lse_group, outside_is_none
-        """
-
-
-def _gather(name: str, shared_bytes: int, *defines: str, dtypes: tuple[str, ...] = ()) -> Kernel:
-    """sm90_gather_decode.cu for the rows of one format of a cache."""
-    return Kernel(
-        name,
-        "sm90_gather_decode.cu",
-        ("sm_90a",),
-        512,
-        Parameters(_GATHER_PARAMETERS, as_struct=True, tensor_maps=2),  # of q: for two stages
-        shared_bytes=shared_bytes,  # SHARED_BYTES
-        dtypes=dtypes or ("bfloat16", "float16"),
-        defines=("GATHERED", f"GATHER={name}", *defines),
-        registers=128,  # setmaxnreg shares them out anew by role
-        spill_bytes=96,
-        mma_loops=2,  # Q K^T with softmax, and P V
-    )
-
-
-GATHER_V32 = _gather("gather_v32", 225808, "FORMAT_V32")
-GATHER_V4 = _gather("gather_v4", 218000, "FORMAT_V4")
-GATHER_E4M3 = _gather("gather_e4m3", 219664, "FORMAT_PER_TENSOR")
-GATHER_E4M3_Q_E4M3 = _gather(
-    "gather_e4m3_q_e4m3", 219664, "FORMAT_PER_TENSOR", "QUERY_E4M3", dtypes=("bfloat16",)
-)
-GATHER_16BIT = _gather("gather_16bit", 183824)
-GATHER_16BIT_512 = _gather("gather_16bit_512", 175632, "FORMAT_16BIT_512")
-
-COMBINE_GATHERED = Kernel(
-    "combine_gathered",
-    "combine.cu",
-    ("sm_90a",),
-    256,
-    Parameters(
-        """
-        pointer tile_scheduler_metadata, out_partial, row_partial, out, lse, pairs
-        int words, batch, s_q, h_q, group, slots, parts, slab_rows
-        pointer attn_sink, max_logits
-        int lse_group
-        """
-    ),
-    dtypes=("bfloat16", "float16"),
-    defines=("GATHERED",),
-)
-
-LIST_LENGTHS = Kernel(
-    "list_lengths",
-    "list_lengths.cu",
-    ("sm_90a",),
-    256,
-    Parameters(
-        """
-        pointer topk_length, extra_topk_length, cache_seqlens
-        uint64 length_group
-        int batch, topk, extra_topk
-        """
-    ),
-    registers=32,
-)
-
 ROWS_PER_BLOCK_OF_FEW = 16  # query rows of a block of few_rows_decode
 
 KERNELS = (
@@ -226,14 +150,7 @@ KERNELS = (
     APPEND,
     COPY_PAGES,
     UPDATE_TABLES,
-    GATHER_V32,
-    GATHER_V4,
-    GATHER_E4M3,
-    GATHER_E4M3_Q_E4M3,
-    GATHER_16BIT,
-    GATHER_16BIT_512,
-    COMBINE_GATHERED,
-    LIST_LENGTHS,
+    *GATHERING,
 )
 
 

@@ -33,11 +33,15 @@ from flashmla_cupy import (
 from flashmla_cupy.formats.cache_format import FORMATS
 from flashmla_cupy.formats.write import write_kv
 
+if not DRY:
+    from cupy.lib.stride_tricks import as_strided
+
 pytestmark = mark
 
 CASES = int(os.environ.get("FLASHMLA_CUPY_TEST_CASES", "10" if DRY else "150"))
 RUNS, REPLAYS = (2, 2) if DRY else (100, 200)
 RAW = 2.0**-10  # what a kernel that holds keys in float16 adds for scales that are no power of two
+RAW_WIDE = 2.0**-8  # and one that holds them in bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +57,11 @@ def put(x):
         return x
     if x.dtype.name in ("bfloat16", "float8_e4m3fn"):
         return xp.asarray(x.view(f"uint{8 * x.itemsize}")).view(x.dtype)
-    return x if DRY else xp.asarray(x)
+    if DRY or x.ndim < 4 or x.strides[0] == x[0].nbytes:
+        return x if DRY else xp.asarray(x)
+    pages = np.zeros((len(x), x.strides[0]), np.uint8)  # of a cache whose pages are padded
+    pages[:, : x[0].nbytes] = x.reshape(len(x), -1).view(np.uint8)
+    return as_strided(xp.asarray(pages), x.shape, x.strides)
 
 
 @functools.cache
@@ -177,7 +185,7 @@ def random_problem(seed: int):
         with_extra = False
     extra = (int(rng.integers(1, 300)), pick((1, 17, 64, 300)), pick((2, 64)))
     extra, lengths = extra if with_extra else None, pick(("none", "request", "query"))
-    return make_sparse_problem(
+    problem = make_sparse_problem(
         format,
         batch=int(rng.integers(1, 6)),
         s_q=pick((1, 1, 2, 3)),
@@ -197,6 +205,9 @@ def random_problem(seed: int):
         all_invalid=rng.random() < 0.03,
         seed=seed,
     )
+    of_bf16 = problem.q.dtype.name == "bfloat16"
+    problem.wide_fp8 = format in FP8 and of_bf16 and rng.random() < 0.3
+    return problem
 
 
 def test_random():
@@ -206,7 +217,7 @@ def test_random():
         problem = random_problem(seed)
         out, lse = results_of(problem)
         flashmla_cupy.check()
-        expected: Oracle = sparse_oracle(problem, k=RAW)
+        expected: Oracle = sparse_oracle(problem, k=RAW_WIDE if problem.wide_fp8 else RAW)
         try:
             assert_within_bound(out, lse, expected, f"seed {seed}: {problem.format}")
         except AssertionError as failure:
@@ -368,6 +379,27 @@ def test_replays_with_changed_lists(format):
             )
         assert not host(xp.stack(wrong)).any()
         flashmla_cupy.check()
+
+
+# --- values beyond float16 ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["v32", "v4"])
+@pytest.mark.parametrize("h_q", [16, 64, 128])
+def test_values_beyond_float16(format, h_q):
+    """Products in bfloat16 hold them; those in float16 do not, and show it."""
+    problem = make_sparse_problem(
+        format, batch=3, s_q=2, h_q=4 if DRY else h_q, topk=300, s_k=700, kv_size=1e5,
+        softmax_scale=1e-7, pow2_scales=format == "v4", sink=False, seed=h_q,
+    )  # fmt: skip
+    problem.wide_fp8 = True
+    out, lse = results_of(problem)
+    assert_within_bound(out, lse, sparse_oracle(problem, k=RAW_WIDE), format)
+    assert np.abs(out.astype(np.float32)).max() > 2e4
+    problem.wide_fp8 = False
+    out, _ = results_of(problem)
+    assert DRY or not np.isfinite(out.astype(np.float32)).all(axis=-1).any()
+    flashmla_cupy.check()
 
 
 # --- queries in e4m3 ---------------------------------------------------------------------------

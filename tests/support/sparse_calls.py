@@ -39,6 +39,7 @@ def keywords(problem: SparseProblem, framework: str = "numpy") -> dict:
         "cache_seqlens": None,
         "head_dim_v": 512,
         "is_fp8_kvcache": problem.format in FP8,
+        "wide_fp8": problem.wide_fp8,
         **named,
     }
 

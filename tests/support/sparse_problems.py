@@ -46,9 +46,10 @@ class SparseProblem:
     attn_sink: np.ndarray | None
     descale_q: np.ndarray | None = None
     descale_k: np.ndarray | None = None
+    wide_fp8: bool = False
 
     def arguments(self) -> dict:
-        """By the names of reference_sparse.decode()."""
+        """By the names of reference_sparse.decode(), to which wide_fp8 makes no difference."""
         named = {
             "q": self.q,
             "k_cache": self.pool.k_cache,
@@ -82,10 +83,12 @@ def make_sparse_problem(
     pow2_scales: bool = True,
     q_dtype: str = "bfloat16",
     softmax_scale: float | None = 0.0,
+    kv_size: float = 0.1,
     seed: int = 0,
 ) -> SparseProblem:
     """extra: (s_k, topk, page_size) of a second pool. lengths, extra_lengths: "none", "request" or
-    "query", whose topk_length it is. softmax_scale 0: d_qk ** -0.55; None: the default."""
+    "query", whose topk_length it is. softmax_scale 0: d_qk ** -0.55; None: the default. kv_size:
+    the standard deviation of tokens."""
     rng = np.random.default_rng(seed)
     d_qk = FORMATS[format].d_qk
     descale = np.array([0.01], np.float32) if FORMATS[format].has_descale else None
@@ -95,7 +98,7 @@ def make_sparse_problem(
         length = None if shape is None else rng.integers(0, topk + 1, shape).astype(np.int32)
         return _pool(
             rng, format, (batch, s_q), s_k, topk, page_size, length, varlen, all_invalid,
-            pow2_scales, descale,
+            pow2_scales, descale, kv_size,
         )  # fmt: skip
 
     if not FORMATS[format].is_fp8:
@@ -119,8 +122,9 @@ def make_sparse_problem(
 
 
 def _pool(
-    rng, format, leading, s_k, topk, page_size, length, varlen, all_invalid, pow2_scales, descale
-) -> Pool:
+    rng, format, leading, s_k, topk, page_size, length, varlen, all_invalid, pow2_scales, descale,
+    kv_size,
+) -> Pool:  # fmt: skip
     batch, _ = leading
     seqlens = np.full(batch, s_k)
     if varlen:
@@ -137,7 +141,7 @@ def _pool(
             indices[b, i, : len(seen)] = seen
             rng.shuffle(indices[b, i])
     shape = (num_pages, page_size, 1, FORMATS[format].d_qk)
-    kv = (rng.standard_normal(shape) / 10).astype(BFLOAT16)
+    kv = (rng.standard_normal(shape) * kv_size).astype(BFLOAT16)
     k_cache = quantize_kv(kv, format, pow2_scales=pow2_scales, descale_k=descale)
     counted = np.arange(topk) < (topk if length is None else _aligned(length))
     indices = np.where(counted, indices, BEYOND).astype(np.int32)

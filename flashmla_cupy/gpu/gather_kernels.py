@@ -1,0 +1,120 @@
+"""The rows of the table of kernels for calls that gather tokens one by one: over FP8 caches, and by
+lists."""
+
+from __future__ import annotations
+
+from .kernel import Kernel
+from .parameters import Parameters
+
+_GATHER_PARAMETERS = """
+        pointer tile_scheduler_metadata, cache_seqlens, block_table, out, lse
+        pointer out_partial, row_partial, pairs
+        uint64 epoch
+        pointer refusal, refused
+        int64 table_stride
+        int batch, s_q, h_q, group, slab_rows, blocks, num_pages, page_tiles_log2, max_length
+        int slots, causal, border_tiles
+        float scale_log2
+        pointer cache, extra_cache, extra_indices, topk_length, extra_topk_length
+        pointer attn_sink, descale_q, descale_k, max_logits, q
+        int64 q_batch_stride, q_position_stride, q_head_stride
+        int64 page_bytes, extra_page_bytes, extra_stride
+        uint64 length_group
+        int page_size, extra_page_size, extra_num_pages, page_shift, extra_page_shift
+        int topk, extra_topk, lse_group, outside_is_none
+        """
+
+
+def _gather(name: str, shared_bytes: int, *defines: str, dtypes: tuple[str, ...] = ()) -> Kernel:
+    """sm90_gather_decode.cu for the rows of one format of a cache."""
+    return Kernel(
+        name,
+        "sm90_gather_decode.cu",
+        ("sm_90a",),
+        512,
+        Parameters(_GATHER_PARAMETERS, as_struct=True, tensor_maps=2),  # of q: for two stages
+        shared_bytes=shared_bytes,  # SHARED_BYTES
+        dtypes=dtypes or ("bfloat16", "float16"),
+        defines=("GATHERED", f"GATHER={name}", *defines),
+        registers=128,  # setmaxnreg shares them out anew by role
+        spill_bytes=96,
+        mma_loops=2,  # Q K^T with softmax, and P V
+    )
+
+
+GATHER_V32 = _gather("gather_v32", 225808, "FORMAT_V32")
+GATHER_V4 = _gather("gather_v4", 218000, "FORMAT_V4")
+_BF16 = ("bfloat16",)
+GATHER_V32_WIDE = _gather("gather_v32_wide", 225808, "FORMAT_V32", "WIDE_PRODUCTS", dtypes=_BF16)
+GATHER_V4_WIDE = _gather("gather_v4_wide", 218000, "FORMAT_V4", "WIDE_PRODUCTS", dtypes=_BF16)
+GATHER_E4M3 = _gather("gather_e4m3", 219664, "FORMAT_PER_TENSOR")
+GATHER_E4M3_Q_E4M3 = _gather(
+    "gather_e4m3_q_e4m3", 219664, "FORMAT_PER_TENSOR", "QUERY_E4M3", dtypes=_BF16
+)
+GATHER_16BIT = _gather("gather_16bit", 183824)
+GATHER_16BIT_512 = _gather("gather_16bit_512", 175632, "FORMAT_16BIT_512")
+
+COMBINE_GATHERED = Kernel(
+    "combine_gathered",
+    "combine.cu",
+    ("sm_90a",),
+    256,
+    Parameters(
+        """
+        pointer tile_scheduler_metadata, out_partial, row_partial, out, lse, pairs
+        int words, batch, s_q, h_q, group, slots, parts, slab_rows
+        pointer attn_sink, max_logits
+        int lse_group
+        """
+    ),
+    dtypes=("bfloat16", "float16"),
+    defines=("GATHERED",),
+)
+
+LIST_LENGTHS = Kernel(
+    "list_lengths",
+    "list_lengths.cu",
+    ("sm_90a",),
+    256,
+    Parameters(
+        """
+        pointer topk_length, extra_topk_length, cache_seqlens
+        uint64 length_group
+        int batch, topk, extra_topk
+        """
+    ),
+    registers=32,
+)
+
+GATHERING = (
+    GATHER_V32,
+    GATHER_V4,
+    GATHER_V32_WIDE,
+    GATHER_V4_WIDE,
+    GATHER_E4M3,
+    GATHER_E4M3_Q_E4M3,
+    GATHER_16BIT,
+    GATHER_16BIT_512,
+    COMBINE_GATHERED,
+    LIST_LENGTHS,
+)
+
+_FORMATS = {  # by the name of a CacheFormat
+    "v32": GATHER_V32,
+    "v4": GATHER_V4,
+    "e4m3": GATHER_E4M3,
+    "bfloat16": GATHER_16BIT,
+    "float16": GATHER_16BIT,
+    "bfloat16_512": GATHER_16BIT_512,
+    "float16_512": GATHER_16BIT_512,
+}
+_WIDE = {"v32": GATHER_V32_WIDE, "v4": GATHER_V4_WIDE}  # products in bfloat16
+_OF_E4M3_QUERIES = {"e4m3": GATHER_E4M3_Q_E4M3}
+
+
+def gather_kernel(cache_format: str, q_dtype: str, *, wide_fp8: bool) -> Kernel:
+    """The kernel over a cache of a format; wide_fp8: for values beyond float16."""
+    if q_dtype == "float8_e4m3fn":
+        return _OF_E4M3_QUERIES[cache_format]
+    usual = _FORMATS[cache_format]
+    return _WIDE.get(cache_format, usual) if wide_fp8 else usual
