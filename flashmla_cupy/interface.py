@@ -10,8 +10,16 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any, Literal
 
-from .calls import checks, decode, metadata, scalars, sparse_metadata, sparse_prefill
-from .calls.arguments import METADATA
+from .calls import (
+    checks,
+    decode,
+    metadata,
+    paged_prefill,
+    scalars,
+    sparse_metadata,
+    sparse_prefill,
+)
+from .calls.arguments import METADATA, SPARSE_PREFILL
 from .calls.refusals import check
 from .errors import ArgTypeError, MissingDependencyError
 from .frameworks.tracing import is_compiling
@@ -203,6 +211,9 @@ def flash_mla_sparse_fwd(
     attn_sink: Any = None,
     topk_length: Any = None,
     *,
+    descale_q: Any = None,
+    descale_k: Any = None,
+    wide_fp8: bool = False,
     out: Any = None,
     max_logits: Any = None,
     lse: Any = None,
@@ -211,9 +222,12 @@ def flash_mla_sparse_fwd(
 
     q            [s_q, h_q, d_qk] bfloat16 or float16; d_qk is 576, or 512 where the rotary columns
                  are among those of V
-    kv           [s_kv, 1, d_qk] of q's dtype; V is its first 512 columns
-    indices      [s_q, 1, topk] int32, the tokens of kv that each query token sees; what is below 0
-                 or not below s_kv is no token. For a batch, add the offset of each sequence.
+    kv           [s_kv, 1, d_qk] of q's dtype; V is its first 512 columns. Or a paged cache
+                 [num_pages, page_size, 1, width], FP8 too, as flash_mla_with_kvcache() takes with
+                 indices, and q, descale_q, descale_k and wide_fp8 as there
+    indices      [s_q, 1, topk] int32, the tokens of kv that each query token sees, of pages by
+                 page * page_size + offset; what is below 0 or not below s_kv is no token. For a
+                 batch, add the offset of each sequence.
     sm_scale     of the scores
     d_v          512
     attn_sink    [h_q] float32: out is scaled by exp(lse) / (exp(lse) + exp(attn_sink))
@@ -221,12 +235,19 @@ def flash_mla_sparse_fwd(
     out, max_logits, lse
                  contiguous arrays to write into, instead of new ones (not in JAX)
 
-    Returns out [s_q, h_q, 512] in q's dtype, and max_logits, the largest score, and lse (natural
+    Returns out [s_q, h_q, 512] in q's dtype (bfloat16 for float8_e4m3fn), and max_logits, the largest score, and lse (natural
     logarithm), both [s_q, h_q] float32. A query token that sees none gives out = 0, max_logits =
     -inf and lse = +inf; one whose topk_length is not from 0 to topk gives NaN, and is reported as
-    in flash_mla_with_kvcache(). On a GPU there is a kernel for 576 columns; others raise an
-    OptionError there. Raises an ArgumentError.
+    in flash_mla_with_kvcache(). Raises an ArgumentError.
     """
+    if len(getattr(kv, "shape", ())) == 4:
+        inputs = q, kv, indices, attn_sink, topk_length, descale_q, descale_k
+        outputs, options = (out, max_logits, lse), (sm_scale, d_v, wide_fp8)
+        paged: tuple[Any, Any, Any] = run(paged_prefill.PAGED_PREFILL, inputs + outputs, options)
+        return paged
+    if not (descale_q is descale_k is None and wide_fp8 is False):
+        alone = {"descale_q": descale_q, "descale_k": descale_k, "wide_fp8": wide_fp8 or None}
+        scalars.without("pages in kv", SPARSE_PREFILL.function, **alone)
     arrays = q, kv, indices, attn_sink, topk_length, out, max_logits, lse
     results: tuple[Any, Any, Any] = run(sparse_prefill.PREFILL, arrays, (sm_scale, d_v))
     return results

@@ -18,9 +18,9 @@ beyond the length of a list is not looked at; a slot outside the pool other than
 below 0 or above topk, makes the rows of that query token NaN and is reported (see `violation`);
 other tokens are left alone.
 
-Prefill is the same for tokens that are not in pages, with two differences: every index outside
-[0, s_kv) is no token, and max_logits = max_{j seen} score_j comes with the result, -inf if no token
-is seen.
+Prefill is the same for tokens that lie side by side, or in pages, with two differences: every index
+outside of them is no token, and max_logits = max_{j seen} score_j comes with the result, -inf if no
+token is seen.
 
 Formulas: FlashMLA's docstrings and tests (flash_mla_interface.py; tests/ref.py), and for the sink
 the softmax with one more logit whose value is 0. Computed in float64 and rounded once, as in
@@ -118,19 +118,25 @@ def prefill(
     *,
     attn_sink: Array | None = None,
     topk_length: Array | None = None,
+    descale_q: Array | None = None,
+    descale_k: Array | None = None,
     out: Array | None = None,
     max_logits: Array | None = None,
     lse: Array | None = None,
 ) -> PrefillResult:
     """Sparse MLA attention of a prompt, as the head of this file defines it.
 
-    q [s_q, h_q, d_qk] and kv [s_kv, 1, d_qk] of any float dtype, indices [s_q, 1, topk] and
-    topk_length [s_q] of any int dtype, attn_sink [h_q]. `out`, `max_logits` and `lse` are written
-    when given.
+    q [s_q, h_q, d_qk] and kv [s_kv, 1, d_qk] of any float dtype, or kv [num_pages, page_size, 1,
+    width] of a CacheFormat; indices [s_q, 1, topk] and topk_length [s_q] of any int dtype,
+    attn_sink [h_q]; descale_q and descale_k as in decode(). `out`, `max_logits` and `lse` are
+    written when given.
     """
     s_q, h_q, _ = q.shape
     topk = indices.shape[2]
-    out = np.empty((s_q, h_q, HEAD_DIM_V), q.dtype) if out is None else out
+    pages = TokenValues(kv, descale_k) if kv.ndim == 4 else None
+    s_kv = len(kv) if pages is None else pages.slots
+    factor = 1.0 if descale_q is None else float(np.asarray(descale_q).item())
+    out = np.empty((s_q, h_q, HEAD_DIM_V), out_dtype(q)) if out is None else out
     max_logits = np.empty((s_q, h_q), np.float32) if max_logits is None else max_logits
     lse = np.empty((s_q, h_q), np.float32) if lse is None else lse
     sink = None if attn_sink is None else attn_sink.astype(np.float64)
@@ -142,9 +148,9 @@ def prefill(
             first = first or DeviceCheckError(i, -1, "topk_length", function=PREFILL)
             continue
         listed = indices[i, 0, :length]
-        listed = listed[(listed >= 0) & (listed < len(kv))]
-        keys = kv[listed, 0].astype(np.float64)
-        query = q[i].astype(np.float64)
+        listed = listed[(listed >= 0) & (listed < s_kv)]
+        keys = kv[listed, 0].astype(np.float64) if pages is None else pages(listed)[:, 0]
+        query = q[i].astype(np.float64) * factor
         out[i], max_logits[i], lse[i] = attend(query, keys, float(sm_scale), sink)
     return PrefillResult(out, max_logits, lse, first)
 

@@ -9,8 +9,8 @@ from emulator import device
 from support import sparse_calls
 from support.oracle import UNIT_ROUNDOFF, assert_within_bound, oracle
 from support.sparse_dense import dense_problem
-from support.sparse_oracle import pool_values, sparse_oracle
-from support.sparse_problems import Q_DTYPES, make_sparse_problem
+from support.sparse_oracle import largest_logits, pool_values, sparse_oracle
+from support.sparse_problems import Q_DTYPES, as_prompt, make_sparse_problem
 
 from flashmla_cupy import (
     check,
@@ -213,6 +213,20 @@ def test_prefill(gpu, dtype, d_qk):
         np.testing.assert_allclose(max_logits[i], logits.max(axis=1), atol=1e-4)
         want = np.exp(logits - total[:, None]) @ k[:, :512]
         np.testing.assert_allclose(out[i].astype(np.float64), want, atol=3e-2, rtol=2e-2)
+    check()
+
+
+@pytest.mark.parametrize("format", ["v4", "e4m3"])
+def test_prefill_over_pages(gpu, format):
+    """Places outside of the pool are no tokens; max_logits besides."""
+    gpu(num_sms=2)
+    q = "float8_e4m3fn" if format == "e4m3" else "float16"
+    problem = make_sparse_problem(
+        format, batch=1, s_q=3, h_q=20, topk=100, page_size=53, lengths="query", q_dtype=q
+    )
+    out, max_logits, lse = flash_mla_sparse_fwd(**as_prompt(problem))
+    assert_within_bound(out[None], lse.T[None], expected(problem))
+    np.testing.assert_allclose(max_logits, largest_logits(problem), rtol=1e-3, atol=1e-4)
     check()
 
 

@@ -10,8 +10,8 @@ from support.every_framework import get, same_bits
 from support.oracle import assert_within_bound, oracle
 from support.problems import make_problem
 from support.sparse_calls import FP8, call, here, keywords, schedule
-from support.sparse_oracle import sparse_oracle
-from support.sparse_problems import make_sparse_problem
+from support.sparse_oracle import largest_logits, sparse_oracle
+from support.sparse_problems import as_prompt, make_sparse_problem
 
 import flashmla_cupy
 from flashmla_cupy import (
@@ -370,6 +370,21 @@ def test_prefill_writes_given_outputs(framework):
     assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("framework", HERE)
+@pytest.mark.parametrize("format", FORMATS)
+def test_prefill_over_pages_is_decoding_of_one_request(framework, format):
+    problem = make_sparse_problem(
+        format, batch=1, s_q=3, topk=70, page_size=52, lengths="query",
+        q_dtype="float8_e4m3fn" if format == "e4m3" else "bfloat16",
+    )  # fmt: skip
+    want_out, want_lse = call(problem)
+    out, max_logits, lse = (
+        get(x) for x in flash_mla_sparse_fwd(**of(framework, as_prompt(problem)))
+    )
+    assert same_bits(out, want_out[0]) and same_bits(lse, np.ascontiguousarray(want_lse[0].T))
+    np.testing.assert_allclose(max_logits, largest_logits(problem), rtol=1e-5, atol=1e-6)
+
+
 def test_prefill_with_a_bad_length_raises_at_once():
     arguments = prompt()
     arguments["topk_length"][2] = 41
@@ -480,6 +495,7 @@ def test_outputs_share_no_memory():
         call(V32, out=out, lse=out.reshape(-1).view(np.float32)[:32].reshape(2, 8, 2))
 
 
+PAGES = as_prompt(make_sparse_problem("v32", batch=1, s_q=5, h_q=3, topk=40))
 BAD_PROMPTS = [
     ({"sm_scale": None}, errors.ArgTypeError, "sm_scale", "real number"),
     ({"sm_scale": float("nan")}, errors.ScalarError, "sm_scale", "finite"),
@@ -499,6 +515,13 @@ BAD_PROMPTS = [
     ({"topk_length": np.zeros((5, 1), np.int32)}, errors.ShapeError, "topk_length", "s_q"),
     ({"attn_sink": np.zeros(4, np.float32)}, errors.ShapeError, "attn_sink", "h_q = 3"),
     ({"max_logits": np.zeros((3, 5), np.float32)}, errors.ShapeError, "max_logits", r"\(5, 3\)"),
+    ({"descale_k": np.ones(1, np.float32)}, errors.OptionError, "descale_k", "without pages in kv"),
+    ({"wide_fp8": True}, errors.OptionError, "wide_fp8", "without pages in kv"),
+    (PAGES | {"wide_fp8": 1}, errors.OptionError, "wide_fp8", "int 1"),
+    (PAGES | {"descale_k": np.ones(1, np.float32)}, errors.OptionError, "descale_k", "since kv"),
+    (PAGES | {"q": PAGES["q"][..., :512]}, errors.ShapeError, "q", "a key in kv"),
+    (PAGES | {"kv": PAGES["kv"][..., :80]}, errors.ShapeError, "kv", "656"),
+    (PAGES | {"sm_scale": None}, errors.ArgTypeError, "sm_scale", "real number"),
 ]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from support.every_framework import get, same_bits
 from support.sparse_calls import here, keywords, schedule
-from support.sparse_problems import make_sparse_problem
+from support.sparse_problems import as_prompt, make_sparse_problem
 
 from flashmla_cupy import (
     DeviceCheckError,
@@ -104,10 +104,23 @@ def prefill(q, kv, indices, attn_sink, topk_length):
     return flash_mla_sparse_fwd(q, kv, indices, 0.05, 512, attn_sink, topk_length)
 
 
+PAGES = as_prompt(make_sparse_problem("v32", batch=1, s_q=4, topk=33, lengths="query"))
+
+
+def pages(framework: str):
+    names = "q", "kv", "indices", "attn_sink", "topk_length"
+    return [here(framework, PAGES[name]) for name in names]
+
+
+def paged_prefill(q, kv, indices, attn_sink, topk_length):
+    return flash_mla_sparse_fwd(q, kv, indices, 0.05, 512, attn_sink, topk_length, wide_fp8=True)
+
+
 CALLS = {
     "sparse": (attend, arrays_of),
     "fp8": (dense_fp8, dense_arrays),
     "prompt": (prefill, prompt),
+    "pages": (paged_prefill, pages),
 }
 
 
@@ -189,12 +202,14 @@ def test_opcheck():
     p_q, p_kv, p_indices, *p_optional = prompt("torch")
     out, lse = (torch.zeros_like(torch.as_tensor(get(x).astype(np.float32))) for x in EXPECTED)
     lengths = torch.zeros(4, dtype=torch.int32)
+    of_pages = pages("torch")
     for op, args in (
         (ops.sparse_metadata, (lengths, 16, 1, 8, 70, 20, length, extra_length)),
         (ops.sparse_decode, sparse),
         (ops.sparse_decode_out, (*sparse, out.bfloat16(), lse)),
         (ops.fp8_decode, (*dense, *of_dense, SCALE, True, False, None, None)),
         (ops.sparse_prefill, (p_q, p_kv, p_indices, 0.05, *p_optional)),
+        (ops.sparse_prefill_paged, (*of_pages[:3], 0.05, True, *of_pages[3:])),
     ):
         results = torch.library.opcheck(op.default, args)
         assert set(results.values()) == {"SUCCESS"}, results

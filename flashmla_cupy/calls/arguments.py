@@ -243,6 +243,23 @@ SPARSE_PREFILL = Table(
     (Option("sm_scale", (float,), "float"), Option("d_v", (int,))),
 )
 
+SPARSE_PREFILL_PAGED = Table(  # the same over a paged cache of any CacheFormat
+    "flash_mla_sparse_fwd",
+    (
+        Array("q", ("s_q", "h_q", "d_qk"), FLOATS + E4M3, 16),
+        Array("kv", ("num_pages", "page_size", 1, "width"), FLOATS + BYTES, 16),
+        SPARSE_PREFILL["indices"],
+        *SPARSE_PREFILL.having("optional"),
+        *_DESCALES,
+        *SPARSE_PREFILL.having("output"),
+    ),
+    (
+        Option("sm_scale", (float,), "float"),
+        Option("d_v", (int,)),
+        Option("wide_fp8", (bool,), "bool"),
+    ),
+)
+
 _ANGLES = ("num_positions", HEAD_DIM_ROPE // 2)
 
 APPEND = Table(

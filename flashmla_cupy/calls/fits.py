@@ -141,29 +141,33 @@ def cache(name: str, info: ArrayInfo) -> CacheFormat:
     return found
 
 
-def query(info: ArrayInfo, cache_format: CacheFormat, cache_dtype: str) -> None:
+def query(
+    info: ArrayInfo, cache_format: CacheFormat, cache_dtype: str, cache_name: str = "k_cache"
+) -> None:
     """q has the columns of the cache's keys, and a dtype that goes with the cache's."""
     name, got = "q", show(info)
     if info.shape[-1] != cache_format.d_qk:
-        expected = f"a last axis of {cache_format.d_qk}, the columns of a key in k_cache"
+        expected = f"a last axis of {cache_format.d_qk}, the columns of a key in {cache_name}"
         remedy = "Concatenate the latent part and the rotary part of the query."
         raise ShapeError(name, expected, got, remedy)
     if not cache_format.is_fp8 and info.dtype != cache_dtype:
-        remedy = "Convert q to the dtype of k_cache, or make the cache in that of q."
-        raise DTypeError(name, f"{cache_dtype}, the dtype of k_cache", got, remedy)
+        remedy = f"Convert q to the dtype of {cache_name}, or make the cache in that of q."
+        raise DTypeError(name, f"{cache_dtype}, the dtype of {cache_name}", got, remedy)
     if info.dtype not in FLOATS and not cache_format.has_descale:
         remedy = "Convert q to bfloat16."
         expected = "bfloat16 or float16; float8_e4m3fn goes with a cache of one scale alone"
         raise DTypeError(name, expected, got, remedy)
 
 
-def wide_fp8(value: Any, q: ArrayInfo, cache_format: CacheFormat) -> None:
+def wide_fp8(
+    value: Any, q: ArrayInfo, cache_format: CacheFormat, cache_name: str = "k_cache"
+) -> None:
     """Products in bfloat16 are of queries in bfloat16. A cache of one scale has no need of them."""
     scalars.wide_fp8(value)
     if not value or cache_format.has_descale:
         return
     if not cache_format.is_fp8:
-        expected = f"False, since k_cache, of the format {cache_format.name}, is no FP8 cache"
+        expected = f"False, since {cache_name}, of the format {cache_format.name}, is no FP8 cache"
         raise OptionError("wide_fp8", expected, "True", "Leave it out.")
     if q.dtype != "bfloat16":
         remedy = "Convert q to bfloat16, or leave wide_fp8 out."
@@ -185,11 +189,13 @@ def same_s_q(infos: Mapping[str, ArrayInfo], s_q: int) -> None:
             raise ShapeError(name, expected, show(infos[name]), "Pass one for each query token.")
 
 
-def descales(infos: Mapping[str, ArrayInfo], cache_format: CacheFormat) -> None:
+def descales(
+    infos: Mapping[str, ArrayInfo], cache_format: CacheFormat, cache_name: str = "k_cache"
+) -> None:
     """descale_q and descale_k go with a cache that has no scales of its own."""
     for name in ("descale_q", "descale_k"):
         if name in infos and not cache_format.has_descale:
-            expected = f"None, since k_cache, of the format {cache_format.name}, needs none"
+            expected = f"None, since {cache_name}, of the format {cache_format.name}, needs none"
             raise OptionError(name, expected, show(infos[name]), "Leave it out.")
 
 

@@ -16,7 +16,7 @@ from ..errors import (
 from ..frameworks import ArrayInfo
 from ..sizes import HEAD_DIM_V, NUM_SMS_CPU, num_sm_parts
 from . import fits, gathered, scalars
-from .arguments import SPARSE_PREFILL
+from .arguments import SPARSE_PREFILL, out_dtype
 from .operation import Operation, Output, Valid, Views
 from .scalars import INT_LIMIT
 from .wording import kind, show
@@ -25,12 +25,12 @@ FUNCTION = SPARSE_PREFILL.function
 WIDTHS = (576, 512)  # d_qk: with the rotary columns beside V's, or among them
 
 
-def _outputs(
+def outputs(
     named: dict[str, Any], options: tuple[Any, ...], num_sms: int = NUM_SMS_CPU
 ) -> tuple[Output, ...]:
     q = named["q"]
     s_q, h_q, _ = q.shape
-    dtype = str(q.dtype).removeprefix("torch.")
+    dtype = out_dtype(str(q.dtype).removeprefix("torch."))
     row = Output((s_q, h_q), "float32")
     return Output((s_q, h_q, HEAD_DIM_V), dtype), row, row
 
@@ -43,14 +43,7 @@ def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
 
 
 def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
-    sm_scale, d_v = options
-    if scalars.integer("d_v", d_v, FUNCTION) != HEAD_DIM_V:
-        remedy = "V is the first 512 columns of kv."
-        raise OptionError("d_v", f"{HEAD_DIM_V}", f"{d_v}", remedy)
-    if sm_scale is None:
-        remedy = "Pass the scale of the scores, such as q.shape[-1] ** -0.5."
-        raise ArgTypeError("sm_scale", "a real number", kind(sm_scale), remedy)
-    scale = scalars.softmax_scale(sm_scale, name="sm_scale")
+    scale = scale_and_width(*options)
     framework, infos, sizes = fits.described(SPARSE_PREFILL, arrays)
     q, kv, indices = infos["q"], infos["kv"], infos["indices"]
     if q.dtype != kv.dtype:
@@ -59,17 +52,32 @@ def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     if sizes["d_qk"] not in WIDTHS:
         remedy = "Concatenate the latent part and the rotary part."
         raise ShapeError("q", "a last axis of 576 or 512 columns", show(q), remedy)
-    if sizes["topk"] < 1:
+    lists(indices)
+    fits_int32("q", q)
+    fits_int32("kv", kv)
+    expected = outputs(infos, options)
+    fits.outputs(SPARSE_PREFILL, infos, expected)
+    return Valid(framework, infos, (scale,), expected)
+
+
+def scale_and_width(sm_scale: Any, d_v: Any) -> float:
+    """The two numbers of a call; the scale."""
+    if scalars.integer("d_v", d_v, FUNCTION) != HEAD_DIM_V:
+        remedy = "V is the first 512 columns of kv."
+        raise OptionError("d_v", f"{HEAD_DIM_V}", f"{d_v}", remedy)
+    if sm_scale is None:
+        remedy = "Pass the scale of the scores, such as q.shape[-1] ** -0.5."
+        raise ArgTypeError("sm_scale", "a real number", kind(sm_scale), remedy)
+    return scalars.softmax_scale(sm_scale, name="sm_scale")
+
+
+def lists(indices: ArrayInfo) -> None:
+    if indices.shape[2] < 1:
         remedy = "Pass -1 where there is no token."
         raise ShapeError("indices", "lists of at least one entry", show(indices), remedy)
-    _fits_int32("q", q)
-    _fits_int32("kv", kv)
-    outputs = _outputs(infos, options)
-    fits.outputs(SPARSE_PREFILL, infos, outputs)
-    return Valid(framework, infos, (scale,), outputs)
 
 
-def _fits_int32(name: str, info: ArrayInfo) -> None:
+def fits_int32(name: str, info: ArrayInfo) -> None:
     rows = info.shape[0] * info.shape[1]
     if rows > INT_LIMIT:
         expected = f"at most {INT_LIMIT} rows, so that their numbers fit int32"
@@ -91,7 +99,7 @@ def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:
     ).violation
 
 
-def _refused(valid: Valid, views: Views) -> DeviceCheckError | None:
+def refused(valid: Valid, views: Views) -> DeviceCheckError | None:
     topk = valid.infos["indices"].shape[2]
     token = reference_sparse.bad_length(topk, views["topk_length"])
     reason = "topk_length"
@@ -99,13 +107,18 @@ def _refused(valid: Valid, views: Views) -> DeviceCheckError | None:
 
 
 def _on_gpu(valid: Valid) -> gathered.Work:
-    q, kv, indices = (valid.infos[name] for name in ("q", "kv", "indices"))
-    s_q, h_q, _ = q.shape
-    # A query token is a request, and kv is a pool of pages of one token.
-    row, head, column = q.strides
-    of_requests = q._replace(shape=(s_q, 1, *q.shape[1:]), strides=(row, head * h_q, head, column))
+    kv = valid.infos["kv"]  # as a pool of pages of one token
     token = kv.strides[0] if kv.shape[0] > 1 else kv.shape[2]
     cache = kv._replace(shape=(kv.shape[0], 1, 1, kv.shape[2]), strides=(token, token, token, 1))
+    return work_over(cache, valid)
+
+
+def work_over(cache: ArrayInfo, valid: Valid, **of: Any) -> gathered.Work:
+    """What a GPU does for a call with its keys in this cache; `of`: more of the geometry."""
+    q, indices = (valid.infos[name] for name in ("q", "indices"))
+    s_q, h_q, _ = q.shape
+    row, head, column = q.strides  # a query token is a request
+    of_requests = q._replace(shape=(s_q, 1, *q.shape[1:]), strides=(row, head * h_q, head, column))
     geometry = gathered.geometry_of(
         cache,
         of_requests,
@@ -114,6 +127,7 @@ def _on_gpu(valid: Valid) -> gathered.Work:
         parts=num_sm_parts(gathered.num_sms_of(q.device), h_q, 1),
         topk=indices.shape[2],
         outside_is_none=True,
+        **of,
     )
     options, names = (valid.options[0], False), ("kv", "indices")
     return gathered.GpuWork(valid.framework, geometry, q.device, options, names)
@@ -122,9 +136,9 @@ def _on_gpu(valid: Valid) -> gathered.Work:
 PREFILL = Operation(
     name="sparse_prefill",
     table=SPARSE_PREFILL,
-    outputs=_outputs,
+    outputs=outputs,
     validate=_validate,
-    refused=_refused,
+    refused=refused,
     compute=_compute,
     on_gpu=_on_gpu,
 )

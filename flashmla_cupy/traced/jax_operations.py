@@ -14,7 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..calls import fp8_decode, refusals, sparse_decode, sparse_metadata, sparse_prefill
+from ..calls import (
+    fp8_decode,
+    paged_prefill,
+    refusals,
+    sparse_decode,
+    sparse_metadata,
+    sparse_prefill,
+)
 from ..calls.gathered import Work
 from ..calls.operation import Operation
 from ..calls.wording import kind
@@ -38,6 +45,7 @@ _OPERATIONS = {
         sparse_decode.SPARSE,
         sparse_metadata.METADATA,
         sparse_prefill.PREFILL,
+        paged_prefill.PAGED_PREFILL,
     )
 }
 _EMPTY = {"lse": np.inf, "max_logits": -np.inf}  # of a query token that sees nothing

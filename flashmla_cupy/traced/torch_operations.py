@@ -11,7 +11,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..calls import fp8_decode, scalars, sparse_decode, sparse_metadata, sparse_prefill
+from ..calls import (
+    fp8_decode,
+    paged_prefill,
+    scalars,
+    sparse_decode,
+    sparse_metadata,
+    sparse_prefill,
+)
 from ..calls.operation import Operation
 from ..errors import ShapeError
 from ..frameworks.torch_tensors import needs_gradient
@@ -26,6 +33,7 @@ OPERATIONS = (
     sparse_decode.SPARSE,
     sparse_metadata.METADATA,
     sparse_prefill.PREFILL,
+    paged_prefill.PAGED_PREFILL,
 )
 _library: Any = torch.library.Library("flashmla_cupy", "FRAGMENT")  # ops live as long as it does
 _DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "int32")}
@@ -97,8 +105,8 @@ def _values(name: str, q: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
     """The options with the softmax scale as a number."""
     if name == "sparse_metadata":
         return options
-    if name == "sparse_prefill":
-        return scalars.softmax_scale(options[0], name="sm_scale"), options[1]
+    if name.startswith("sparse_prefill"):
+        return scalars.softmax_scale(options[0], name="sm_scale"), *options[1:]
     scalars.head_dim_v(options[0])
     return options[0], scalars.softmax_scale(options[1], q.shape[-1]), *options[2:]
 

@@ -19,8 +19,14 @@ from support.gpu.arrays import same as same_on_device
 from support.gpu.graphs import capture, new_stream
 from support.oracle import Oracle, assert_within_bound
 from support.sparse_calls import FP8, keywords, schedule_arguments
-from support.sparse_oracle import flashmla_allclose, pool_values, prefill_oracle, sparse_oracle
-from support.sparse_problems import make_sparse_problem, prefill_problem, token_bytes
+from support.sparse_oracle import (
+    flashmla_allclose,
+    largest_logits,
+    pool_values,
+    prefill_oracle,
+    sparse_oracle,
+)
+from support.sparse_problems import as_prompt, make_sparse_problem, prefill_problem, token_bytes
 
 import flashmla_cupy
 from flashmla_cupy import (
@@ -142,10 +148,11 @@ def test_flashmla_grid(format, h_q, scope, batch, s_q):
     s_k, topk, page_size = scope
     if DRY or (batch == 74 and topk == 2048):
         batch, h_q = 2, h_q if topk == 2048 and not DRY else 8
-    for lengths in ("none", "request"):
+    extras = (None, scope) if format == "v4" else (None,)  # as there
+    for lengths, extra in itertools.product(("none", "request"), extras):
         problem = make_sparse_problem(
             format, batch=batch, s_q=s_q, h_q=h_q, s_k=s_k, topk=topk, page_size=page_size,
-            lengths=lengths, seed=batch,
+            extra=extra, lengths=lengths, extra_lengths=lengths, seed=batch,
         )  # fmt: skip
         out, lse = results_of(problem)
         few = slice(0, 4)  # requests that the oracle, on the host, looks at
@@ -465,6 +472,23 @@ def test_prefill_of_any_size(h_q, topk):
     flashmla_allclose(got[0], out, 8e-4, 3.01 / 128, 1e-5)
     flashmla_allclose(got[1], top, 1e-6, 2.01 / 65536, 1e-7)
     flashmla_allclose(got[2], lse, 1e-6, 2.01 / 65536, 1e-7)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("h_q", [8, 64, 128])
+def test_prefill_over_pages(format, h_q):
+    """As decoding of one request, and places outside of the pool are no tokens."""
+    for topk, lengths, q in ((300, "none", "bfloat16"), (65, "query", "float8_e4m3fn")):
+        problem = make_sparse_problem(
+            format, batch=1, s_q=2 if DRY else 40, h_q=2 if DRY else h_q, topk=topk, s_k=700,
+            page_size=53, lengths=lengths, q_dtype=q if format == "e4m3" else "bfloat16",
+        )  # fmt: skip
+        got = flash_mla_sparse_fwd(**prompt_on_gpu(as_prompt(problem)))
+        out, max_logits, lse = (host(x) for x in got)
+        flashmla_cupy.check()
+        want = sparse_oracle(problem, k=RAW)
+        assert_within_bound(out[None], lse.T[None], want, format)
+        flashmla_allclose(max_logits, largest_logits(problem), 1e-4, 1e-3, 1e-5)
 
 
 # --- dense FP8 ---------------------------------------------------------------------------------

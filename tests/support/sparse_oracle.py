@@ -125,6 +125,19 @@ def prefill_oracle(q, kv, indices, sm_scale, attn_sink=None, topk_length=None):
     return out, np.where(count[:, None] > 0, logits, -np.inf).max(axis=2), lse
 
 
+def largest_logits(problem: SparseProblem) -> np.ndarray:
+    """max_logits of the query tokens of the only request: [s_q, h_q]."""
+    factor = 1.0 if problem.descale_k is None else float(problem.descale_k[0])
+    factor_q = 1.0 if problem.descale_q is None else float(problem.descale_q[0])
+    values = pool_values(problem.pool.k_cache, problem.format, factor)
+    top = np.full(problem.q.shape[1:3], -np.inf)
+    for i, query in enumerate(problem.q[0].astype(np.float64) * factor_q):
+        keys = values[times_seen(problem.pool, 0, i, len(values)) > 0]
+        if len(keys):
+            top[i] = problem.softmax_scale * np.matmul(query, keys.T).max(axis=1)
+    return top
+
+
 def flashmla_allclose(got, want, abs_tol: float, rel_tol: float, cos_tol: float) -> None:
     """FlashMLA's own measure (tests/kernelkit/compare.py): positions of inf and NaN equal, each
     element near by either tolerance, and the two almost parallel as one vector."""

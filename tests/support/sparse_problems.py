@@ -196,3 +196,23 @@ def prefill_problem(s_q, h_q, d_qk, s_kv, topk, *, sink=True, lengths=True, seed
         "attn_sink": rng.standard_normal(h_q).astype(np.float32) if sink else None,
         "topk_length": rng.integers(0, topk + 1, s_q).astype(np.int32) if lengths else None,
     }
+
+
+def as_prompt(problem: SparseProblem, **changes) -> dict:
+    """The arguments of flash_mla_sparse_fwd() that see what the query tokens of the only request
+    do, over its pages; beside -1, places outside of the pool are no tokens either."""
+    (indices,), slots = problem.pool.indices, np.prod(problem.pool.k_cache.shape[:2])
+    outside = np.array([-1, slots, INT_MIN, -7, INT_MAX])
+    other = outside[np.arange(indices.size).reshape(indices.shape) % len(outside)]
+    length = problem.pool.topk_length
+    return {
+        "q": problem.q[0],
+        "kv": problem.pool.k_cache,
+        "indices": np.where(indices == -1, other, indices).astype(np.int32)[:, None],
+        "sm_scale": problem.softmax_scale,
+        "attn_sink": problem.attn_sink,
+        "topk_length": None if length is None else length[0],
+        "descale_q": problem.descale_q,
+        "descale_k": problem.descale_k,
+        "wide_fp8": problem.wide_fp8,
+    } | changes
