@@ -80,12 +80,15 @@ def put(framework: str, x: np.ndarray, device: int = 0):
         import cupy
 
         with cupy.cuda.Device(device):
+            if x.dtype == ml_dtypes.float8_e4m3fn:
+                return cupy.asarray(x.view(np.uint8)).view(x.dtype)
             return cupy.asarray(x)
     if framework == "torch":
         import torch
 
-        kind = torch.bfloat16 if x.dtype == ml_dtypes.bfloat16 else None
-        plain = torch.from_numpy(np.array(x.view(np.int16) if kind else x))
+        kinds = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
+        kind = kinds.get(x.dtype.name)
+        plain = torch.from_numpy(np.array(x.view(f"int{8 * x.itemsize}") if kind else x))
         tensor = plain.view(kind) if kind else plain
         return tensor if device < 0 else tensor.cuda(device)
     import jax

@@ -8,10 +8,16 @@ import pytest
 from support.every_framework import get, put, same_bits
 from support.oracle import assert_within_bound
 from support.sparse_calls import keywords, schedule_arguments
-from support.sparse_oracle import flashmla_allclose, prefill_oracle, sparse_oracle
-from support.sparse_problems import make_sparse_problem, prefill_problem
+from support.sparse_oracle import (
+    flashmla_allclose,
+    largest_logits,
+    prefill_oracle,
+    sparse_oracle,
+)
+from support.sparse_problems import as_prompt, make_sparse_problem, prefill_problem
 
 from flashmla_cupy import flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
+from flashmla_cupy.formats.cache_format import FORMATS
 
 pytestmark = pytest.mark.gpu
 RAW = 2.0**-10  # see tests/gpu/test_sparse.py
@@ -47,11 +53,16 @@ def results(framework: str, problem, wrap=lambda f: f):
     return wrap(lazy)(**arrays), wrap(explicit)(lengths, **arrays)
 
 
-@pytest.mark.parametrize("format", ["v32", "e4m3", "bfloat16", "float16"])
-def test_lists(format):
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_lists(format, wide):
+    if wide and format not in ("v32", "v4"):
+        pytest.skip("as without")
     problem = make_sparse_problem(
-        format, batch=5, s_q=2, h_q=32, topk=300, s_k=900, page_size=16, lengths="query"
-    )
+        format, batch=5, s_q=2, h_q=32, topk=300, s_k=900, page_size=16, lengths="query",
+        q_dtype="float8_e4m3fn" if format == "e4m3" else "bfloat16",
+    )  # fmt: skip
+    problem.wide_fp8 = wide
     problem.pool = problem.pool._replace(  # lists for JAX, whose arrays have no gaps
         indices=np.ascontiguousarray(problem.pool.indices)
     )
@@ -77,6 +88,17 @@ def test_lists(format):
         for pair in results(name.partition(".")[0], problem, wrap):
             for got, want in zip(pair, first, strict=True):
                 assert same_bits(get(got), get(want)), f"{name} {format}"
+
+
+@pytest.mark.parametrize("format", ["v32", "v4", "e4m3", "bfloat16_512"])
+def test_prompts_over_pages(framework, format):
+    problem = make_sparse_problem(
+        format, batch=1, s_q=33, h_q=16, topk=128, s_k=500, page_size=16, lengths="query",
+        q_dtype="float8_e4m3fn" if format == "e4m3" else "bfloat16",
+    )  # fmt: skip
+    out, top, lse = map(get, flash_mla_sparse_fwd(**placed(framework, as_prompt(problem))))
+    assert_within_bound(out[None], lse.T[None], sparse_oracle(problem, k=RAW))
+    flashmla_allclose(top, largest_logits(problem), 1e-4, 1e-3, 1e-5)
 
 
 def test_prompts(framework):
