@@ -3,7 +3,7 @@
 Token i of the new rows goes to slot_mapping[i] = page * page_size + slot of k_cache; a negative one
 is skipped, and one beyond the pool too. With tables of cosines and sines the 64 columns behind the
 latent ones are rotated on their way, in float32, each product and each sum rounded, then to the
-dtype of the row:
+dtype of the row; NaN becomes 0x7fff:
 
     (a, b) -> (a cos - b sin, a sin + b cos)
 
@@ -67,5 +67,7 @@ def rotated(rows: Array, cos: Array, sin: Array, positions: Array, interleaved: 
             turned[..., :half], turned[..., half:] = first, second
         new = rows.copy()
         new[..., HEAD_DIM_V:] = turned.astype(rows.dtype)
-    new.view(np.uint16)[~known, :, HEAD_DIM_V:] = _NAN_BITS
+    bits = new.view(np.uint16)[..., HEAD_DIM_V:]
+    bits[np.isnan(turned)] = _NAN_BITS
+    bits[~known] = _NAN_BITS
     return new

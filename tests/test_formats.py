@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.every_framework import put
+from support.every_framework import first_difference, put
 from support.sparse_oracle import pool_values
 from support.sparse_problems import token_bytes
 
@@ -151,16 +151,22 @@ def test_rounding_to_e4m3_is_that_of_ml_dtypes_within_the_range():
 def test_frameworks_round_alike(framework):
     pytest.importorskip(framework)
     x, lib = interesting_floats(), codes_of(framework)
-    for name in ("e4m3", "bfloat16"):
-        got = np.asarray(getattr(lib, name)(here(framework, x)))
-        assert np.array_equal(got, getattr(NUMPY, name)(x)), name
+    with np.errstate(all="ignore"):
+        for name in ("e4m3", "bfloat16", "float16"):
+            got, want = (getattr(c, name)(y) for c, y in ((lib, here(framework, x)), (NUMPY, x)))
+            assert not first_difference(np.asarray(got), want), name
+        for dtype in ("bfloat16", "float16"):
+            got, want = lib.narrow(here(framework, x), dtype), NUMPY.narrow(x, dtype)
+            assert not first_difference(as_bytes(got), as_bytes(want)), dtype
 
 
-def test_rounding_to_bfloat16_is_that_of_ml_dtypes():
+@pytest.mark.parametrize(("dtype", "nan"), [(BFLOAT16, 0x7FC0), (np.dtype(np.float16), 0x7E00)])
+def test_rounding_to_16_bits_is_that_of_ml_dtypes_and_numpy_with_one_nan(dtype, nan):
     x = interesting_floats()
     with np.errstate(all="ignore"):
-        want = np.where(np.isnan(x), 0x7FC0, x.astype(BFLOAT16).view(np.uint16))
-    assert np.array_equal(NUMPY.bfloat16(x).view(np.uint16), want)
+        want = np.where(np.isnan(x), nan, x.astype(dtype).view(np.uint16)).astype(np.uint16)
+        got = NUMPY.narrow(x, dtype.name)
+    assert not first_difference(got.view(np.uint16), want)
 
 
 @given(st.floats(2.0**-60, 2.0**120, width=32))

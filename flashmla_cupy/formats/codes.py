@@ -54,10 +54,12 @@ class Codes:
 
     def narrow(self, x: Any, dtype: str) -> Any:
         """float32 rounded to "bfloat16", "float16", "float32", or, in NumPy, "float64"."""
-        if dtype != "bfloat16":
-            return x.astype(dtype)
-        ml_dtypes: Any = importlib.import_module("ml_dtypes")
-        return self.view(self.bfloat16(x), np.dtype(ml_dtypes.bfloat16))
+        if dtype == "bfloat16":
+            ml_dtypes: Any = importlib.import_module("ml_dtypes")
+            return self.view(self.bfloat16(x), np.dtype(ml_dtypes.bfloat16))
+        if dtype == "float16":
+            return self.view(self.float16(x), np.dtype(np.float16))
+        return x.astype(dtype)
 
     def bfloat16(self, x: Any) -> Any:
         """The bytes of float32 [..., n], rounded to the nearest, ties to even; NaN is 0x7fc0."""
@@ -65,6 +67,12 @@ class Codes:
         bits = self.view(x, np.uint32)
         rounded = (bits + (0x7FFF + (bits >> 16 & 1)).astype(np.uint32)) >> 16
         return self.to_bytes(xp.where(xp.isnan(x), 0x7FC0, rounded).astype(np.uint16))
+
+    def float16(self, x: Any) -> Any:
+        """The same for float16; NaN is 0x7e00 (of which a GPU's conversion would make 0x7fff)."""
+        xp = self.xp
+        rounded = self.view(x.astype(np.float16), np.uint16)
+        return self.to_bytes(xp.where(xp.isnan(x), 0x7E00, rounded).astype(np.uint16))
 
     def from_bfloat16(self, codes: Any) -> Any:
         """float32 [..., n] of bytes [..., 2 n]."""
@@ -165,14 +173,19 @@ class TorchCodes(Codes):
         return x.to(self.float32)
 
     def narrow(self, x: Any, dtype: str) -> Any:
-        if dtype == "bfloat16":
-            return self.view(self.bfloat16(x), self.xp.bfloat16)
-        return x.to(getattr(self.xp, dtype))
+        kind = getattr(self.xp, dtype)
+        return x.to(kind) if kind == self.float32 else self.view(getattr(self, dtype)(x), kind)
 
     def bfloat16(self, x: Any) -> Any:
+        return self._rounded(x, self.xp.bfloat16, 0x7FC0)
+
+    def float16(self, x: Any) -> Any:
+        return self._rounded(x, self.xp.float16, 0x7E00)
+
+    def _rounded(self, x: Any, dtype: Any, nan: int) -> Any:
         xp = self.xp
-        rounded = self.view(x.to(xp.bfloat16), xp.int16)
-        return self.to_bytes(xp.where(xp.isnan(x), 0x7FC0, rounded).to(xp.int16))
+        rounded = self.view(x.to(dtype), xp.int16)
+        return self.to_bytes(xp.where(xp.isnan(x), nan, rounded).to(xp.int16))
 
     def from_bfloat16(self, codes: Any) -> Any:
         return self.view(codes, self.xp.bfloat16).to(self.float32)
@@ -246,12 +259,19 @@ class JaxCodes(Codes):
         return x.astype(self.float32)
 
     def narrow(self, x: Any, dtype: str) -> Any:
-        return x.astype(dtype)
+        kind = self.xp.dtype(dtype)
+        return x.astype(kind) if kind == self.float32 else getattr(self, dtype)(x).view(kind)
 
     def bfloat16(self, x: Any) -> Any:
+        return self._rounded(x, self.xp.bfloat16, 0x7FC0)
+
+    def float16(self, x: Any) -> Any:
+        return self._rounded(x, self.xp.float16, 0x7E00)
+
+    def _rounded(self, x: Any, dtype: Any, nan: int) -> Any:
         xp = self.xp
-        rounded = x.astype(xp.bfloat16).view(xp.uint16)
-        return self.to_bytes(xp.where(xp.isnan(x), xp.uint16(0x7FC0), rounded))
+        rounded = x.astype(dtype).view(xp.uint16)
+        return self.to_bytes(xp.where(xp.isnan(x), xp.uint16(nan), rounded))
 
     def from_bfloat16(self, codes: Any) -> Any:
         return codes.view(self.xp.bfloat16).astype(self.float32)

@@ -45,7 +45,9 @@ def quantize_kv(
     Returns [num_pages, page_size, h_kv, width] of the format's first dtype, in the framework and on
     the device of kv, computed by the framework's own operations: it can be traced, and all
     frameworks give the same bytes. A finite e4m3 column beyond its scale times 448 becomes that;
-    NaN and infinities become NaN. Raises an ArgumentError.
+    NaN and infinities become NaN. Values that are rounded to a 16-bit format keep infinities, and
+    of NaN, whatever its sign and payload, make 0x7fc0 in bfloat16 and 0x7e00 in float16; those of
+    the format's own dtype keep their bits. Raises an ArgumentError.
     """
     function = "quantize_kv"
     format = known_format(format, function)

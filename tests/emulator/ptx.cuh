@@ -234,7 +234,9 @@ DEVICE float lg2(float x) { return log2f(x); }
 DEVICE float from_half(uint16_t x) { return (float)same_bits<_Float16>(x); }
 DEVICE float from_bfloat16(uint16_t x) { return same_bits<float>((uint32_t)x << 16); }
 #if defined(DTYPE_FP16)
-DEVICE uint16_t from_float(float x) { return same_bits<uint16_t>((_Float16)x); }
+DEVICE uint16_t from_float(float x) {
+  return x != x ? 0x7fff : same_bits<uint16_t>((_Float16)x);
+}
 DEVICE float from_dtype(uint16_t x) { return from_half(x); }
 #else
 DEVICE float from_dtype(uint16_t x) { return from_bfloat16(x); }

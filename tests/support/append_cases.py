@@ -76,6 +76,8 @@ class Case:
         self.memory = aligned(int(np.prod(self.shape)))
         numbers = rng.standard_normal(self.memory.shape, np.float32)
         self.memory[...] = numbers.astype(dtype).view(np.uint16)
+        wild = np.flatnonzero(rng.random(self.memory.shape) < 0.01)  # NaN, too, and subnormals
+        self.memory[wild] = rng.integers(0, 2**16, len(wild))
         self.bits = self.memory.reshape(self.shape)[..., :576]
         slots = rng.permutation(pages * page_size)[:n].astype(np.int64)
         slots = np.concatenate([slots, np.full(n - len(slots), -1)])

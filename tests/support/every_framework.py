@@ -119,6 +119,17 @@ def same_bits(a, b) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
+def first_difference(found: np.ndarray, wanted: np.ndarray) -> str:
+    """'' if two arrays of bytes or bits are equal, else how many differ, where and how."""
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return f"{found.dtype} {found.shape} for {wanted.dtype} {wanted.shape}"
+    places = np.argwhere(found != wanted)
+    if not len(places):
+        return ""
+    shown = [f"{tuple(map(int, i))}: {found[*i]:#x} for {wanted[*i]:#x}" for i in places[:4]]
+    return f"{len(places)} of {found.size} differ, " + "; ".join(shown)
+
+
 def decode(q, k_cache, block_table, cache_seqlens, softmax_scale=None, causal=False):
     """Both calls of one decoding step; of any framework, traced or not."""
     from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
