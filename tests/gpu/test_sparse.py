@@ -1,7 +1,8 @@
 """FP8 caches and lists of tokens on a GPU: FlashMLA's grids, random configurations against the
 float64 oracle, needles, bytes that nobody may look at, corrupt lists, repeated runs and replays.
 
-    FLASHMLA_CUPY_TEST_CASES=2000 pytest tests/gpu/test_sparse.py -k random -s        (default 200)
+    FLASHMLA_CUPY_TEST_CASES=2000 pytest tests/gpu/test_sparse.py -k random -s        (default 150)
+    FLASHMLA_CUPY_TEST_FIRST=1234 FLASHMLA_CUPY_TEST_CASES=1 pytest ...               replays one
 
 Formats whose kernel there is not (an OptionError says so) are skipped.
 """
@@ -45,6 +46,7 @@ if not DRY:
 pytestmark = mark
 
 CASES = int(os.environ.get("FLASHMLA_CUPY_TEST_CASES", "10" if DRY else "150"))
+FIRST = int(os.environ.get("FLASHMLA_CUPY_TEST_FIRST", "0"))
 RUNS, REPLAYS = (2, 2) if DRY else (100, 200)
 RAW = 2.0**-10  # what a kernel that holds keys in float16 adds for scales that are no power of two
 RAW_WIDE = 2.0**-8  # and one that holds them in bfloat16
@@ -220,7 +222,7 @@ def random_problem(seed: int):
 def test_random():
     """Every element within the bound of the oracle; seed by seed, so that one can be replayed."""
     failures = []
-    for seed in range(CASES):
+    for seed in range(FIRST, FIRST + CASES):
         problem = random_problem(seed)
         out, lse = results_of(problem)
         flashmla_cupy.check()

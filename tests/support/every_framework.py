@@ -126,7 +126,7 @@ def first_difference(found: np.ndarray, wanted: np.ndarray) -> str:
     places = np.argwhere(found != wanted)
     if not len(places):
         return ""
-    shown = [f"{tuple(map(int, i))}: {found[*i]:#x} for {wanted[*i]:#x}" for i in places[:4]]
+    shown = [f"{i}: {found[i]:#x} for {wanted[i]:#x}" for i in map(tuple, places[:4].tolist())]
     return f"{len(places)} of {found.size} differ, " + "; ".join(shown)
 
 
