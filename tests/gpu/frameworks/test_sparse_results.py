@@ -73,6 +73,7 @@ def test_lists(format, wide):
     try:
         import torch
 
+        torch.compiler.reset()  # each format is a compilation more of one function
         wraps["torch"] = lambda f: f
         wraps["torch.compile"] = lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")
     except ImportError:
