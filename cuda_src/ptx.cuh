@@ -298,6 +298,12 @@ DEVICE void st_global_v4(void* p, Vector4 v) {
                "r"(v.w)
                : "memory");
 }
+DEVICE void st_global_v2(void* p, uint32_t x, uint32_t y) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(x), "r"(y) : "memory");
+}
+DEVICE void st_global_v2_f32(float* p, float x, float y) {
+  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x), "f"(y) : "memory");
+}
 DEVICE void st_global_v4_f32(float* p, float x, float y, float z, float w) {
   asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x), "f"(y), "f"(z), "f"(w)
                : "memory");
@@ -328,11 +334,19 @@ DEVICE void stmatrix_x4(uint32_t a, uint32_t x, uint32_t y, uint32_t z, uint32_t
 #else
 #define MMA_TYPES "f32.bf16.bf16.f32"
 #endif
+#define MMA_M16N8K16(types)                                                                    \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col." types                                      \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"              \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col." MMA_TYPES
-               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  MMA_M16N8K16(MMA_TYPES);
+}
+DEVICE void mma_f16_m16n8k16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+  MMA_M16N8K16("f32.f16.f16.f32");
+}
+DEVICE void mma_bf16_m16n8k16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+  MMA_M16N8K16("f32.bf16.bf16.f32");
 }
 
 // ---- arithmetic (9.7.3, 9.7.9) --------------------------------------------------------------
@@ -384,19 +398,30 @@ DEVICE uint32_t half_x2_from_e4m3(uint32_t x) {
       : "r"(x));
   return y;
 }
+// The same of those in the high half.
+DEVICE uint32_t half_x2_from_e4m3_high(uint32_t x) {
+  uint32_t y;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, high;\n}"
+      : "=r"(y)
+      : "r"(x));
+  return y;
+}
 DEVICE uint32_t mul_half_x2(uint32_t x, uint32_t y) {
   uint32_t z;
   asm("mul.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
   return z;
+}
+DEVICE uint32_t bfloat_x2(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
 }
 // Two floats to one register of the kernel's 16-bit type, rounded to nearest even.
 DEVICE uint32_t cvt_x2(float low, float high) {
 #if defined(DTYPE_FP16)
   return half_x2(low, high);
 #else
-  uint32_t packed;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-  return packed;
+  return bfloat_x2(low, high);
 #endif
 }
 

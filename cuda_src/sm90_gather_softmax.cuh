@@ -9,6 +9,7 @@
 // row's softmax scale takes that back.
 #pragma once
 #include "sm90_gather_cursor.cuh"
+#include "sm90_no_tiles.cuh"
 #include "sm90_results.cuh"
 
 constexpr int STEPS = 4 * COLUMN_BLOCKS;                // of Q, 16 columns each
@@ -230,27 +231,6 @@ DEVICE void softmax_step(float (&s)[SCORES], float (&m)[2], float (&l)[2], float
     b0 += t[4] + t[5], b1 += t[6] + t[7];
   }
   l[0] += a0 + b0, l[1] += a1 + b1;
-}
-
-// ---- results --------------------------------------------------------------------------------
-
-// The results of a piece without tiles, by the softmax warpgroup.
-DEVICE void store_no_tiles(const Params& params, int request, const Piece& piece) {
-  const uint32_t thread = thread_in_group();
-  if (piece.refused && thread == 0) {
-    const List list = piece.reason == LENGTH ? list_of_length(params, request) : TABLE;
-    refuse(params, request, piece.reason, list << LIST_SHIFT);
-  }
-  if (piece.slot < 0) {
-    store_no_keys(params, request, piece.refused, thread, GROUP_THREADS);
-    return;
-  }
-  // A split piece has tiles unless it is refused; combine makes the row NaN.
-  const RowBlock block = row_block();
-  if (thread < min(ROWS, params.slab_rows - block.first_row)) {
-    const int64_t row = partial_row(params, piece.slot, block, block.first_row + thread);
-    st_global_v4_f32(params.row_partial + row * 4, QUIET_NAN, 1.f, 1.f, QUIET_NAN);
-  }
 }
 
 // ---- the role -------------------------------------------------------------------------------

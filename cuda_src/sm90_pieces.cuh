@@ -7,9 +7,10 @@
 #pragma once
 #include "merge.cuh"
 #include "metadata.cuh"
-#if defined(GATHERED)  // of sm90_gather_decode.cu
+#if defined(FEW_ROWS_MAP)  // that of a kernel for few rows comes before
+#elif defined(GATHERED)  // of sm90_gather_decode.cu
 #include "sm90_gather_shared.cuh"
-#elif !defined(FEW_ROWS_MAP)  // that of sm90_few_rows_decode.cu comes before
+#else
 #include "sm90_shared.cuh"
 #endif
 

@@ -306,7 +306,8 @@ def serving(dtype: str, *pages: str) -> list[str]:
     formats = ["v32", "v4", "v32_wide", "v4_wide", "e4m3", "e4m3_q_e4m3", "16bit", "16bit_512"]
     if dtype == "fp16":
         formats = [name for name in formats if not name.endswith(("wide", "q_e4m3"))]
-    gathering = (*(f"gather_{name}" for name in formats), "combine_gathered")
+    few = ("few_rows_v32", "few_rows_e4m3")
+    gathering = (*(f"gather_{name}" for name in formats), *few, "combine_gathered")
     return [
         *(f"{name}_{dtype}_{page}" for name in decode for page in pages),
         *(f"combine_{dtype}", "schedule"),

@@ -85,7 +85,10 @@ def test_variants():
     formats = ("v32", "v4", *of_bf16[:2], "e4m3", of_bf16[2], "16bit", "16bit_512")
     gathering = [
         f"{name}_{dtype}"
-        for name in (*(f"gather_{format}" for format in formats), "combine_gathered")
+        for name in (
+            *(f"gather_{format}" for format in formats),
+            *("few_rows_v32", "few_rows_e4m3", "combine_gathered"),
+        )
         for dtype in ("bf16", "fp16")
         if not (name.endswith(of_bf16) and dtype == "fp16")
     ]

@@ -86,7 +86,7 @@ def test_values_beyond_float16(gpu):
     """Products in bfloat16 hold them; those in float16 do not, and show it."""
     gpu(num_sms=2)
     problem = make_sparse_problem(
-        "v32", h_q=16, topk=70, s_k=90, kv_size=1e5, softmax_scale=1e-7, pow2_scales=False
+        "v32", h_q=20, topk=70, s_k=90, kv_size=1e5, softmax_scale=1e-7, pow2_scales=False
     )
     u16 = UNIT_ROUNDOFF["bfloat16"]
     problem.wide_fp8 = True
@@ -148,7 +148,8 @@ def test_two_lists_and_metadata_of_ones_own(gpu, format):
 
 @pytest.mark.parametrize("format", ["v32", "v4", "e4m3"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_dense_fp8_cache(gpu, format, causal):
+@pytest.mark.parametrize("h_q", [8, 24])
+def test_a_dense_fp8_cache(gpu, format, causal, h_q):
     gpu(num_sms=3)
     rng = np.random.default_rng(causal)
     lengths, page_size, s_q = np.array([130, 0, 49, 16], np.int32), 16, 2
@@ -161,7 +162,7 @@ def test_a_dense_fp8_cache(gpu, format, causal):
     d_qk = CACHE_FORMATS[format].d_qk
     kv = rng.standard_normal((pages.sum() + 1, page_size, 1, d_qk)).astype(Q_DTYPES["bfloat16"])
     cache = quantize_kv(kv, format, **descale)
-    q = rng.standard_normal((4, s_q, 24, d_qk)).astype(
+    q = rng.standard_normal((4, s_q, h_q, d_qk)).astype(
         Q_DTYPES["bfloat16" if format == "v4" else "float16"]
     )
     out, lse = flash_mla_with_kvcache(

@@ -29,6 +29,7 @@ from flashmla_cupy.gpu import (
     tensor_maps,
 )
 from flashmla_cupy.gpu import engine as engine_module
+from flashmla_cupy.gpu.gather_kernels import FEW_ROWS, gather_kernel
 from flashmla_cupy.gpu.geometry import Addresses, Geometry
 from flashmla_cupy.gpu.kernels import (
     COMBINE,
@@ -570,3 +571,21 @@ def test_tensor_maps_promote_128_bytes_into_the_l2_cache(monkeypatch):
 )
 def test_which_kernel_decodes(slab_rows, kernel):
     assert decode_kernel(slab_rows) is kernel
+
+
+@pytest.mark.parametrize(
+    ("cache_format", "q_dtype", "slab_rows", "wide_fp8", "name"),
+    [
+        ("v32", "bfloat16", 16, False, "few_rows_v32"),
+        ("v32", "float16", 1, True, "few_rows_v32"),
+        ("e4m3", "float16", 16, False, "few_rows_e4m3"),
+        ("v32", "bfloat16", 17, False, "gather_v32"),
+        ("v32", "bfloat16", 17, True, "gather_v32_wide"),
+        ("v4", "bfloat16", 8, True, "gather_v4_wide"),
+        ("e4m3", "float8_e4m3fn", 16, False, "gather_e4m3_q_e4m3"),
+        ("bfloat16", "bfloat16", 1, False, "gather_16bit"),
+    ],
+)
+def test_which_kernel_gathers(cache_format, q_dtype, slab_rows, wide_fp8, name):
+    assert gather_kernel(cache_format, q_dtype, slab_rows, wide_fp8=wide_fp8).name == name
+    assert f"constexpr int ROWS = {FEW_ROWS};" in source("sm90_few_fp8_shared.cuh")

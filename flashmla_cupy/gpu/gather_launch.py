@@ -17,7 +17,14 @@ from ..sizes import ROWS_PER_BLOCK, TOKENS_PER_TILE, ceil_div
 from .combine_grid import blocks_of
 from .driver import TENSOR_MAP_BYTES, Function, Launch
 from .gather_geometry import GatherAddresses, GatherGeometry
-from .gather_kernels import COMBINE_GATHERED, GATHER_V32, LIST_LENGTHS, gather_kernel
+from .gather_kernels import (
+    COMBINE_GATHERED,
+    FEW_ROWS,
+    FEW_ROWS_V32,
+    GATHER_V32,
+    LIST_LENGTHS,
+    gather_kernel,
+)
 from .kernels import SCHEDULE, Kernel, Variant
 from .parameters import Arguments
 from .reports import Reports
@@ -58,7 +65,14 @@ _NO_MAPS = Maps(ctypes.create_string_buffer(TENSOR_MAP_BYTES))
 
 
 def _kernel_of(g: GatherGeometry) -> Kernel:
-    return gather_kernel(g.cache_format, g.q_dtype, wide_fp8=g.wide_fp8)
+    return gather_kernel(g.cache_format, g.q_dtype, g.slab_rows, wide_fp8=g.wide_fp8)
+
+
+def _box_of_q(kernel: Kernel, column_blocks: int) -> Box:
+    """What a kernel loads of q at once."""
+    if kernel.source == FEW_ROWS_V32.source:
+        return Box(FEW_ROWS, (column_blocks,))
+    return Box(ROWS_PER_BLOCK, (Q_FIRST_BLOCKS, column_blocks - Q_FIRST_BLOCKS))
 
 
 class GatherKernels(NamedTuple):
@@ -151,7 +165,7 @@ class GatherLaunch:
                 g.batch,
             ),
             (head, COLUMN_BLOCK, position, batch),
-            box=Box(ROWS_PER_BLOCK, (Q_FIRST_BLOCKS, g.column_blocks - Q_FIRST_BLOCKS)),
+            box=_box_of_q(self.row, g.column_blocks),
             nan_outside=False,
         )
 

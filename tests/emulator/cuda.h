@@ -52,6 +52,12 @@ inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fdiv_rn(float x, float y) { return x / y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = (uint64_t)y << 32 | x;
+  unsigned z = 0;
+  for (int i = 0; i < 4; ++i) z |= (bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return z;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(x); }
 

@@ -190,6 +190,14 @@ DEVICE float ld_global_f32(const float* p) { return *p; }
 DEVICE float4 ld_global_v4_f32(const float* p) { return *(const float4*)p; }
 DEVICE Vector4 ld_global_v4(const void* p) { return *(const Vector4*)p; }
 DEVICE void st_global_v4(void* p, Vector4 v) { machine::store(p, &v, sizeof(v)); }
+DEVICE void st_global_v2(void* p, uint32_t x, uint32_t y) {
+  const Vector2 v = {x, y};
+  machine::store(p, &v, sizeof(v));
+}
+DEVICE void st_global_v2_f32(float* p, float x, float y) {
+  const float2 v = {x, y};
+  machine::store(p, &v, sizeof(v));
+}
 DEVICE void st_global_v4_f32(float* p, float x, float y, float z, float w) {
   const float4 v = {x, y, z, w};
   machine::store(p, &v, sizeof(v));
@@ -233,6 +241,11 @@ DEVICE float rcp(float x) { return 1.f / x; }
 DEVICE float lg2(float x) { return log2f(x); }
 DEVICE float from_half(uint16_t x) { return (float)same_bits<_Float16>(x); }
 DEVICE float from_bfloat16(uint16_t x) { return same_bits<float>((uint32_t)x << 16); }
+DEVICE uint16_t to_bfloat16(float x) {
+  const uint32_t bits = same_bits<uint32_t>(x);
+  if (x != x) return 0x7fff;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
 #if defined(DTYPE_FP16)
 DEVICE uint16_t from_float(float x) {
   return x != x ? 0x7fff : same_bits<uint16_t>((_Float16)x);
@@ -240,11 +253,7 @@ DEVICE uint16_t from_float(float x) {
 DEVICE float from_dtype(uint16_t x) { return from_half(x); }
 #else
 DEVICE float from_dtype(uint16_t x) { return from_bfloat16(x); }
-DEVICE uint16_t from_float(float x) {
-  const uint32_t bits = same_bits<uint32_t>(x);
-  if (x != x) return 0x7fff;
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
+DEVICE uint16_t from_float(float x) { return to_bfloat16(x); }
 #endif
 // Of the operands of wgmma.
 inline float machine::to_float(uint16_t x) {
@@ -256,6 +265,9 @@ inline float machine::to_float(uint16_t x) {
 }
 DEVICE uint32_t cvt_x2(float low, float high) {
   return (uint32_t)from_float(high) << 16 | from_float(low);
+}
+DEVICE uint32_t bfloat_x2(float low, float high) {
+  return (uint32_t)to_bfloat16(high) << 16 | to_bfloat16(low);
 }
 DEVICE uint32_t half_x2(float low, float high) {
   return same_bits<uint16_t>((_Float16)low) | (uint32_t)same_bits<uint16_t>((_Float16)high) << 16;
@@ -272,6 +284,7 @@ DEVICE float from_e4m3(uint8_t x) {
   return x & 0x80 ? -size : size;
 }
 DEVICE uint32_t half_x2_from_e4m3(uint32_t x) { return half_x2(from_e4m3(x), from_e4m3(x >> 8)); }
+DEVICE uint32_t half_x2_from_e4m3_high(uint32_t x) { return half_x2_from_e4m3(x >> 16); }
 DEVICE uint32_t mul_half_x2(uint32_t x, uint32_t y) {
   return half_x2(from_half(x) * from_half(y), from_half(x >> 16) * from_half(y >> 16));
 }
@@ -291,13 +304,14 @@ DEVICE void pin(T*&) {}
 
 // ---- mma ------------------------------------------------------------------------------------
 
-DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+DEVICE void mma(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1,
+                float (*to_float)(uint16_t)) {
   uint64_t lanes[3][32];  // of all lanes: a[0] and a[1], a[2] and a[3], b
   const uint64_t mine[3] = {a[0] | (uint64_t)a[1] << 32, a[2] | (uint64_t)a[3] << 32,
                             b0 | (uint64_t)b1 << 32};
   for (int i = 0; i < 3; ++i) memcpy(lanes[i], all_lanes(~0u, mine[i], "mma"), sizeof(lanes[i]));
   auto element = [&](const uint64_t* of, int lane, int half, int i) {
-    return machine::to_float(of[lane] >> (32 * half + 16 * i) & 0xffff);
+    return to_float(of[lane] >> (32 * half + 16 * i) & 0xffff);
   };
   const int row = lane_index() / 4, column = lane_index() % 4 * 2;
   for (int k = 0; k < 16; ++k) {
@@ -308,4 +322,13 @@ DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t
       d[i] += x * y;
     }
   }
+}
+DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+  mma(d, a, b0, b1, from_dtype);
+}
+DEVICE void mma_f16_m16n8k16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+  mma(d, a, b0, b1, from_half);
+}
+DEVICE void mma_bf16_m16n8k16(float (&d)[4], const uint32_t* a, uint32_t b0, uint32_t b1) {
+  mma(d, a, b0, b1, from_bfloat16);
 }

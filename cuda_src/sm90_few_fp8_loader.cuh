@@ -1,0 +1,146 @@
+// The load role, of four warps: as soon as a slot is empty, the rows of its 32 tokens are copied
+// there, a quarter by each warp.
+//
+// Rows come from a list of token indices (sparse) or from the pages of block_table (dense), by the
+// rules of sm90_gather_cursor.cuh. A token that does not count is not copied, and neither is one
+// that cannot be: bits tell the score warps of both. What is in their rows then does not matter,
+// since the value warps clear V there.
+#pragma once
+#include "sm90_few_fp8_shared.cuh"
+#include "sm90_pieces.cuh"
+
+constexpr int SLOTS_AT_ONCE = 32 / WARP_TOKENS;  // whose tokens the lanes of a warp look up
+constexpr uint32_t ALL_SEEN = (1 << WARP_TOKENS) - 1;
+
+// A piece in tokens [begin, end) of its request, and how many slots they take.
+struct Tokens {
+  int begin, end, slots;
+};
+DEVICE Tokens tokens_of(const Piece& piece) {
+  if (piece.begin >= piece.end) return {0, 0, 0};
+  const int begin = piece.begin * TOKENS;
+  const int end = min((uint32_t)piece.length, (uint32_t)piece.end * TOKENS);
+  return {begin, end, (end - begin - 1) / SLOT_TOKENS + 1};
+}
+
+// One lane's token of a request, and where it lies.
+struct Token {
+  int request, index;  // of the request's tokens
+  int end;             // of the piece; from there on there is no token
+  int second;          // where the second list begins
+
+  DEVICE static uint32_t page_of(int page_size, int shift, uint32_t token) {
+    return shift >= 0 ? token >> shift : token / (uint32_t)page_size;
+  }
+  // Its entry of the list, or of the table.
+  DEVICE int entry(const Params& params) const {
+    if (index >= end) return -1;
+    int column = index;
+    const int* list = params.block_table + request * params.table_stride;
+    if (params.topk == 0) {
+      column = page_of(params.page_size, params.page_shift, column);
+    } else if (column >= second) {
+      column -= second, list = params.extra_indices + request * params.extra_stride;
+    } else if (params.extra_topk > 0) {
+      column = min(column, params.topk - 1);  // what lies between the lists, row() ignores
+    }
+    return __ldg(list + column);
+  }
+  // Its row, given the entry; null: it is not to be seen, or bad.
+  DEVICE const uint8_t* row(const Params& params, int entry, bool& is_bad) const {
+    is_bad = false;
+    if (index >= end) return nullptr;
+    const bool is_second = index >= second, is_listed = params.topk > 0;
+    if (params.extra_topk > 0 && !is_second && index >= first_length(params, request)) {
+      return nullptr;
+    }
+    const uint32_t page_size = is_second ? params.extra_page_size : params.page_size;
+    const uint32_t pages = is_second ? params.extra_num_pages : params.num_pages;
+    const int shift = is_second ? params.extra_page_shift : params.page_shift;
+    const uint32_t of_pool = is_listed ? entry : index;
+    const uint32_t page = page_of(page_size, shift, of_pool);
+    const uint32_t in_pool = is_listed ? page : entry;
+    if (in_pool >= pages || entry < 0) {
+      is_bad = !(is_listed && (entry == -1 || params.outside_is_none));
+      if (is_bad) {
+        const List list = !is_listed ? TABLE : is_second ? SECOND_LIST : FIRST_LIST;
+        const int place = !is_listed ? page : is_second ? index - second : index;
+        refuse(params, request, PAGE_ID, list << LIST_SHIFT | place);
+      }
+      return nullptr;
+    }
+    return (is_second ? params.extra_cache : params.cache) +
+           in_pool * (is_second ? params.extra_page_bytes : params.page_bytes) +
+           (int64_t)(of_pool - page * page_size) * ROW_BYTES;
+  }
+};
+
+DEVICE void load_q(const Params& params, const TensorMap& q_map, int request, uint32_t phase) {
+  mbarrier_wait(q_empty(), phase ^ 1);
+  __syncwarp();  // once Q is loaded, its next phase may end before a lane has looked
+  if (lane_index() == 0) {
+    const RowBlock block = row_block();
+    // A query token that is a request of its own is a position of a request of the call.
+    const int of_call = request / params.lse_group;
+    const int position = block.slab + request - of_call * params.lse_group;
+    mbarrier_arrive_expect_tx(q_full(), Q_BYTES);
+    cp_async_bulk_tensor_5d(shared_base(), q_map, q_full(), 0, block.first_head + block.first_row,
+                            0, position, of_call, createpolicy_evict_first());
+  }
+  __syncwarp();
+}
+
+DEVICE void load_role(const Params& params, const TensorMap& q_map) {
+  const int lane = lane_index(), warp = uniform(warp_in_group());
+  const Part part = part_of(params);
+  const int last = uniform(part.last_request);
+  // A warp's tokens of a page lie behind one another, and in a slot they may, too. One copy takes a
+  // warp 43 ns, be it large or small.
+  const bool runs = params.topk == 0;
+  Place place;
+  uint32_t q_phase = 0;
+#pragma unroll 1
+  for (int request = uniform(part.first_request); request <= last; ++request) {
+    const Tokens tokens = tokens_of(piece_of(params, request));
+    const int slots = uniform(tokens.slots);
+    if (slots == 0) continue;
+    if (warp == 0) load_q(params, q_map, request, q_phase);
+    q_phase ^= 1;
+    // Lanes look up several slots at once, a part of the warp each.
+    Token token = {request,
+                   tokens.begin + lane / WARP_TOKENS * SLOT_TOKENS + warp * WARP_TOKENS +
+                       lane % WARP_TOKENS,
+                   tokens.end,
+                   params.extra_topk > 0 ? second_begin(params, request) : 0x7fffffff};
+    int entry = token.entry(params);
+#pragma unroll 1
+    for (int i = 0; i < slots; i += SLOTS_AT_ONCE) {
+      bool is_bad;
+      const uint8_t* row = token.row(params, entry, is_bad);
+      const uint32_t there = __ballot_sync(~0u, row != nullptr), bad = __ballot_sync(~0u, is_bad);
+      token.index += SLOTS_AT_ONCE * SLOT_TOKENS;
+      entry = token.entry(params);  // on its way
+#pragma unroll 1
+      for (int j = 0; j < min(slots - i, SLOTS_AT_ONCE); ++j) {
+        const uint32_t mine = there >> j * WARP_TOKENS & ALL_SEEN;
+        const uint32_t bads = bad >> j * WARP_TOKENS & ALL_SEEN;
+        mbarrier_wait(empty(place.slot), place.phase ^ 1);
+        __syncwarp();  // the same
+        if (lane == 0) {
+          st_shared_u32(token_bits(place.slot, warp), mine | bads | bads << 16);
+          mbarrier_arrive_expect_tx(full(place.slot), __popc(mine) * ROW_BYTES);
+        }
+#if defined(EVERY_LANE_ARRIVES)
+        if (lane != 0) mbarrier_arrive(full(place.slot));
+#endif
+        __syncwarp();  // bytes are expected before any arrive
+        if (lane / WARP_TOKENS == j && row && (!runs || lane % WARP_TOKENS == 0)) {
+          cp_async_bulk(token_row(place.slot, warp * WARP_TOKENS + lane % WARP_TOKENS), row,
+                        runs ? __popc(mine) * ROW_BYTES : ROW_BYTES, full(place.slot));
+        }
+        __syncwarp();
+        place.advance();
+      }
+    }
+  }
+}
