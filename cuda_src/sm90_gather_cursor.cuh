@@ -174,28 +174,20 @@ DEVICE void look_up(const Params& params) {
   __syncwarp();
 }
 
-// Loads the rows of Q for a request into the next two stages, as they become empty.
+// Loads the rows of Q for a request into the next two stages, as they become empty. Rows of e4m3 the
+// softmax warpgroup takes itself.
 DEVICE void load_q(const Params& params, const TensorMap& q_map_0, const TensorMap& q_map_1,
                    int request, Place& place) {
 #pragma unroll 1
   for (int i = 0; i < Q_STAGES; ++i) {
     mbarrier_wait(empty(place.stage), place.phase ^ 1);
-    const RowBlock block = row_block();
-    const int blocks = i ? COLUMN_BLOCKS - Q_FIRST_BLOCKS : Q_FIRST_BLOCKS;
-    // A query token that is a request of its own is a position of a request of the call.
-    const int of_call = request / params.lse_group;
-    const int position = block.slab + request - of_call * params.lse_group;
-    if (QUERY_IS_E4M3) {
-      convert_q(params.q + of_call * params.q_batch_stride + position * params.q_position_stride +
-                    (block.first_head + block.first_row) * params.q_head_stride,
-                params.q_head_stride, params.slab_rows - block.first_row, i * Q_FIRST_BLOCKS,
-                blocks, stage_address(place.stage));
-      fence_proxy_async();
-    } else if (uniform(warp_in_group()) == 0 && elect_sync()) {
+    if (!QUERY_IS_E4M3 && uniform(warp_in_group()) == 0 && elect_sync()) {
+      const QRows at(params, request);
+      const int blocks = i ? COLUMN_BLOCKS - Q_FIRST_BLOCKS : Q_FIRST_BLOCKS;
       mbarrier_expect_tx(full(place.stage), blocks * Q_BLOCK_BYTES);
       cp_async_bulk_tensor_5d(stage_address(place.stage), i ? q_map_1 : q_map_0, full(place.stage),
-                              0, block.first_head + block.first_row, i * Q_FIRST_BLOCKS, position,
-                              of_call, createpolicy_evict_first());
+                              0, at.first, i * Q_FIRST_BLOCKS, at.position, at.of_call,
+                              createpolicy_evict_first());
     }
     __syncwarp();
     if (arrives()) mbarrier_arrive(full(place.stage));

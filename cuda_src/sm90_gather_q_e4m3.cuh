@@ -1,8 +1,7 @@
-// Rows of Q in e4m3 (QUERY_E4M3): the gather warpgroup reads them, 16 bytes a lane, and stores them as
-// float16 in the stages of Q, where TMA would put rows of 16 bits. The softmax role sees no
+// Rows of Q in e4m3 (QUERY_E4M3): the softmax warpgroup reads them itself, 16 bytes a lane, into the
+// stages that TMA would fill with rows of 16 bits, as float16. For what comes then there is no
 // difference.
 #pragma once
-#include "sm90_gather_shared.cuh"
 #include "sm90_pieces.cuh"
 
 #if defined(QUERY_E4M3)
@@ -11,28 +10,47 @@ constexpr bool QUERY_IS_E4M3 = true;
 constexpr bool QUERY_IS_E4M3 = false;
 #endif
 
-// Column blocks of Q from `first` on, as many as `blocks`, into a stage. `row`: the block's first.
-// A warp has 16 of the 64 rows; those past `rows` become 0.
-DEVICE void convert_q(const uint8_t* row, int64_t row_bytes, int rows, int first, int blocks,
-                      uint32_t stage) {
-  constexpr int AT_ONCE = 2;  // loads on their way
-  const int vectors = blocks * 4, warp_row = warp_in_group() * 16;  // vectors of 16 e4m3 a row
-  row += first * 64;
+// Where the block's rows are in q: those of a query token that is a request of its own are at a
+// position of a request of the call.
+struct QRows {
+  int first, position, of_call;
+  DEVICE QRows(const Params& params, int request) {
+    const RowBlock block = row_block();
+    first = block.first_head + block.first_row;
+    of_call = request / params.lse_group;
+    position = block.slab + request - of_call * params.lse_group;
+  }
+};
+
+// All column blocks of Q into two stages. A warp has 16 of the 64 rows, those that it reads later.
+// Rows past the slab become 0.
+DEVICE void convert_q(const Params& params, int request, uint32_t first_stage,
+                      uint32_t second_stage) {
+  constexpr int VECTORS = COLUMN_BLOCKS * 4, AT_ONCE = VECTORS / 4;  // 16 e4m3 each; of a row
+  const QRows at(params, request);
+  const int warp_row = warp_in_group() * 16;
+  const int rows = params.slab_rows - row_block().first_row - warp_row;
+  const uint8_t* from = params.q + at.of_call * params.q_batch_stride +
+                        at.position * params.q_position_stride +
+                        (at.first + warp_row) * params.q_head_stride;
 #pragma unroll 1
-  for (int from = lane_index(); from < 16 * vectors; from += 32 * AT_ONCE) {
-    Vector4 v[AT_ONCE];
+  for (int begin = lane_index(); begin < 16 * VECTORS; begin += 32 * AT_ONCE) {
+    Vector4 v[AT_ONCE];  // on their way together
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      const int at = from + i * 32, r = warp_row + at / vectors;
+      const int row = (begin + i * 32) / VECTORS, column = (begin + i * 32) % VECTORS;
       v[i] = {0, 0, 0, 0};
-      if (at < 16 * vectors && r < rows) v[i] = ld_global_v4(row + r * row_bytes + at % vectors * 16);
+      if (row < rows) v[i] = ld_global_v4(from + row * params.q_head_stride + column * 16);
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
-      const int at = from + i * 32, r = warp_row + at / vectors, column = at % vectors;
-      if (at >= 16 * vectors) continue;
-      const uint32_t to = stage + (column >> 2) * Q_BLOCK_BYTES + r * 128 +
-                          ((((column & 3) * 2) ^ (r & 7)) << 4);
+      const int row = (begin + i * 32) / VECTORS, column = (begin + i * 32) % VECTORS;
+      const int block = column >> 2;
+      const uint32_t stage = block < Q_FIRST_BLOCKS
+                                 ? first_stage + block * Q_BLOCK_BYTES
+                                 : second_stage + (block - Q_FIRST_BLOCKS) * Q_BLOCK_BYTES;
+      const uint32_t to =
+          stage + (warp_row + row) * 128 + ((((column & 3) * 2) ^ (row & 7)) << 4);
       const Vector4 x = v[i];
       st_shared_v4(to, {half_x2_from_e4m3(x.x), half_x2_from_e4m3(x.x >> 16),
                         half_x2_from_e4m3(x.y), half_x2_from_e4m3(x.y >> 16)});
@@ -40,4 +58,5 @@ DEVICE void convert_q(const uint8_t* row, int64_t row_bytes, int rows, int first
                              half_x2_from_e4m3(x.w), half_x2_from_e4m3(x.w >> 16)});
     }
   }
+  __syncwarp();
 }

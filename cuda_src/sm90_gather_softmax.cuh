@@ -62,11 +62,15 @@ DEVICE RowScale row_scale(float largest) {
 // Takes the rows of Q [64, d_qk] out of their stages, and frees these: most steps go to registers,
 // the other column blocks to shared memory of their own. Returns in `scale` what the scores of the
 // thread's two rows are to be multiplied by, given softmax_scale * log2(e).
-DEVICE void take_q(uint32_t (&q)[4 * Q_STEPS], float (&scale)[2], Place& place, float scale_log2) {
+DEVICE void take_q(const Params& params, int request, uint32_t (&q)[4 * Q_STEPS],
+                   float (&scale)[2], Place& place, float scale_log2) {
   const Place first = place;
   place.advance();
   mbarrier_wait(full(first.stage), first.phase);
   mbarrier_wait(full(place.stage), place.phase);
+  if (QUERY_IS_E4M3) {
+    convert_q(params, request, stage_address(first.stage), stage_address(place.stage));
+  }
   const uint32_t fragment = fragment_offset(), tail = shared_base() + Q_TAIL + fragment;
   auto block = [&](int i) {
     return fragment + (i < Q_FIRST_BLOCKS
@@ -267,7 +271,7 @@ DEVICE void softmax_role(const Params& params) {
         continue;
       }
     }
-    take_q(q, scale, place,
+    take_q(params, request, q, scale, place,
            params.scale_log2 * descale(params.descale_q) * descale(params.descale_k));
     place.advance();
     float m[2] = {NEG_INF, NEG_INF}, l[2] = {0.f, 0.f}, largest[2] = {NEG_INF, NEG_INF};

@@ -74,7 +74,7 @@ class Operation:
     compute: Callable[[Valid, Views], DeviceCheckError | None]
     # (tile_scheduler_metadata, num_splits) for a SchedMeta; None: there is none.
     schedule: Callable[[Valid, Views], tuple[np.ndarray, np.ndarray]] | None = None
-    # What a GPU does for such calls; raises an OptionError where it has no kernel.
+    # What a GPU does for such calls; raises an ArgumentError for what no kernel takes.
     on_gpu: Callable[[Valid], Work]
     _calls: Signatures[OperationCall] = field(init=False, repr=False, compare=False)
 

@@ -164,6 +164,27 @@ def test_flashmla_grid(format, h_q, scope, batch, s_q):
         flashmla_cupy.check()
 
 
+@pytest.mark.parametrize("format", ["v32", "v4"])
+@pytest.mark.parametrize("scope", [(512, 64, 61), (650, 576, 53)])
+def test_flashmla_corners(format, scope):
+    """And those of the same file: nothing valid, or no length, with and without a sink."""
+    need(format)
+    s_k, topk, page_size = scope
+    kinds = itertools.product((False, True), ("none", "zero"), (False, True))
+    for all_invalid, lengths, sink in kinds:
+        problem = make_sparse_problem(
+            format, batch=4, s_q=3, h_q=4 if DRY else 128, s_k=s_k, topk=topk,
+            page_size=page_size, sink=sink, all_invalid=all_invalid,
+        )  # fmt: skip
+        if lengths == "zero":
+            problem.pool = problem.pool._replace(topk_length=np.array([0, topk, 0, 1], np.int32))
+        out, lse = results_of(problem)
+        flashmla_cupy.check()
+        expected = sparse_oracle(problem)
+        flashmla_allclose(out, expected.out, 1e-3, 2.01 / 128, 5e-6)
+        flashmla_allclose(lse, expected.lse, 1e-6, 8.01 / 65536, 1e-7)
+
+
 def first_requests(problem, some: slice):
     """The problem of some requests, over the same pool."""
     length = problem.pool.topk_length
