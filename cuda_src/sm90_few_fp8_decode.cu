@@ -10,7 +10,7 @@
 //
 //   score  four warps  S [16, 64] = Q [16, 576] K^T of a slot, then P   sm90_few_fp8_scores.cuh
 //   value  four warps  O [16, 512] += P V, 128 columns each             sm90_few_fp8_values.cuh
-//   load   four warps  Q by TMA, rows of the cache by bulk copies       sm90_few_fp8_loader.cuh
+//   load   four warps  Q by TMA (QUERY_E4M3: the score warps read it), rows of the cache by bulk copies       sm90_few_fp8_loader.cuh
 //
 // sm90_few_fp8_shared.cuh has the memory map and the barriers that keep them in step. Parameters,
 // lists, metadata and partial results are those of sm90_gather_decode.cu.
@@ -22,7 +22,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                     const __grid_constant__ TensorMap same_q_map,  // launches have two
                     const __grid_constant__ Params params) {
   if (thread_index() == 0) {
+#if !defined(QUERY_E4M3)
     prefetch_tensormap(q_map);
+#endif
     init_mbarriers();
   }
   const int warp = uniform(thread_index() >> 5);

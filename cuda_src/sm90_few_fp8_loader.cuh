@@ -104,7 +104,9 @@ DEVICE void load_role(const Params& params, const TensorMap& q_map) {
     const Tokens tokens = tokens_of(piece_of(params, request));
     const int slots = uniform(tokens.slots);
     if (slots == 0) continue;
+#if !defined(QUERY_E4M3)  // which the score warps read
     if (warp == 0) load_q(params, q_map, request, q_phase);
+#endif
     q_phase ^= 1;
     // Lanes look up several slots at once, a part of the warp each.
     Token token = {request,

@@ -5,39 +5,11 @@
 // no sum over warps; only the maximum of a row is exchanged. The order of columns in a product is
 // free: a lane loads 16 bytes of its token at once, which are columns of four products (of two, in
 // 16 bits), and the fragments of Q are made in the same order.
-//
-// V32: each group of 128 columns has a sum of its own, which its scale multiplies. Rotary columns
-// are multiplied in bfloat16, as they are; those of a float16 Q are two bfloat16, whose sum is
-// exact.
-// The scales of V multiply P, of which each value warp has a version of its own. So that it fits
-// float16, a power of two brings the largest scale so far to at most 2^7; O is in its units, and
-// when it moves, O shrinks as for a new maximum.
 #pragma once
-#include "row_statistics.cuh"
-#include "sm90_few_fp8_loader.cuh"
+#include "sm90_few_fp8_scales.cuh"
 #include "sm90_no_tiles.cuh"
 
-constexpr int P_UP_LOG2 = 7;  // P is at most 2^LAZY, and 2^15 with this
-#if defined(FORMAT_V32)
-constexpr int LATENT_STEPS = 32;  // of 16 columns, in float16
-#if defined(DTYPE_FP16)
-constexpr int ROTARY_PARTS = 2;
-#else
-constexpr int ROTARY_PARTS = 1;
-#endif
-constexpr int ROTARY_STEPS = 4;  // of bfloat16, each with so many parts of Q
-#else
-constexpr int LATENT_STEPS = 36, ROTARY_PARTS = 0, ROTARY_STEPS = 0;  // all columns are alike
-#endif
 constexpr int CHAINS = 4;  // sums of S that do not wait for one another; of V32: its groups
-
-// A thread has, of S and P, two tokens of each octet of the warp, my_token(octet, 0) and
-// my_token(octet, 1), in two rows: [0] and [1] of this row, [2] and [3] of the row eight further.
-DEVICE int first_row() { return lane_index() >> 2; }
-DEVICE int my_token(int octet, int i) { return product_token(octet, 2 * (lane_index() & 3) + i); }
-DEVICE uint32_t warp_token_row(uint32_t slot, int token) {
-  return token_row(slot, warp_in_group() * WARP_TOKENS + token);
-}
 
 // A value of each warp for a row: one lane of a quad writes it, and all warps read all of them.
 DEVICE void scatter(uint32_t offset, int row, float x) {
@@ -50,86 +22,6 @@ DEVICE float4 gather(uint32_t offset, int row) {
 }
 DEVICE uint32_t maxima(uint32_t slot) { return MAXIMA + slot * ROWS * GROUP_WARPS * 4; }
 
-// ---- Q --------------------------------------------------------------------------------------
-
-DEVICE float2 q_pair(uint32_t x) {
-#if defined(DTYPE_FP16)
-  return from_half_x2(x);
-#else
-  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)};
-#endif
-}
-
-// As fragments of A. A row of a bfloat16 Q is scaled by the power of two that brings its largest
-// value to [2^13, 2^14), which is exact for all values that matter; `down` takes that back.
-struct Queries {
-  uint32_t latent[4 * LATENT_STEPS];
-  uint32_t rotary[4 * ROTARY_STEPS * ROTARY_PARTS + 1];  // one part behind the other
-  float down[2];
-
-  // 16 bytes of each of the thread's rows, of column block `block`: two products.
-  DEVICE static void load(uint32_t (&to)[8], int block, uint32_t chunk) {
-    const uint32_t row = first_row();
-    const uint32_t from = shared_base() + block * Q_BLOCK_BYTES + row * 128 + ((chunk ^ row) << 4);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const Vector4 v = ld_shared_v4(from + h * 8 * 128);
-      to[h] = v.x, to[2 + h] = v.y, to[4 + h] = v.z, to[6 + h] = v.w;
-    }
-  }
-  DEVICE void take(uint32_t phase) {
-    mbarrier_wait(q_full(), phase);
-    const uint32_t c = lane_index() & 3;
-#pragma unroll
-    for (int i = 0; i < LATENT_STEPS / 2; ++i) {
-      uint32_t x[8];
-      load(x, i >> 1, 2 * c + (i & 1));
-#pragma unroll
-      for (int j = 0; j < 8; ++j) latent[8 * i + j] = x[j];
-    }
-#if defined(FORMAT_V32)
-#pragma unroll
-    for (int i = 0; i < ROTARY_STEPS / 2; ++i) {
-      uint32_t x[8];
-      load(x, COLUMN_BLOCKS - 1, 4 * i + c);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-#if defined(DTYPE_FP16)
-        const float2 v = from_half_x2(x[j]);
-        const uint32_t high = bfloat_x2(v.x, v.y);
-        rotary[8 * i + j] = high;
-        rotary[8 * i + j + 4 * ROTARY_STEPS] = bfloat_x2(
-            v.x - __uint_as_float(high << 16), v.y - __uint_as_float(high & 0xffff0000));
-#else
-        rotary[8 * i + j] = x[j];
-#endif
-      }
-    }
-#endif
-    arrive(q_empty());
-    down[0] = down[1] = 1.f;
-#if !defined(DTYPE_FP16)
-    float up[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      uint32_t largest = 0;
-#pragma unroll
-      for (int i = h; i < 4 * LATENT_STEPS; i += 2) largest = max_abs_x2(largest, latent[i]);
-      const float2 pair = q_pair(largest);
-      const uint32_t bits = __float_as_uint(quad_max(fmaxf(pair.x, pair.y)));
-      const int exponent = max(17, (int)(bits >> 23));
-      up[h] = __int_as_float((267 - exponent) << 23);
-      down[h] = __int_as_float((exponent - 13) << 23);
-    }
-#pragma unroll
-    for (int i = 0; i < 4 * LATENT_STEPS; ++i) {
-      const float2 v = q_pair(latent[i]);
-      latent[i] = half_x2(v.x * up[i & 1], v.y * up[i & 1]);
-    }
-#endif
-  }
-};
-
 // ---- S --------------------------------------------------------------------------------------
 
 // Four columns of a lane's token to a fragment of B.
@@ -139,27 +31,6 @@ DEVICE void add_latent(float (&s)[4], const uint32_t* q, uint32_t k) {
 DEVICE void add_latents(float (&s)[4], const uint32_t* q, const Vector4& k, int step) {
   add_latent(s, q + 4 * step, step == 0 ? k.x : step == 1 ? k.y : step == 2 ? k.z : k.w);
 }
-
-#if defined(FORMAT_V32)
-// The scales of the thread's two tokens of an octet.
-struct Scales {
-  float4 of[2];
-  DEVICE void load(uint32_t slot, int octet) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      of[i] = ld_shared_v4_f32(warp_token_row(slot, my_token(octet, i)) + SCALES);
-    }
-  }
-  DEVICE float at(int i, int group) const {
-    const float4& v = of[i];
-    return group == 0 ? v.x : group == 1 ? v.y : group == 2 ? v.z : v.w;
-  }
-};
-#else
-struct Scales {
-  DEVICE void load(uint32_t, int) {}
-};
-#endif
 
 // S of an octet.
 DEVICE void scores(float (&s)[4], const Queries& q, uint32_t slot, int octet) {
@@ -242,57 +113,6 @@ DEVICE void mask(float (&s)[OCTETS][4], const Params& params, uint32_t bits, int
 }
 
 // ---- softmax --------------------------------------------------------------------------------
-
-// The exponents of the largest scale of each group so far, as floats have them.
-struct Exponents {
-  static constexpr int LEAST = P_UP_LOG2, LARGEST = 252;  // so that up() and down() are floats
-  int of[GROUPS];
-  DEVICE Exponents() {
-#pragma unroll
-    for (int group = 0; group < GROUPS; ++group) of[group] = LEAST;
-  }
-  DEVICE float limit(int group) const { return __int_as_float((of[group] + 1) << 23); }
-  // Looks at a slot. Returns whether one moved, and in `factor` what that does to O of this lane's
-  // group, lane % 4.
-  DEVICE bool raise(uint32_t slot, float& factor) {
-    factor = 1.f;
-#if defined(FORMAT_V32)
-    bool moves = false;
-#pragma unroll
-    for (int half = 0; half < SLOT_TOKENS / 32; ++half) {
-      const int token = half * 32 + lane_index();
-      const uint32_t bits =
-          ld_shared_u32(token_bits(slot, token / WARP_TOKENS)) >> token % WARP_TOKENS;
-      const float4 v = ld_shared_v4_f32(token_row(slot, token) + SCALES);
-      const float scales[4] = {fabsf(v.x), fabsf(v.y), fabsf(v.z), fabsf(v.w)};
-      bool is_larger = false;
-#pragma unroll
-      for (int group = 0; group < GROUPS; ++group) is_larger |= scales[group] >= limit(group);
-      const bool counts = (bits & 0x10001) == 1;
-      if (!__any_sync(~0u, is_larger && counts)) continue;
-      moves = true;  // rare after the first tokens
-#pragma unroll
-      for (int group = 0; group < GROUPS; ++group) {
-        const int mine = counts ? __float_as_uint(scales[group]) >> 23 : 0;
-        const int largest = min(LARGEST, max(of[group], __reduce_max_sync(~0u, mine)));
-        const float by = __int_as_float(max(0, 127 - (largest - of[group])) << 23);
-        if ((lane_index() & 3) == group) factor *= by;
-        of[group] = largest;
-      }
-    }
-    return moves;
-#else
-    return false;
-#endif
-  }
-  // What brings a scale to at most 2^P_UP_LOG2, and what O is then to be multiplied by.
-  DEVICE float up(int group) const {
-    return GROUPS > 1 ? __int_as_float((253 + P_UP_LOG2 - of[group]) << 23) : 1 << P_UP_LOG2;
-  }
-  DEVICE float down(int group) const {
-    return __int_as_float(((GROUPS > 1 ? of[group] + 1 : 127) - P_UP_LOG2) << 23);
-  }
-};
 
 struct Rows {
   float m[2] = {NEG_INF, NEG_INF}, l[2] = {0.f, 0.f};  // l: of this thread's columns only
@@ -436,7 +256,7 @@ DEVICE void score_role(const Params& params) {
       store_no_tiles(params, request, piece);
       continue;
     }
-    q.take(q_phase);
+    q.take(params, request, q_phase);
     q_phase ^= 1;
     // From this token of the warp on, counted from that of the slot, some row does not see all.
     int border = params.causal ? piece.length - params.s_q + 1 - tokens.begin -

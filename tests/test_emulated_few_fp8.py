@@ -15,7 +15,7 @@ from support import sparse_calls
 from support.oracle import assert_within_bound
 from support.sparse_dense import dense_problem
 from support.sparse_oracle import largest_logits, sparse_oracle
-from support.sparse_problems import as_prompt, make_sparse_problem
+from support.sparse_problems import Q_DTYPES, as_prompt, make_sparse_problem
 
 from flashmla_cupy import check, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
 
@@ -151,10 +151,34 @@ def prompts(gpu):
     check()
 
 
+def queries_in_e4m3(gpu):
+    """With lists, and dense, where rows of several positions make one slab."""
+    for s_q in (1, 2):
+        gpu(num_sms=3).seed = s_q
+        problem = make_sparse_problem(
+            "e4m3", s_q=s_q, h_q=7, topk=70, s_k=90, q_dtype="float8_e4m3fn", seed=s_q
+        )
+        problem.descale_q = np.array([0.7], np.float32)
+        assert_right(problem, *sparse_calls.call(problem))
+    arrays, lists = dense_problem("e4m3", [70, 0, 3], s_q=2, h_q=7, page_size=16, causal=True)
+    lists.q = arrays["q"] = arrays["q"].astype(Q_DTYPES["float8_e4m3fn"])
+    out, lse = flash_mla_with_kvcache(
+        **arrays,
+        head_dim_v=512,
+        tile_scheduler_metadata=get_mla_metadata()[0],
+        causal=True,
+        is_fp8_kvcache=True,
+    )
+    assert_right(lists, out, lse)
+    check()
+
+
 # ---- tests ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scenario", [races, short_lists, two_lists, dense, prompts, wide_scales])
+@pytest.mark.parametrize(
+    "scenario", [races, short_lists, two_lists, dense, prompts, queries_in_e4m3, wide_scales]
+)
 def test_right(gpu, scenario):
     scenario(gpu)
 
@@ -237,7 +261,7 @@ BROKEN = {
         races,
     ),
     "scales of tokens that do not count are looked at": (
-        "sm90_few_fp8_scores.cuh",
+        "sm90_few_fp8_scales.cuh",
         "const bool counts = (bits & 0x10001) == 1;",
         "const bool counts = true;",
         RACE,

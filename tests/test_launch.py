@@ -582,7 +582,8 @@ def test_which_kernel_decodes(slab_rows, kernel):
         ("v32", "bfloat16", 17, False, "gather_v32"),
         ("v32", "bfloat16", 17, True, "gather_v32_wide"),
         ("v4", "bfloat16", 8, True, "gather_v4_wide"),
-        ("e4m3", "float8_e4m3fn", 16, False, "gather_e4m3_q_e4m3"),
+        ("e4m3", "float8_e4m3fn", 16, False, "few_rows_e4m3_q_e4m3"),
+        ("e4m3", "float8_e4m3fn", 17, False, "gather_e4m3_q_e4m3"),
         ("bfloat16", "bfloat16", 1, False, "gather_16bit"),
     ],
 )

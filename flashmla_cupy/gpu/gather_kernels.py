@@ -55,7 +55,7 @@ GATHER_16BIT = _gather("gather_16bit", 183824)
 GATHER_16BIT_512 = _gather("gather_16bit_512", 175632, "FORMAT_16BIT_512")
 
 
-def _few_rows(name: str, shared_bytes: int, define: str) -> Kernel:
+def _few_rows(name: str, shared_bytes: int, *defines: str, dtypes: tuple[str, ...] = ()) -> Kernel:
     """sm90_few_fp8_decode.cu for the rows of one format of a cache."""
     return Kernel(
         name,
@@ -64,8 +64,8 @@ def _few_rows(name: str, shared_bytes: int, define: str) -> Kernel:
         384,
         Parameters(_GATHER_PARAMETERS, as_struct=True, tensor_maps=2),  # of q, the same twice
         shared_bytes=shared_bytes,  # SHARED_BYTES
-        dtypes=("bfloat16", "float16"),
-        defines=("GATHERED", f"FEW_ROWS_KERNEL={name}", define),
+        dtypes=dtypes or ("bfloat16", "float16"),
+        defines=("GATHERED", f"FEW_ROWS_KERNEL={name}", *defines),
         registers=168,  # setmaxnreg shares them out anew by role
         spill_bytes=24,
         mma_loops=2,  # Q K^T with softmax, and P V
@@ -74,6 +74,9 @@ def _few_rows(name: str, shared_bytes: int, define: str) -> Kernel:
 
 FEW_ROWS_V32 = _few_rows("few_rows_v32", 222008, "FORMAT_V32")
 FEW_ROWS_E4M3 = _few_rows("few_rows_e4m3", 175992, "FORMAT_PER_TENSOR")
+FEW_ROWS_E4M3_Q_E4M3 = _few_rows(
+    "few_rows_e4m3_q_e4m3", 175992, "FORMAT_PER_TENSOR", "QUERY_E4M3", dtypes=_BF16
+)
 
 COMBINE_GATHERED = Kernel(
     "combine_gathered",
@@ -118,6 +121,7 @@ GATHERING = (
     GATHER_16BIT_512,
     FEW_ROWS_V32,
     FEW_ROWS_E4M3,
+    FEW_ROWS_E4M3_Q_E4M3,
     COMBINE_GATHERED,
     LIST_LENGTHS,
 )
@@ -135,15 +139,17 @@ _WIDE = {"v32": GATHER_V32_WIDE, "v4": GATHER_V4_WIDE}  # products in bfloat16
 _OF_E4M3_QUERIES = {"e4m3": GATHER_E4M3_Q_E4M3}
 # Where all query rows of a slab fit a block. Their products need no wide variant.
 _OF_FEW_ROWS = {"v32": FEW_ROWS_V32, "e4m3": FEW_ROWS_E4M3}
+_OF_FEW_E4M3_QUERIES = {"e4m3": FEW_ROWS_E4M3_Q_E4M3}
 FEW_ROWS = 16  # query rows of their blocks
 
 
 def gather_kernel(cache_format: str, q_dtype: str, slab_rows: int, *, wide_fp8: bool) -> Kernel:
     """The kernel over a cache of a format for so many query rows of a slab; wide_fp8: for values
     beyond float16."""
+    is_few = slab_rows <= FEW_ROWS
     if q_dtype == "float8_e4m3fn":
-        return _OF_E4M3_QUERIES[cache_format]
-    if slab_rows <= FEW_ROWS and cache_format in _OF_FEW_ROWS:
+        return (_OF_FEW_E4M3_QUERIES if is_few else _OF_E4M3_QUERIES)[cache_format]
+    if is_few and cache_format in _OF_FEW_ROWS:
         return _OF_FEW_ROWS[cache_format]
     usual = _FORMATS[cache_format]
     return _WIDE.get(cache_format, usual) if wide_fp8 else usual
