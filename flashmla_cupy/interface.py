@@ -83,7 +83,7 @@ def get_mla_metadata(
         )
     if topk is not None:
         lists = (cache_seqlens, topk_length, extra_topk_length, None, None)
-        sizes = num_q_tokens_per_head_k, num_heads_k, num_heads_q, topk, extra_topk or 0
+        sizes = num_q_tokens_per_head_k, num_heads_k, num_heads_q, topk, 0 if extra_topk is None else extra_topk
         made: tuple[Any, Any] = run(sparse_metadata.METADATA, lists, sizes)
         return made
     if not topk_length is extra_topk is extra_topk_length is None:
@@ -235,10 +235,10 @@ def flash_mla_sparse_fwd(
     out, max_logits, lse
                  contiguous arrays to write into, instead of new ones (not in JAX)
 
-    Returns out [s_q, h_q, 512] in q's dtype (bfloat16 for float8_e4m3fn), and max_logits, the largest score, and lse (natural
-    logarithm), both [s_q, h_q] float32. A query token that sees none gives out = 0, max_logits =
-    -inf and lse = +inf; one whose topk_length is not from 0 to topk gives NaN, and is reported as
-    in flash_mla_with_kvcache(). Raises an ArgumentError.
+    Returns out [s_q, h_q, 512] in q's dtype (bfloat16 for float8_e4m3fn), and max_logits, the
+    largest score, and lse (natural logarithm), both [s_q, h_q] float32. A query token that sees
+    none gives out = 0, max_logits = -inf and lse = +inf; one whose topk_length is not from 0 to
+    topk gives NaN, and is reported as in flash_mla_with_kvcache(). Raises an ArgumentError.
     """
     if len(getattr(kv, "shape", ())) == 4:
         inputs = q, kv, indices, attn_sink, topk_length, descale_q, descale_k

@@ -145,10 +145,15 @@ def test_an_empty_batch_has_a_table_of_any_strides(table):
 
 
 def test_a_masked_array_is_refused():
+    """Behind a call of the same shapes, too, whose checks are not made again."""
     p = make_problem([70, 5], h_q=4)
-    q = np.ma.masked_array(p.q, p.q > 0)
-    with pytest.raises(ArgTypeError, match="q: expected an array without a mask"):
-        decode(q, *p.arrays()[1:])
+    for _ in range(2):
+        for i, name in enumerate(("q", "k_cache", "block_table", "cache_seqlens")):
+            arrays = list(p.arrays())
+            arrays[i] = np.ma.masked_array(arrays[i], False)
+            with pytest.raises(ArgTypeError, match=f"{name}: expected an array without a mask"):
+                flash_mla_with_kvcache(*arrays, 512, get_mla_metadata()[0])
+        decode(*p.arrays())
 
 
 def test_metadata_of_other_lengths_refuses_the_request():

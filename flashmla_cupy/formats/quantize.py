@@ -79,7 +79,8 @@ def dequantize_kv(
     function = "dequantize_kv"
     codes, format = cache_format(k_cache, format, function)
     factor = descale(descale_k, format, codes, function)
-    if dtype not in VALUES and not (dtype == "float64" and codes.name == "numpy"):
+    known = (*VALUES, "float64") if codes.name == "numpy" else VALUES
+    if not isinstance(dtype, str) or dtype not in known:
         remedy = "Pass one of these names."
         raise DTypeError("dtype", ", ".join(VALUES), f"{dtype!r}", remedy, function)
     row, tail = rows_and_tail(codes, k_cache, format)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from ..errors import ArgTypeError, FrameworkMismatchError
 from .base import HERE, HOST, Adapter, ArrayInfo, numpy_dtype
+from .numpy_arrays import masked
 
 __all__ = [
     "HERE",
@@ -97,8 +98,7 @@ def _find(x: Any, argument: str) -> Adapter:
         remedy = "Pass tensors that all have memory, or all of one trace."
         raise ArgTypeError(argument, "a tensor with memory of its own", shown, remedy)
     if name == "numpy" and hasattr(x, "mask"):
-        remedy = "Pass numpy.ma.getdata(x), or x.filled(value): a mask cannot be kept."
-        raise ArgTypeError(argument, "an array without a mask", shown, remedy)
+        raise masked(x, argument)
     if name:
         found = by_type[kind] = framework(name)
         return found

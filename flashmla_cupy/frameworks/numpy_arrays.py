@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import ArgTypeError
 from .base import (
     HOST,
     Adapter,
@@ -18,11 +19,21 @@ from .base import (
 )
 
 
+def masked(x: Any, argument: str) -> ArgTypeError:
+    """Of numpy.ma, or of anything else that keeps a mask."""
+    kind = type(x)
+    remedy = "Pass numpy.ma.getdata(x), or x.filled(value): a mask cannot be kept."
+    shown = f"{kind.__module__}.{kind.__qualname__}"
+    return ArgTypeError(argument, "an array without a mask", shown, remedy)
+
+
 class NumPy(Adapter):
     name = "numpy"
     pointer = staticmethod(operator.attrgetter("ctypes.data"))
 
     def describe(self, x: Any, argument: str = "array") -> ArrayInfo:
+        if type(x) is not np.ndarray and hasattr(x, "mask"):
+            raise masked(x, argument)
         dtype = x.dtype
         strides = element_strides[x.strides, dtype.itemsize or 1]
         if len(strides) != x.ndim:

@@ -6,10 +6,10 @@
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py --racecheck
 
 Both kinds of kernels: those over pages of tokens, and with `--gathered` those over lists of them
-and FP8 caches. memcheck should get `--padding 512` as well. racecheck does not follow the order that __syncwarp
-makes between a warp's accesses and the arrival of one of its lanes at an mbarrier, so for it the
-kernels are compiled with EVERY_LANE_ARRIVES (sm90_shared.cuh). `--part 2/4` runs the second
-quarter.
+and FP8 caches. memcheck should get `--padding 512` as well. racecheck does not follow the order
+that __syncwarp makes between a warp's accesses and the arrival of one of its lanes at an mbarrier,
+so for it the kernels are compiled with EVERY_LANE_ARRIVES (sm90_shared.cuh). `--part 2/4` runs the
+second quarter.
 
 CuPy's memory pool is off, so that every array is an allocation of its own and the tools see its
 ends. No other framework is used. The script prints how many configurations ran and fails if a

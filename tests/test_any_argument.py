@@ -1,0 +1,117 @@
+"""Any value for any argument of the functions over FP8 caches and lists of tokens: a result, or an
+error of this package that names the argument; never an exception of NumPy's or Python's own."""
+
+from __future__ import annotations
+
+import contextlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+from support.sparse_calls import keywords, schedule
+from support.sparse_problems import make_sparse_problem, prefill_problem
+
+from flashmla_cupy import (
+    ArgumentError,
+    DeviceCheckError,
+    check,
+    dequantize_kv,
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    quantize_kv,
+    write_kv,
+)
+
+ANYTHING = {
+    "none": None, "int": 3, "negative": -1, "float": 1.5, "nan": float("nan"), "text": "abc",
+    "list": [1, 2], "dict": {}, "bool": True, "object": object(), "huge": 2**70, "complex": 1j,
+    "number": np.float32(2), "tuple": (), "function": len, "type": int, "bytes": b"ab",
+    "empty": np.zeros(0, np.float32), "no axis": np.array(1, np.float32),
+    "int64": np.zeros((2, 1, 64), np.int64), "objects": np.array([None, 1], object),
+    "texts": np.array(["a"]), "fields": np.zeros(2, [("a", "i4")]),
+    "masked": np.ma.array(np.zeros((2, 1, 64), np.int32)), "bools": np.zeros((2, 1, 64), bool),
+    "backwards": np.zeros((2, 1, 64), np.int32)[::-1], "complexes": np.zeros((2, 4, 8, 576), "c8"),
+    "a page": np.zeros((3, 64, 1, 656), np.uint8), "dates": np.zeros(3, "M8[s]"),
+    "no list": np.zeros((2, 1, 0), np.int32), "of nan": np.array([np.nan], np.float32),
+    "read only": np.frombuffer(bytes(4), np.float32), "float16": np.zeros((2, 1, 8, 576), "f2"),
+}  # fmt: skip
+
+
+def decoding(format: str, extra) -> dict:
+    problem = make_sparse_problem(
+        format, topk=64, extra=extra, lengths="request", extra_lengths="request"
+    )
+    given = dict.fromkeys(("num_splits", "out", "lse", "softmax_scale", "descale_q"))
+    return given | keywords(problem) | schedule(problem) | {"causal": False}
+
+
+def prompt(d_qk: int) -> dict:
+    return prefill_problem(3, 4, d_qk, 40, 17) | dict.fromkeys(("out", "max_logits", "lse", "d_v"))
+
+
+def values() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((2, 16, 1, 576)).astype(np.float32)
+
+
+def pages(format: str) -> dict:
+    q = np.zeros((3, 4, 576), ml_dtypes.bfloat16)
+    arguments = {"q": q, "kv": quantize_kv(values(), format), "sm_scale": 0.1}
+    arguments["indices"] = np.zeros((3, 1, 9), np.int32)
+    rest = ("attn_sink", "topk_length", "descale_q", "descale_k")
+    return arguments | dict.fromkeys(rest) | {"wide_fp8": False}
+
+
+UNREAD = ("block_table", "cache_seqlens")  # beside indices
+LENGTHS = np.array([5, 7], np.int32)
+CALLS = {
+    "decode v32": (flash_mla_with_kvcache, lambda: decoding("v32", None)),
+    "decode v4": (flash_mla_with_kvcache, lambda: decoding("v4", (90, 33, 64))),
+    "prompt": (flash_mla_sparse_fwd, lambda: prompt(576) | {"d_v": 512}),
+    "pages": (flash_mla_sparse_fwd, lambda: pages("e4m3")),
+    "metadata": (
+        get_mla_metadata,
+        lambda: {
+            "cache_seqlens": LENGTHS, "num_q_tokens_per_head_k": 8, "num_heads_k": 1,
+            "num_heads_q": 8, "is_fp8_kvcache": True, "topk": 64, "topk_length": LENGTHS,
+            "extra_topk": 33, "extra_topk_length": LENGTHS,
+        },
+    ),
+    "quantize": (
+        quantize_kv,
+        lambda: {"kv": values(), "format": "e4m3", "pow2_scales": True, "descale_k": None},
+    ),
+    "dequantize": (
+        dequantize_kv,
+        lambda: {"k_cache": quantize_kv(values(), "v32"), "format": "v32", "dtype": "float32"},
+    ),
+    "write": (
+        write_kv,
+        lambda: {
+            "k_cache": quantize_kv(values(), "v32"), "kv": values()[0],
+            "slot_mapping": np.arange(16, dtype=np.int32), "pow2_scales": True, "descale_k": None,
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_anything_is_a_result_or_a_named_error(name):
+    function, arguments = CALLS[name]
+    named = arguments()
+    for _ in range(2):  # a second time behind a right call, whose checks are not made again
+        for argument in named:
+            for kind, value in ANYTHING.items():
+                try:
+                    function(**named | {argument: value})
+                    assert kind != "masked" or argument in UNREAD, argument
+                except (ArgumentError, DeviceCheckError) as error:
+                    assert len(str(error)) > 40, (argument, kind)
+                except AssertionError:
+                    raise
+                except Exception as error:
+                    pytest.fail(f"{name}: {argument}={kind}: {error!r}")
+        with contextlib.suppress(DeviceCheckError):  # of a list that named no slot of its cache
+            check()
+        function(**named)
+        check()
