@@ -83,7 +83,13 @@ def get_mla_metadata(
         )
     if topk is not None:
         lists = (cache_seqlens, topk_length, extra_topk_length, None, None)
-        sizes = num_q_tokens_per_head_k, num_heads_k, num_heads_q, topk, 0 if extra_topk is None else extra_topk
+        sizes = (
+            num_q_tokens_per_head_k,
+            num_heads_k,
+            num_heads_q,
+            topk,
+            0 if extra_topk is None else extra_topk,
+        )
         made: tuple[Any, Any] = run(sparse_metadata.METADATA, lists, sizes)
         return made
     if not topk_length is extra_topk is extra_topk_length is None:
