@@ -393,7 +393,7 @@ DEVICE uint32_t max_abs_x2(uint32_t x, uint32_t y) {
 // Two e4m3, in the low half of x, to two float16; exact.
 DEVICE uint32_t half_x2_from_e4m3(uint32_t x) {
   uint32_t y;
-  asm("{\n.reg .b16 pair;\ncvt.u16.u32 pair, %1;\ncvt.rn.f16x2.e4m3x2 %0, pair;\n}"
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;\n}"
       : "=r"(y)
       : "r"(x));
   return y;
@@ -425,7 +425,9 @@ DEVICE uint32_t cvt_x2(float low, float high) {
 #endif
 }
 
-// Hides from the compiler where a pointer comes from.
+// Hides from the compiler where a number or a pointer comes from. Otherwise it would keep what is
+// computed from a number in registers that there are not.
+DEVICE void pin(uint32_t& number) { asm volatile("" : "+r"(number)); }
 template <class T>
 DEVICE void pin(T*& pointer) {
   asm volatile("" : "+l"(pointer)::"memory");

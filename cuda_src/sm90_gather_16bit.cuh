@@ -5,18 +5,21 @@
 #include "sm90_gather_cursor.cuh"
 
 // Starts the copies of the tile that was looked up into a stage.
-DEVICE void copy_tile(uint32_t stage) {
-  const uint32_t lane = lane_index(), i = lane >> 3, column = lane & 7;
+DEVICE void copy_tile(uint32_t lane, uint32_t stage, uint32_t tile) {
+  const uint32_t i = lane >> 3, column = lane & 7;
   const uint32_t to = stage_address(stage) + (warp_in_group() * CHUNK + i) * 128 +
                       ((column ^ (warp_in_group() * CHUNK & 4) ^ i) << 4);
+  const uint32_t from = row_pointers() + i * 8;
+  tile >>= i;
 #pragma unroll 1
   for (int chunk = 0; chunk < TILE_CHUNKS; ++chunk) {
-    const uint8_t* row = row_at(row_pointers() + (chunk * CHUNK + i) * 8);
+    const uint8_t* row = row_at(from + chunk * CHUNK * 8);
     const uint32_t at = to + chunk * CHUNK * GROUP_WARPS * 128;
 #pragma unroll
     for (int block = 0; block < COLUMN_BLOCKS; ++block) {
-      copy_16(at + block * BLOCK_BYTES, row, block * 128 + column * 16);
+      copy_16(at + block * BLOCK_BYTES, row, block * 128 + column * 16, tile & 1);
     }
+    tile >>= CHUNK;
   }
 }
 
@@ -36,7 +39,8 @@ DEVICE void release_tile(uint32_t stage, uint32_t bad) {
 }
 
 DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const TensorMap& q_map_1) {
-  begin_walk(params);
+  const uint32_t lane = lane_index();
+  uint32_t tile = begin_walk(params, lane);
   Place place;
   uint32_t bad = 0, stage = STAGES;  // of the tile on its way; STAGES: none
   auto release_it = [&] {
@@ -46,33 +50,34 @@ DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const Te
   // Groups: the entries of a tile, the rows of the tile before, the entries of the next one, ...
 #pragma unroll 1
   for (;;) {
-    cp_async_wait_group<1>();
-    __syncwarp();
-    look_up(params);
-    cp_async_commit_group();
-    const Tile tile;
-    if (is_done(params, tile)) break;
-    if (tile.request >= 0) {
-      if (tile.begins) load_q(params, q_map_0, q_map_1, tile.request, place);
-      // Where there is no room yet, the tile before is told of first, and else behind the next
-      // copies.
-      if (!__all_sync(~0u, mbarrier_test_wait(empty(place.stage), place.phase ^ 1))) {
-        cp_async_wait_group<0>();
-        release_it();
-        mbarrier_wait(empty(place.stage), place.phase ^ 1);
-      }
-      copy_tile(place.stage);
-      cp_async_commit_group();
-      if (lane_index() == 0) {
-        st_shared_u16(live_tokens(place.stage) + warp_in_group() * 2, tile.seen);
-      }
-      cp_async_wait_group<2>();
-      release_it();
-      bad = tile.bad, stage = place.stage;
-      place.advance();
+    if (stage < STAGES) {
+      cp_async_wait_group<1>();
     } else {
-      cp_async_commit_group();
+      cp_async_wait_group<0>();
     }
+    __syncwarp();
+    tile = look_up(params, lane, tile);
+    cp_async_commit_group();
+    if (!tile) break;
+    if (tile & TILE_BEGINS) {
+      load_q(params, q_map_0, q_map_1, ld_shared_u32(looked_up_request()), place);
+    }
+    // Where there is no room yet, the tile before is told of first, and else behind the next
+    // copies.
+    if (!__all_sync(~0u, mbarrier_test_wait(empty(place.stage), place.phase ^ 1))) {
+      cp_async_wait_group<0>();
+      release_it();
+      mbarrier_wait(empty(place.stage), place.phase ^ 1);
+    }
+    copy_tile(lane, place.stage, tile);
+    cp_async_commit_group();
+    if (lane == 0) {
+      st_shared_u16(live_tokens(place.stage) + warp_in_group() * 2, seen_tokens(tile));
+    }
+    cp_async_wait_group<2>();
+    release_it();
+    bad = bad_tokens(tile), stage = place.stage;
+    place.advance();
   }
   cp_async_wait_group<0>();
   release_it();

@@ -11,93 +11,114 @@
 constexpr int STAGED_CHUNK = CHUNK * STAGED_ROW;
 constexpr int CHUNK_PITCH = CHUNK * GROUP_WARPS * 128;  // in a stage, to the next of the warp
 
-// What a lane reads and writes, in each chunk of the warp: bytes from the warp's first row of
-// staging, and from the beginning of a stage.
+// What a lane copies, reads and writes, in each chunk of the warp: addresses in the warp's first row
+// of staging, and bytes from the beginning of a stage.
 //
-// Latent columns: a lane has 16 of two tokens at a time, in each half. Every fourth lane is at the
-// next token: the swizzle puts what eight lanes write into eight different places then.
+// Latent columns: of two tokens at a time, a lane has 16 in each of two column blocks, that of its
+// `pair` and the next. Every fourth lane is at the next token: the swizzle puts what eight lanes
+// write into eight different places then. A lane reads what it copied itself, but for scales.
 struct Lane {
   uint32_t index;
-  uint32_t staging, pointers;  // addresses of the warp's first row, and of its first row pointer
+  uint32_t pointers;           // address of the warp's first row pointer
   uint32_t latent, latent_to;  // with the token
+  uint32_t scales;             // with the token, of its first column block
   uint32_t rotary, rotary_to;  // with the token
   DEVICE Lane() {
     index = lane_index();
     const uint32_t warp = warp_in_group(), first_row = warp * CHUNK;
-    staging = shared_base() + STAGING + warp * WARP_TOKENS * STAGED_ROW;
+    const uint32_t staging = shared_base() + STAGING + warp * WARP_TOKENS * STAGED_ROW;
     pointers = row_pointers();
-    const uint32_t odd = index >> 2 & 1, block = index >> 3;
-    latent = staging + odd * STAGED_ROW + (block * 4 + (index & 3)) * 16;
-    latent_to = block * BLOCK_BYTES + (first_row + odd) * 128 +
-                ((((index & 3) * 2) ^ (first_row & 4) ^ odd) << 4);
+    latent = staging + odd() * STAGED_ROW + latent_column();
+    latent_to = pair() * 2 * BLOCK_BYTES + (first_row + odd()) * 128 +
+                ((((index & 3) * 2) ^ (first_row & 4) ^ odd()) << 4);
+    scales = staging + odd() * STAGED_ROW + SCALES + pair() * 2 / SCALE_BLOCKS * SCALE_BYTES;
     const uint32_t column = rotary_column() / (IS_E4M3_ROTARY ? 8 : 16);
     rotary = staging + rotary_token() * STAGED_ROW + ROTARY + rotary_column();
     rotary_to = ROTARY_BLOCK * BLOCK_BYTES + (first_row + rotary_token()) * 128 +
                 ((column ^ ((first_row + rotary_token()) & 7)) << 4);
   }
+  DEVICE uint32_t odd() const { return index >> 2 & 1; }
+  DEVICE uint32_t pair() const { return index >> 3; }  // of column blocks
   DEVICE uint32_t rotary_token() const { return IS_E4M3_ROTARY ? index >> 2 & 3 : index >> 3; }
   // In bytes of a row of the cache.
+  DEVICE uint32_t latent_column() const { return pair() * 128 + (index & 3) * 16; }
   DEVICE uint32_t rotary_column() const { return (index & (IS_E4M3_ROTARY ? 3 : 7)) * 16; }
+  DEVICE bool has_rotary() const { return !IS_E4M3_ROTARY || index < 16; }
+  // Whether its 16 bytes of a column block are latent columns, here and in a row of the cache.
+  DEVICE bool has_latent(int block) const { return !ROTARY_IN_V || block == 0 || index < 24; }
 };
 
-// Starts the copy of a chunk of the tile that was looked up.
-DEVICE void copy_chunk(const Lane& lane, int chunk) {
-  const uint32_t from = lane.pointers + chunk * CHUNK * 8;
-  const uint32_t to = lane.staging + chunk * STAGED_CHUNK;
-#pragma unroll
-  for (int i = 0; i < CHUNK; ++i) {
-    if (LATENT_LANES < 32 && lane.index >= LATENT_LANES) continue;
-    copy_16(to + i * STAGED_ROW + lane.index * 16, row_at(from + i * 8), lane.index * 16);
+// The copy of rows of the tile that was looked up: `row` and `row` + 1 of a chunk, or the rest of
+// all four. It takes two steps, with other work between them: the second one waits for the load of
+// where rows begin.
+struct Copy {
+  const uint8_t* from;
+  DEVICE void look(const Lane& lane, int chunk, int row) {
+    from = row_at(lane.pointers + (chunk * CHUNK + row + lane.odd()) * 8);
   }
-  if (!IS_E4M3_ROTARY || lane.index < 16) {
-    copy_16(lane.rotary + chunk * STAGED_CHUNK, row_at(from + lane.rotary_token() * 8),
-            ROTARY + lane.rotary_column());
+  DEVICE void start(const Lane& lane, uint32_t tile, int chunk, int row) const {
+    const uint32_t to = lane.latent + chunk * STAGED_CHUNK + row * STAGED_ROW;
+    const bool is_there = tile >> (chunk * CHUNK + row) >> lane.odd() & 1;
+    copy_16(to, from, lane.latent_column(), is_there);
+    if (lane.has_latent(1)) copy_16(to + 64, from, lane.latent_column() + 64, is_there);
   }
-  if (HAS_SCALES && lane.index < CHUNK) {
-    const uint32_t scales = to + lane.index * STAGED_ROW + SCALES, row = from + lane.index * 8;
-    if (TAIL_BYTES) {
-      copy_tail(scales, row);
-    } else {
-      copy_16(scales, row_at(row), SCALES);
+  // Rotary columns and scales.
+  DEVICE void look_rest(const Lane& lane, int chunk) {
+    from = row_at(lane.pointers + (chunk * CHUNK + lane.rotary_token()) * 8);
+  }
+  DEVICE void start_rest(const Lane& lane, uint32_t tile, int chunk) const {
+    const uint32_t to = lane.rotary + chunk * STAGED_CHUNK;
+    const bool is_there = tile >> (chunk * CHUNK) >> lane.rotary_token() & 1;
+    if (lane.has_rotary()) copy_16(to, from, ROTARY + lane.rotary_column(), is_there);
+    if (HAS_SCALES && lane.rotary_column() == 0) {
+      const uint32_t scales = to - ROTARY + SCALES;
+      if (TAIL_BYTES) {
+        const uint32_t pointer = lane.pointers + (chunk * CHUNK + lane.rotary_token()) * 8;
+        cp_async_8(scales, tail_at(pointer), is_there ? 8 : 0);
+      } else {
+        copy_16(scales, from, SCALES, is_there);
+      }
     }
   }
-}
+};
 
-// The latent columns of four rows, in registers.
+// Latent columns of two tokens, tokens `row` and `row` + 1 of a chunk, in registers: of one of the
+// two column blocks of a lane.
 struct Latent {
-  Vector4 v[4];
-  ColumnScale scale;
-  DEVICE Latent(const Lane& lane, int chunk) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[i] = ld_shared_v4(lane.latent + chunk * STAGED_CHUNK + (i >> 1) * 2 * STAGED_ROW +
-                          (i & 1) * 256);
-    }
-    scale = load_scale(lane.staging + chunk * STAGED_CHUNK, lane.index);
+  Vector4 v;
+  DEVICE Latent(const Lane& lane, int chunk, int row, int block) {
+    v = ld_shared_v4(lane.latent + chunk * STAGED_CHUNK + row * STAGED_ROW + block * 64);
   }
   // Converts them into a stage.
-  DEVICE void store(const Lane& lane, uint32_t stage, int chunk) const {
+  DEVICE void store(const Lane& lane, uint32_t stage, int chunk, int row, int block,
+                    ColumnScale scale) const {
+    if (!lane.has_latent(block)) return;
+    const uint32_t to = ((stage + lane.latent_to) ^ (row & 2) << 4);
+    const int further = chunk * CHUNK_PITCH + row * 128 + block * BLOCK_BYTES;
+    convert(to + further, v.x, v.y, scale);
+    convert((to ^ 16) + further, v.z, v.w, scale);
+  }
+};
+// Their scales.
+struct Scales {
+  StagedScale of[2];
+  DEVICE Scales(const Lane& lane, int chunk, int row) {
+    const uint32_t from = lane.scales + chunk * STAGED_CHUNK + row * STAGED_ROW;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t block = (i & 1) * 4 + (lane.index >> 3);
-      const ColumnScale of_block =
-          scale_of_block(scale, (i >> 1) * 2 + (lane.index >> 2 & 1), block);
-      if (ROTARY_IN_V && block == ROTARY_BLOCK) continue;
-      const uint32_t to = stage + chunk * CHUNK_PITCH + (lane.latent_to ^ (i >> 1) << 5) +
-                          (i >> 1) * 256 + (i & 1) * 4 * BLOCK_BYTES;
-      convert(to, v[i].x, v[i].y, of_block);
-      convert(to ^ 16, v[i].z, v[i].w, of_block);
+    for (int i = 0; i < 2; ++i) {
+      of[i] = i % SCALE_BLOCKS ? of[0] : load_scale(from + i * SCALE_BYTES);
     }
   }
+  DEVICE ColumnScale operator[](int block) const { return scale_from(of[block]); }
 };
 
 // Converts the rotary columns of a chunk, 16 bytes of them a lane, into a stage.
 DEVICE void store_rotary(const Lane& lane, const Vector4& x, uint32_t stage, int chunk) {
-  const uint32_t to = stage + chunk * CHUNK_PITCH + lane.rotary_to;
+  const uint32_t to = stage + lane.rotary_to + chunk * CHUNK_PITCH;
   if (!IS_E4M3_ROTARY) {
     st_shared_v4(to, {product_from_bf16(x.x), product_from_bf16(x.y), product_from_bf16(x.z),
                       product_from_bf16(x.w)});
-  } else if (lane.index < 16) {
+  } else if (lane.has_rotary()) {
     convert(to, x.x, x.y, 0);
     convert(to ^ 16, x.z, x.w, 0);
   }
@@ -116,41 +137,66 @@ DEVICE void poison(uint32_t stage, uint32_t bad) {
 }
 
 DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const TensorMap& q_map_1) {
-  begin_walk(params);
-  const Lane lane;
-  Place place;
-  // The first two rounds have no tile to convert: they only look up, and copy.
+  Lane lane;
+  Copy copy;
+  uint32_t next = begin_walk(params, lane.index);
+  cp_async_wait_group<0>();
+  __syncwarp();
+  next = look_up(params, lane.index, next);
 #pragma unroll 1
-  for (;;) {
-    const Tile tile;
-    const bool has_tile = tile.request >= 0;
-    if (is_done(params, tile)) break;
-    if (has_tile) {
-      if (tile.begins) load_q(params, q_map_0, q_map_1, tile.request, place);
-      mbarrier_wait(empty(place.stage), place.phase ^ 1);
-      if (lane.index == 0) {
-        st_shared_u16(live_tokens(place.stage) + warp_in_group() * 2, tile.seen);
-      }
+  for (int chunk = 0; chunk < TILE_CHUNKS; ++chunk) {
+#pragma unroll
+    for (int row = 0; row < CHUNK; row += 2) {
+      copy.look(lane, chunk, row);
+      copy.start(lane, next, chunk, row);
+    }
+    copy.look_rest(lane, chunk);
+    copy.start_rest(lane, next, chunk);
+    cp_async_commit_group();
+  }
+  Place place;
+#pragma unroll 1
+  while (next) {
+    const uint32_t tile = next;
+    if (tile & TILE_BEGINS) {
+      load_q(params, q_map_0, q_map_1, ld_shared_u32(looked_up_request()), place);
     }
     const uint32_t stage = stage_address(place.stage);
 #pragma unroll
     for (int chunk = 0; chunk < TILE_CHUNKS; ++chunk) {
+      pin(lane.index);
       cp_async_wait_group<TILE_CHUNKS - 1>();
       __syncwarp();
-      if (chunk == 0) look_up(params);  // the next tile
+      if (chunk == 0) {
+        next = look_up(params, lane.index, tile);
+        mbarrier_wait(empty(place.stage), place.phase ^ 1);
+        if (lane.index == 0) {
+          st_shared_u16(live_tokens(place.stage) + warp_in_group() * 2, seen_tokens(tile));
+        }
+      }
+      copy.look(lane, chunk, 0);
+      const Scales front(lane, chunk, 0);
+      const Latent a(lane, chunk, 0, 0), b(lane, chunk, 0, 1);
+      copy.start(lane, next, chunk, 0);
+      const Latent c(lane, chunk, 2, 0);
+      a.store(lane, stage, chunk, 0, 0, front[0]);
+      copy.look(lane, chunk, 2);
+      const Latent d(lane, chunk, 2, 1);
+      const Scales back(lane, chunk, 2);
+      b.store(lane, stage, chunk, 0, 1, front[1]);
+      copy.start(lane, next, chunk, 2);
       const Vector4 rotary = ld_shared_v4(lane.rotary + chunk * STAGED_CHUNK);
-      const Latent latent(lane, chunk);
-      if (has_tile) store_rotary(lane, rotary, stage, chunk);
-      __syncwarp();  // all have read the chunk
-      if (Tile::is_there()) copy_chunk(lane, chunk);
+      c.store(lane, stage, chunk, 2, 0, back[0]);
+      copy.look_rest(lane, chunk);
+      d.store(lane, stage, chunk, 2, 1, back[1]);
+      __syncwarp();  // all have read their scales
+      copy.start_rest(lane, next, chunk);
       cp_async_commit_group();
-      if (has_tile) latent.store(lane, stage, chunk);
+      store_rotary(lane, rotary, stage, chunk);
     }
-    if (has_tile) {
-      if (tile.bad) poison(stage, tile.bad);
-      release(full(place.stage));
-      place.advance();
-    }
+    if (bad_tokens(tile)) poison(stage, bad_tokens(tile));
+    release(full(place.stage));
+    place.advance();
   }
   cp_async_wait_group<0>();
 }

@@ -45,8 +45,9 @@ constexpr int ROW_POINTERS =
 constexpr int TAIL_POINTERS = ROW_POINTERS + GROUP_WARPS * WARP_TOKENS * 8;  // the same, if any
 constexpr int ENTRIES =
     TAIL_POINTERS + (TAIL_BYTES ? GROUP_WARPS * WARP_TOKENS * 8 : 0);  // int32 [4 warps][12]
-constexpr int CURSORS = ENTRIES + GROUP_WARPS * WARP_TOKENS * 4;       // [4 warps] two Vector4
-constexpr int FACTORS = CURSORS + GROUP_WARPS * 32;
+constexpr int CURSORS = ENTRIES + GROUP_WARPS * WARP_TOKENS * 4;  // Vector4 [4 warps][12]
+constexpr int WALKS = CURSORS + GROUP_WARPS * WARP_TOKENS * 16;   // Vector4 [4 warps]
+constexpr int FACTORS = WALKS + GROUP_WARPS * 16;
 constexpr int INVERSE_L = FACTORS + STAGES * ROWS * 2;  // behind uint16 [STAGES][64]; float [64]
 constexpr int PART_ROW = INVERSE_L + ROWS * 4;          // int32 [8], the part's metadata
 constexpr int ROW_BLOCK = PART_ROW + 32;                // int32 [3], a RowBlock

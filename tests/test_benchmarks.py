@@ -30,6 +30,7 @@ sys.path.append(str(FOLDER))
 import fetch_peers
 import nvrtc_versions
 import peers
+import sparse_peers
 from peers import Result, Row
 
 # Cached tokens, q and out in bytes, and operations, of some cases, written out.
@@ -169,6 +170,51 @@ def test_run(monkeypatch, capsys):
     assert written["cases"][0]["results"]["flashmla"]["us"] is None
 
 
+# ---- FP8 caches and lists -----------------------------------------------------------------------
+
+
+def test_sparse_cases(capsys):
+    names = [case.name for case in sparse_peers.CASES]
+    assert len(names) == len(set(names)) == 36
+    (case,) = sparse_peers.select(["v32.h16.b128.q2"])
+    assert (case.flops, case.nbytes) == (2 * 256 * 16 * 2048 * 1088, 256 * 2048 * 656)
+    assert {case.kind for case in sparse_peers.select(["h64"])} == {"v32", "e4m3", "prefill"}
+    assert len(sparse_peers.select(["prefill.h16", "v32"])) == 4 + 15
+    assert sparse_peers.main(["--cases", "h6"]) == 2
+    assert "There is no case 'h6'" in capsys.readouterr().err
+
+
+def test_sparse_run(monkeypatch, capsys, tmp_path):
+    gpu = SimpleNamespace(
+        calls=lambda case: ([lambda: 1.0], [lambda: 1.0 if case.kind == "v32" else 2.0]),
+        difference=lambda ours, peer: (abs(ours - peer), ours == peer),
+    )
+    torch = SimpleNamespace(
+        __version__="2.11.0", cuda=SimpleNamespace(empty_cache=lambda: None)
+    )
+    monkeypatch.setattr(sparse_peers, "prepare", lambda folder: "H200")
+    monkeypatch.setitem(sys.modules, "sparse_peers_gpu", gpu)
+    monkeypatch.setitem(sys.modules, "peers_gpu", SimpleNamespace(Timer=_SparseTimer))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    results = tmp_path / "results.json"
+    cases = ["v32.h64.b128.q1", "e4m3.h64.b1"]
+    assert sparse_peers.main(["--cases", *cases, "--json", str(results)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].split() == ["v32.h64.b128.q1.s8192", "100.0", "200.0", "0.500", "365", "1720"]
+    assert lines[4].split(maxsplit=1)[1] == "failed: the results differ"
+    first, second = json.loads(results.read_text())["cases"]
+    assert first["ratio"] == 0.5
+    assert second["ratio"] is None
+
+
+class _SparseTimer:
+    def capture(self, functions, calls):
+        return functions[0]
+
+    def in_turns_us(self, captured):
+        return {"ours": 100.0, "peer": 200.0}
+
+
 # ---- the command line ---------------------------------------------------------------------------
 
 
@@ -229,6 +275,27 @@ def test_fetch(monkeypatch, capsys, tmp_path):
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {".gitignore", *fetch_peers.LIBRARIES.values()}
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_fetch_sparse(monkeypatch, tmp_path):
+    """The other wheel, to a folder of its own, where sparse_peers.py looks for it."""
+
+    def run(command, check):
+        assert command[-1] == fetch_peers.SPARSE_WHEEL
+        with zipfile.ZipFile(Path(command[-2]) / "vllm-0.whl", "w") as wheel:
+            for name in fetch_peers.SPARSE_LIBRARIES.values():
+                wheel.writestr(name, name)
+
+    monkeypatch.setattr(fetch_peers.subprocess, "run", run)
+    monkeypatch.setattr(peers, "prepare", lambda folder, names: "H200")
+    loaded = []
+    torch = SimpleNamespace(ops=SimpleNamespace(load_library=loaded.append))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    with pytest.raises(peers.BenchmarkError, match=r"is missing.*--sparse"):
+        sparse_peers.prepare(tmp_path)
+    assert fetch_peers.main(["--sparse", str(tmp_path)]) == 0
+    assert sparse_peers.prepare(tmp_path) == "H200"
+    assert len(loaded) == 2
 
 
 def test_fetch_that_fails(monkeypatch, capsys, tmp_path):

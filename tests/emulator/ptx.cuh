@@ -301,6 +301,7 @@ DEVICE uint32_t max_abs_x2(uint32_t x, uint32_t y) {
 
 template <class T>
 DEVICE void pin(T*&) {}
+DEVICE void pin(uint32_t&) {}
 
 // ---- mma ------------------------------------------------------------------------------------
 
