@@ -393,7 +393,7 @@ DEVICE uint32_t max_abs_x2(uint32_t x, uint32_t y) {
 // Two e4m3, in the low half of x, to two float16; exact.
 DEVICE uint32_t half_x2_from_e4m3(uint32_t x) {
   uint32_t y;
-  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;\n}"
+  asm("{\n.reg .b16 pair;\ncvt.u16.u32 pair, %1;\ncvt.rn.f16x2.e4m3x2 %0, pair;\n}"
       : "=r"(y)
       : "r"(x));
   return y;

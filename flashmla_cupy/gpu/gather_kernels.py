@@ -37,7 +37,7 @@ def _gather(name: str, shared_bytes: int, *defines: str, dtypes: tuple[str, ...]
         dtypes=dtypes or ("bfloat16", "float16"),
         defines=("GATHERED", f"GATHER={name}", *defines),
         registers=128,  # setmaxnreg shares them out anew by role
-        spill_bytes=96,
+        spill_bytes=168,
         mma_loops=2,  # Q K^T with softmax, and P V
     )
 
