@@ -35,7 +35,7 @@ from flashmla_cupy.sizes import HEAD_DIM, HEAD_DIM_V
 CASES = ((128, 128, 4096), (128, 16, 4096), (64, 64, 8192))  # batch, query heads, tokens
 PAGE_SIZE = 64
 WARM, LAUNCHES = 5, 20
-USED = ("dense_decode", "combine", "schedule")
+USED = ("dense_decode", "few_rows_decode", "combine", "schedule")
 
 
 def compile_all(folders: Sequence[Path], to: Path) -> None:

@@ -36,7 +36,7 @@ from flashmla_cupy.gpu.kernels import Variant, all_variants
 HERE = Path(__file__).parent
 CUDA_SRC = HERE.parent.parent / "cuda_src"
 FLAGS = (
-    "-std=c++17", "-O2", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off",
+    "-std=c++17", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off",
     "-U_FORTIFY_SOURCE", "-Wno-attributes",
     "-fvisibility=hidden",  # each library has a machine of its own
 )  # fmt: skip
