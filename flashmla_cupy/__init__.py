@@ -129,6 +129,8 @@ _LAZY = {
 def __getattr__(name: str) -> object:
     import importlib
 
+    if name == "deepseek":
+        return importlib.import_module(".deepseek", __name__)
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
@@ -137,7 +139,7 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, "deepseek"})
 
 
 def _register_torch_ops() -> None:

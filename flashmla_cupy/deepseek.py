@@ -29,12 +29,13 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .calls.scalars import integer
+from .checkpoint_config import factor_of, field, mscale_of, rope, rope_type
 from .errors import ArgTypeError, OptionError, ShapeError
 
 __all__ = [
@@ -63,11 +64,11 @@ def softmax_scale(config: Any) -> float:
     the latent form has longer rows, but the same scores. Raises OptionError for a missing field.
     """
     name = "softmax_scale"
-    width = _field(config, "qk_nope_head_dim", name) + _field(config, "qk_rope_head_dim", name)
-    scaling = _rope(config)
+    width = field(config, "qk_nope_head_dim", name) + field(config, "qk_rope_head_dim", name)
+    scaling = rope(config)
     mscale = 1.0
-    if _rope_type(scaling) == "yarn" and scaling.get("mscale_all_dim"):
-        mscale = _mscale(_factor(config, scaling), scaling["mscale_all_dim"])
+    if rope_type(scaling) == "yarn" and scaling.get("mscale_all_dim"):
+        mscale = mscale_of(factor_of(config, scaling), scaling["mscale_all_dim"])
     return float(width**-0.5 * mscale**2)
 
 
@@ -81,12 +82,12 @@ def rotary_frequencies(config: Any) -> Float32:
     missing field or another kind of scaling.
     """
     name = "rotary_frequencies"
-    width = _field(config, "qk_rope_head_dim", name)
-    scaling = _rope(config)
-    theta = scaling.get("rope_theta") or _field(config, "rope_theta", name)
+    width = field(config, "qk_rope_head_dim", name)
+    scaling = rope(config)
+    theta = scaling.get("rope_theta") or field(config, "rope_theta", name)
     pair = np.arange(width // 2)
     frequency = np.power(float(theta), -2 * pair / width)
-    kind = _rope_type(scaling)
+    kind = rope_type(scaling)
     if kind == "default":
         return np.asarray(frequency, np.float32)
     if kind != "yarn":
@@ -101,7 +102,7 @@ def rotary_frequencies(config: Any) -> Float32:
     low = max(0, math.floor(pair_that_turns(scaling.get("beta_fast") or 32)))
     high = min(width - 1, math.ceil(pair_that_turns(scaling.get("beta_slow") or 1)))
     slowed = np.clip((pair - low) / max(high - low, 0.001), 0, 1)
-    blend = frequency / _factor(config, scaling) * slowed + frequency * (1 - slowed)
+    blend = frequency / factor_of(config, scaling) * slowed + frequency * (1 - slowed)
     return np.asarray(blend, np.float32)
 
 
@@ -112,18 +113,21 @@ def rotary_tables(config: Any, num_positions: int) -> tuple[Float32, Float32]:
     trained. With YaRN both are scaled by mscale(mscale) / mscale(mscale_all_dim), which is 1 for
     V2, V3 and R1 (`DeepseekV3YarnRotaryEmbedding` in the checkpoints' modeling_deepseek.py).
     """
+    integer("num_positions", num_positions, "rotary_tables")
     angle = np.multiply.outer(
         np.arange(num_positions, dtype=np.float32), rotary_frequencies(config)
     )
-    scaling, scale = _rope(config), 1.0
-    if _rope_type(scaling) == "yarn":
-        factor = _factor(config, scaling)
+    scaling, scale = rope(config), 1.0
+    if rope_type(scaling) == "yarn":
+        factor = factor_of(config, scaling)
         if scaling.get("attention_factor") is not None:
             scale = float(scaling["attention_factor"])
         elif scaling.get("mscale") and scaling.get("mscale_all_dim"):
-            scale = _mscale(factor, scaling["mscale"]) / _mscale(factor, scaling["mscale_all_dim"])
+            scale = mscale_of(factor, scaling["mscale"]) / mscale_of(
+                factor, scaling["mscale_all_dim"]
+            )
         else:
-            scale = _mscale(factor, 1.0)
+            scale = mscale_of(factor, 1.0)
     wide = angle.astype(np.float64)
     return (np.cos(wide) * scale).astype(np.float32), (np.sin(wide) * scale).astype(np.float32)
 
@@ -142,8 +146,12 @@ def rotate(x: Any, cos: Any, sin: Any, *, interleaved: bool = True) -> Any:
     dtype.
     """
     xp = _namespace(x, "rotate", "x")
+    half = x.shape[-1] // 2 if x.ndim else 0
+    _check_angles(cos, sin, half, "rotate")
+    if interleaved is not True and interleaved is not False:
+        remedy = "DeepSeek's checkpoints are interleaved."
+        raise OptionError("interleaved", "True or False", repr(interleaved), remedy, "rotate")
     wide = _cast(xp, x, "float32")
-    half = x.shape[-1] // 2
     if interleaved:
         a, b = wide[..., 0::2], wide[..., 1::2]
     else:
@@ -181,8 +189,9 @@ def latent_rows(
     kv_a [..., 512 + 64], norm_weight [512] is kv_a_layernorm.weight, cos and sin float32 [..., 32]
     at the tokens' positions. Queries need the same `interleaved`."""
     xp = _namespace(kv_a, "latent_rows", "kv_a")
-    rank = norm_weight.shape[-1]
-    if kv_a.shape[-1] != rank + 2 * cos.shape[-1]:
+    rank = _last_axis(norm_weight, "norm_weight", 1, "latent_rows")
+    _check_angles(cos, sin, None, "latent_rows")
+    if kv_a.shape[-1:] != (rank + 2 * cos.shape[-1],):
         raise ShapeError(
             "kv_a",
             f"a last axis of {rank} latent and {2 * cos.shape[-1]} rotary columns",
@@ -200,9 +209,9 @@ def split_kv_b_proj(weight: Any, config: Any) -> tuple[Any, Any]:
     [heads * (qk_nope_head_dim + v_head_dim), 512] of kv_b_proj, a head's keys before its values
     (`wkv_b` in DeepSeek-V3's inference/model.py). Dequantise FP8 weights first."""
     name = "split_kv_b_proj"
-    nope, value = _field(config, "qk_nope_head_dim", name), _field(config, "v_head_dim", name)
-    heads, rank = _field(config, "num_attention_heads", name), _field(config, "kv_lora_rank", name)
-    rows = tuple(weight.shape)
+    nope, value = field(config, "qk_nope_head_dim", name), field(config, "v_head_dim", name)
+    heads, rank = field(config, "num_attention_heads", name), field(config, "kv_lora_rank", name)
+    rows = tuple(weight.shape) if _namespace(weight, name, "weight") else ()
     if len(rows) != 2 or rows[1] != rank or rows[0] % (nope + value):
         expected = f"[{heads} * ({nope} + {value}), {rank}], or some of its heads"
         remedy = "Pass kv_b_proj.weight as the checkpoint holds it."
@@ -218,11 +227,13 @@ def absorbed_query(q: Any, w_uk: Any, cos: Any, sin: Any, *, interleaved: bool =
     split_kv_b_proj(), cos and sin float32 [..., 32] at the tokens' positions: [W_uk^T q_nope,
     rotate(q_rope)]."""
     xp = _namespace(q, "absorbed_query", "q")
+    _last_axis(w_uk, "w_uk", 3, "absorbed_query")
+    _check_angles(cos, sin, None, "absorbed_query")
     nope = w_uk.shape[1]
-    if q.shape[-1] != nope + 2 * cos.shape[-1]:
+    if tuple(q.shape[-2:]) != (w_uk.shape[0], nope + 2 * cos.shape[-1]):
         raise ShapeError(
             "q",
-            f"a last axis of {nope} + {2 * cos.shape[-1]} columns",
+            f"[..., {w_uk.shape[0]} heads, {nope} + {2 * cos.shape[-1]} columns]",
             f"{tuple(q.shape)}",
             "Reshape it to [..., heads, qk_nope_head_dim + qk_rope_head_dim].",
             "absorbed_query",
@@ -236,6 +247,11 @@ def expanded_output(out: Any, w_uv: Any) -> Any:
     """What o_proj takes, [..., heads * v_head_dim], of attention's out [..., heads, 512]: W_uv out,
     head by head."""
     xp = _namespace(out, "expanded_output", "out")
+    rank = _last_axis(w_uv, "w_uv", 3, "expanded_output")
+    if tuple(out.shape[-2:]) != (w_uv.shape[0], rank):
+        expected = f"[..., {w_uv.shape[0]} heads, {rank}]"
+        remedy = "Pass out as the attention call returns it."
+        raise ShapeError("out", expected, f"{tuple(out.shape)}", remedy, "expanded_output")
     value = _per_head(xp, out, w_uv.swapaxes(1, 2))
     return value.reshape(*out.shape[:-2], w_uv.shape[0] * w_uv.shape[1])
 
@@ -250,6 +266,26 @@ def _per_head(xp: Any, x: Any, w: Any) -> Any:
     flat = _cast(xp, x, "float32").reshape(-1, *x.shape[-2:]).swapaxes(0, 1)  # [heads, n, a]
     y = xp.matmul(flat, _cast(xp, w, "float32")).swapaxes(0, 1)
     return _cast(xp, y.reshape(*x.shape[:-1], w.shape[2]), x.dtype)
+
+
+def _last_axis(x: Any, argument: str, rank: int, function: str) -> int:
+    """The length of the last axis of an array of so many axes."""
+    _namespace(x, function, argument)
+    if len(x.shape) != rank:
+        expected, remedy = f"an array of {rank} axes", "See the docstring for what they are."
+        raise ShapeError(argument, expected, f"{tuple(x.shape)}", remedy, function)
+    return int(x.shape[-1])
+
+
+def _check_angles(cos: Any, sin: Any, pairs: int | None, function: str) -> None:
+    """Columns for so many pairs in both; pairs None: for any number."""
+    for argument, table in (("cos", cos), ("sin", sin)):
+        _namespace(table, function, argument)
+        found = tuple(table.shape)
+        if not found or found[-1] != (cos.shape[-1] if pairs is None else pairs):
+            expected = "a column for each pair of rotary columns, the same of cos and sin"
+            remedy = "Pass rows of rotary_tables(); other libraries' tables have each angle twice."
+            raise ShapeError(argument, expected, f"{found}", remedy, function)
 
 
 def _namespace(x: Any, function: str, argument: str) -> Any:
@@ -269,48 +305,3 @@ def _cast(xp: Any, x: Any, dtype: Any) -> Any:
     if xp.__name__ == "torch":
         return x.to(getattr(xp, dtype) if isinstance(dtype, str) else dtype)
     return x.astype(dtype)
-
-
-_MISSING = object()
-
-
-def _get(config: Any, name: str) -> Any:
-    if isinstance(config, Mapping):
-        return config.get(name, _MISSING)
-    return getattr(config, name, _MISSING)
-
-
-def _field(config: Any, name: str, function: str) -> Any:
-    value = _get(config, name)
-    if value is _MISSING or value is None:
-        expected = f"the configuration of a checkpoint, with {name}"
-        remedy = "Pass the contents of its config.json as a dict, or transformers' configuration."
-        raise OptionError("config", expected, f"none in {type(config).__name__}", remedy, function)
-    return value
-
-
-def _rope(config: Any) -> Mapping[str, Any]:
-    """rope_scaling of config.json, or rope_parameters as transformers has called it since 5.0."""
-    for name in ("rope_parameters", "rope_scaling"):
-        found = _get(config, name)
-        if found is not _MISSING and found:
-            scaling: Mapping[str, Any] = found
-            return scaling
-    return {}
-
-
-def _rope_type(scaling: Mapping[str, Any]) -> str:
-    return str(scaling.get("rope_type") or scaling.get("type") or "default")
-
-
-def _factor(config: Any, scaling: Mapping[str, Any]) -> float:
-    """How many times longer than in pretraining a sequence may be."""
-    if scaling.get("factor") is not None:
-        return float(scaling["factor"])
-    longest: float = _field(config, "max_position_embeddings", "softmax_scale")
-    return longest / float(scaling["original_max_position_embeddings"])
-
-
-def _mscale(factor: float, mscale: float) -> float:
-    """YaRN's growth of the attention logits (arXiv:2309.00071, equation 22)."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -14,6 +14,8 @@ from support.sparse_problems import make_sparse_problem, prefill_problem
 from flashmla_cupy import (
     ArgumentError,
     DeviceCheckError,
+    PagedKVCache,
+    SequenceError,
     check,
     dequantize_kv,
     flash_mla_sparse_fwd,
@@ -95,23 +97,48 @@ CALLS = {
 }  # fmt: skip
 
 
+def outcome(function, named: dict, argument: str, kind: str) -> str:
+    """What is wrong with what a call does, or ''."""
+    try:
+        function(**named | {argument: ANYTHING[kind]})
+    except (ArgumentError, DeviceCheckError) as error:
+        return "" if len(str(error)) > 40 else f"it says only {error}"
+    except Exception as error:
+        return repr(error)
+    return "its mask is lost" if kind == "masked" and argument not in UNREAD else ""
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_anything_is_a_result_or_a_named_error(name):
     function, arguments = CALLS[name]
     named = arguments()
     for _ in range(2):  # a second time behind a right call, whose checks are not made again
         for argument in named:
-            for kind, value in ANYTHING.items():
-                try:
-                    function(**named | {argument: value})
-                    assert kind != "masked" or argument in UNREAD, argument
-                except (ArgumentError, DeviceCheckError) as error:
-                    assert len(str(error)) > 40, (argument, kind)
-                except AssertionError:
-                    raise
-                except Exception as error:
-                    pytest.fail(f"{name}: {argument}={kind}: {error!r}")
+            for kind in ANYTHING:
+                wrong = outcome(function, named, argument, kind)
+                assert not wrong, f"{argument}: {kind}: {wrong}"
         with contextlib.suppress(DeviceCheckError):  # of a list that named no slot of its cache
             check()
         function(**named)
         check()
+
+
+@pytest.mark.parametrize("method", ["reserve", "csr", "tables", "append_batch", "attend"])
+def test_what_is_no_sequence_is_named(method):
+    cache = PagedKVCache(4, page_size=16, dtype="float16", device="cpu")
+    seq = cache.add(np.ones((3, 576), np.float16))
+    array = np.ones((1, 1, 576), np.float16)
+    for value in ANYTHING.values():
+        for _ in range(2):
+            with pytest.raises((ArgumentError, SequenceError)):
+                if method == "append_batch":
+                    cache.append_batch([value], array)
+                elif method == "attend":
+                    cache.attend(array[:, :, None], [value])
+                else:
+                    getattr(cache, method)([value])
+            cache.tables([seq])
+    for value in ("pages", np.ones(2), 3):
+        with pytest.raises(ArgumentError):
+            cache.tables([seq], framework=value)
+    cache.check()

@@ -132,6 +132,19 @@ def test_shapes_that_do_not_fit():
         deepseek.split_kv_b_proj(np.zeros((512, 128 * 256)), V3)
     with pytest.raises(errors.ArgTypeError, match="x: expected an array of NumPy"):
         deepseek.rotate([1.0], cos, sin)
+    twice = np.concatenate([cos, cos], axis=1)  # as transformers has them
+    with pytest.raises(errors.ShapeError, match="cos: expected a column for each pair"):
+        deepseek.rotate(np.zeros((2, 64), np.float32), twice, twice)
+    with pytest.raises(errors.ShapeError, match="sin: expected a column for each pair"):
+        deepseek.latent_rows(np.zeros((2, 576), np.float32), np.ones(512), cos, twice)
+    with pytest.raises(errors.ArgTypeError, match="w_uk: expected an array"):
+        deepseek.absorbed_query(np.zeros((2, 4, 192)), None, cos, sin)
+    with pytest.raises(errors.ShapeError, match=r"out: expected \[..., 4 heads, 512\]"):
+        deepseek.expanded_output(np.zeros((2, 8, 512)), np.zeros((4, 128, 512)))
+    with pytest.raises(errors.OptionError, match="interleaved: expected True or False"):
+        deepseek.rotate(np.zeros((2, 64), np.float32), cos, sin, interleaved="half")
+    with pytest.raises(errors.ScalarError, match="num_positions"):
+        deepseek.rotary_tables(V3, -1)
 
 
 def the_layer(rng, dtype):

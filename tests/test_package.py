@@ -37,6 +37,10 @@ def loaded_by(statement: str) -> set[str]:
     return set(result.stdout.split())
 
 
+def test_deepseek_is_an_attribute_of_the_package():
+    assert "numpy" in loaded_by("import flashmla_cupy; flashmla_cupy.deepseek.softmax_scale")
+
+
 HEAVY = {"cupy", "cupy_backends", "torch", "jax", "jaxlib", "numpy", "ml_dtypes"}
 
 

@@ -30,6 +30,7 @@ from .page_states import PageStates
 from .page_table import PageTable, Reservation
 from .pool import Pool
 from .prefix import PrefixIndex
+from .sequence import Sequence
 from .tables import FreshTables, LastingTables, Tables
 from .views import array_of, current_stream
 from .writer import DeviceWriter, HostWriter
@@ -237,9 +238,13 @@ def framework_name(x: Any) -> str:
 
 
 def handle_list(seqs: Any, function: str) -> tuple[Any, ...]:
-    """seqs as a tuple. Raises ArgTypeError for what is no list."""
+    """seqs as a tuple. Raises ArgTypeError for what is no list of handles."""
     try:
-        return tuple(seqs)
+        handles = tuple(seqs)
     except TypeError:
         expected, remedy = "a list of sequence handles", "Put a single one into a list: [seq]."
         raise ArgTypeError("seqs", expected, kind_of(seqs), remedy, function) from None
+    for kind in set(map(type, handles)) - {Sequence}:
+        remedy = "Pass what add() or begin() returned."
+        raise ArgTypeError("seq", "a sequence handle", kind.__qualname__, remedy, function)
+    return handles

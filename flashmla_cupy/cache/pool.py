@@ -245,7 +245,7 @@ def _framework(name: Any, place: int, function: str) -> str:
     usual = "numpy" if place == HOST else "cupy"
     if name is None:
         return usual
-    if name not in (usual, "torch"):
+    if not isinstance(name, str) or name not in (usual, "torch"):
         expected = f"'{usual}' or 'torch', whose arrays can lie there, or None"
         remedy = "NumPy's arrays lie on the CPU and CuPy's on a GPU."
         raise OptionError("framework", expected, f"{name!r}", remedy, function)

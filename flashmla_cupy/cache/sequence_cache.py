@@ -188,7 +188,7 @@ class SequenceCache:
         if name is None:
             return self._core.framework
         known = ("numpy" if self._core.place == HOST else "cupy", "torch", "jax")
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             expected = f"one of {', '.join(map(repr, known))}, or None"
             remedy = "Name a framework whose arrays can lie beside the pool."
             raise ArgTypeError("framework", expected, f"{name!r}", remedy, function)

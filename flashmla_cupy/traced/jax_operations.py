@@ -1,6 +1,6 @@
 """The operations of `calls` on JAX arrays, eager and traced, as `jax_op` does for dense decoding of
-16-bit caches: one callback, whose buffers live only during the call. What no kernel takes is refused
-while tracing. On a GPU a call makes a schedule of its own, in its scratch.
+16-bit caches: one callback, whose buffers live only during the call. What no kernel takes is
+refused while tracing. On a GPU a call makes a schedule of its own, in its scratch.
 
 vmap folds the mapped axis into the batch where the operation has one, else it maps in turn.
 """
