@@ -6,13 +6,14 @@
 // A thread block computes up to 16 query rows over the tokens of one part of the schedule, as
 // sm90_few_rows_decode.cu does over a 16-bit cache. Rows of the cache lie in shared memory as they
 // are, in FP8: the warps that multiply convert what they need in registers, to float16, which is
-// exact. Scales of V32 never meet a key: they multiply S and P, in float. Twelve warps:
+// exact. Scales never meet a key: they multiply S and P. Twelve warps:
 //
 //   score  four warps  S [16, 64] = Q [16, 576] K^T of a slot, then P   sm90_few_fp8_scores.cuh
 //   value  four warps  O [16, 512] += P V, 128 columns each             sm90_few_fp8_values.cuh
-//   load   four warps  Q by TMA (QUERY_E4M3: the score warps read it), rows of the cache by bulk copies       sm90_few_fp8_loader.cuh
+//   load   four warps  Q by TMA, rows of the cache by bulk copies       sm90_few_fp8_loader.cuh
 //
-// sm90_few_fp8_shared.cuh has the memory map and the barriers that keep them in step. Parameters,
+// sm90_few_fp8_queries.cuh and sm90_few_fp8_scales.cuh have what their names say, and
+// sm90_few_fp8_shared.cuh the memory map and the barriers that keep the warps in step. Parameters,
 // lists, metadata and partial results are those of sm90_gather_decode.cu.
 #include "sm90_few_fp8_scores.cuh"
 #include "sm90_few_fp8_values.cuh"
@@ -34,14 +35,18 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   if (begins) init_part_row(params);
   __syncthreads();
   if (warp < GROUP_WARPS) {
-    setmaxnreg_inc<240>();
+    setmaxnreg_inc<248>();
     score_role(params);
     if (begins) check_part_row(params);
   } else if (warp < 2 * GROUP_WARPS) {
     setmaxnreg_inc<200>();
-    value_role(params);
+    if (GROUPS == 8 && warp == 2 * GROUP_WARPS - 1) {
+      value_role<true>(params);
+    } else {
+      value_role<false>(params);
+    }
   } else {
-    setmaxnreg_dec<64>();
+    setmaxnreg_dec<56>();
     load_role(params, q_map);
   }
   griddepcontrol_launch_dependents();
@@ -69,6 +74,24 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 //       three slots                          61.1   184.9  188.0  12.1
 //       odd columns of V by integers         57.8   166.8  185.1
 //       all columns of V by integers         58.4   170.1  190.9
+//     the same on another board              56.4   161.4  178.1  11.8  (1 114, 2 210)
+//     and V by LDS.128 instead of ldmatrix, for which 576-byte rows had been 592 bytes apart and
+//     copied one by one; slots are empty before the last products
+//                                            56.0   159.7  180.2  13.1
+//       slots empty behind the last products 56.3   159.2  178.5  13.3
+//       copies with an evict-first policy    56.2   159.6  180.1  13.2
+//       a loop over rows, not over lanes     56.2                 13.2
+//       five slots, as it is                        158.3
+//   3 needs 232 KB for five slots.
+//   16 requests of 65536 tokens: 576 bytes 161.5 (208), 656 bytes 182.9
+//   queries in e4m3, 2: 157.2 with four slots (211), the kernel for 64 rows 420.2
+//   lists of 2048 tokens in 1, 8, 32 requests: 13.1 | 18.1 | 27.9  (21.1 | 26.2 | 50.4)
+//
+//   584 bytes (V4), lists of 2048 | 640 tokens for each of 128 requests, of 2048 for one; dense,
+//   132 requests of 7936 tokens
+//     the kernel for 64 rows                 157.2 | 58.2 | 15.8 | 537.8  (119 | 45 | 21 | -)
+//     four slots                             70.9 | 33.6 | 16.5 | 227.6
+//     five, as it is                         68.9 | 32.9 | 16.4 | 222.4
 //
 // Profiles of 2: with 32 tokens a slot, a scheduler issues 733 instructions for a slot, in 1413
 // cycles; the arithmetic pipe, where cvt runs too, is busy 55 percent of them, the tensor pipe 29.

@@ -46,8 +46,9 @@ struct Token {
     }
     return __ldg(list + column);
   }
-  // Its row, given the entry; null: it is not to be seen, or bad.
-  DEVICE const uint8_t* row(const Params& params, int entry, bool& is_bad) const {
+  // Its row, given the entry; null: it is not to be seen, or bad. `tail`: and its tail.
+  DEVICE const uint8_t* row(const Params& params, int entry, const uint8_t*& tail,
+                            bool& is_bad) const {
     is_bad = false;
     if (index >= end) return nullptr;
     const bool is_second = index >= second, is_listed = params.topk > 0;
@@ -69,11 +70,21 @@ struct Token {
       }
       return nullptr;
     }
-    return (is_second ? params.extra_cache : params.cache) +
-           in_pool * (is_second ? params.extra_page_bytes : params.page_bytes) +
-           (int64_t)(of_pool - page * page_size) * ROW_BYTES;
+    const uint8_t* page_begin = (is_second ? params.extra_cache : params.cache) +
+                                in_pool * (is_second ? params.extra_page_bytes : params.page_bytes);
+    const int64_t in_page = of_pool - page * page_size;
+    tail = page_begin + (int64_t)page_size * ROW_BYTES + in_page * TAIL_BYTES;
+    return page_begin + in_page * ROW_BYTES;
   }
 };
+
+#if defined(FORMAT_V4)
+// Whether one of the seven scales is NaN, 0xff.
+DEVICE bool has_nan(uint64_t tail) {
+  const uint64_t x = ~(tail & 0x00ffffffffffffff);
+  return ((x - 0x0101010101010101) & ~x & 0x8080808080808080) != 0;
+}
+#endif
 
 DEVICE void load_q(const Params& params, const TensorMap& q_map, int request, uint32_t phase) {
   mbarrier_wait(q_empty(), phase ^ 1);
@@ -118,29 +129,35 @@ DEVICE void load_role(const Params& params, const TensorMap& q_map) {
 #pragma unroll 1
     for (int i = 0; i < slots; i += SLOTS_AT_ONCE) {
       bool is_bad;
-      const uint8_t* row = token.row(params, entry, is_bad);
-      const uint32_t there = __ballot_sync(~0u, row != nullptr), bad = __ballot_sync(~0u, is_bad);
+      const uint8_t* tail;
+      const uint8_t* row = token.row(params, entry, tail, is_bad);
+      const uint32_t there = __ballot_sync(~0u, row != nullptr);
+      uint32_t bad = __ballot_sync(~0u, is_bad);
+#if defined(FORMAT_V4)
+      uint64_t scales = 0;
+      if (row) scales = __ldg((const uint64_t*)tail);
+#endif
       token.index += SLOTS_AT_ONCE * SLOT_TOKENS;
       entry = token.entry(params);  // on its way
 #pragma unroll 1
       for (int j = 0; j < min(slots - i, SLOTS_AT_ONCE); ++j) {
         const uint32_t mine = there >> j * WARP_TOKENS & ALL_SEEN;
-        const uint32_t bads = bad >> j * WARP_TOKENS & ALL_SEEN;
+        const int place_in_slot = warp * WARP_TOKENS + lane % WARP_TOKENS;
         mbarrier_wait(empty(place.slot), place.phase ^ 1);
         __syncwarp();  // the same
-        if (lane == 0) {
-          st_shared_u32(token_bits(place.slot, warp), mine | bads | bads << 16);
-          mbarrier_arrive_expect_tx(full(place.slot), __popc(mine) * ROW_BYTES);
-        }
-#if defined(EVERY_LANE_ARRIVES)
-        if (lane != 0) mbarrier_arrive(full(place.slot));
-#endif
+        if (lane == 0) mbarrier_expect_tx(full(place.slot), __popc(mine) * ROW_BYTES);
         __syncwarp();  // bytes are expected before any arrive
         if (lane / WARP_TOKENS == j && row && (!runs || lane % WARP_TOKENS == 0)) {
-          cp_async_bulk(token_row(place.slot, warp * WARP_TOKENS + lane % WARP_TOKENS), row,
+          cp_async_bulk(token_row(place.slot, place_in_slot), row,
                         runs ? __popc(mine) * ROW_BYTES : ROW_BYTES, full(place.slot));
         }
-        __syncwarp();
+#if defined(FORMAT_V4)
+        bad |= __ballot_sync(~0u, has_nan(scales));
+        if (lane / WARP_TOKENS == j) st_shared_u64(token_tail(place.slot, place_in_slot), scales);
+#endif
+        const uint32_t bads = bad >> j * WARP_TOKENS & ALL_SEEN;
+        if (lane == 0) st_shared_u32(token_bits(place.slot, warp), mine | bads | bads << 16);
+        arrive(full(place.slot));
         place.advance();
       }
     }

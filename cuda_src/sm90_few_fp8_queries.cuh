@@ -1,13 +1,14 @@
 // Q of sm90_few_fp8_decode.cu in registers, as fragments of A, and who has which part of S and P.
 //
-// Rotary columns of V32 are multiplied in bfloat16, as they are; those of a float16 Q are two
-// bfloat16, whose sum is exact.
+// Rotary columns of V32 and V4 are multiplied in bfloat16, as they are; those of a float16 Q are
+// two bfloat16, whose sum is exact.
 #pragma once
 #include "row_statistics.cuh"
 #include "sm90_few_fp8_loader.cuh"
 
-#if defined(FORMAT_V32)
-constexpr int LATENT_STEPS = 32;  // of 16 columns, in float16
+#if defined(FORMAT_V32) || defined(FORMAT_V4)
+#define ROTARY_IN_BF16
+constexpr int LATENT_STEPS = 4 * (COLUMN_BLOCKS - 1);  // of 16 columns, in float16
 #if defined(DTYPE_FP16)
 constexpr int ROTARY_PARTS = 2;
 #else
@@ -89,7 +90,7 @@ struct Queries {
 #pragma unroll
       for (int j = 0; j < 8; ++j) latent[8 * i + j] = x[j];
     }
-#if defined(FORMAT_V32)
+#if defined(ROTARY_IN_BF16)
 #pragma unroll
     for (int i = 0; i < ROTARY_STEPS / 2; ++i) {
       uint32_t x[8];

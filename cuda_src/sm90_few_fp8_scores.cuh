@@ -9,7 +9,11 @@
 #include "sm90_few_fp8_scales.cuh"
 #include "sm90_no_tiles.cuh"
 
-constexpr int CHAINS = 4;  // sums of S that do not wait for one another; of V32: its groups
+// Sums of S that do not wait for one another, four at a time: of V32 and V4, of their groups.
+constexpr int CHAINS = COLUMN_BLOCKS == 8 ? 7 : 4;
+// Column blocks of 64 are multiplied in two turns: the chain of number i, and its block.
+DEVICE int chain_of(int turn, int i) { return CHAINS == 7 ? 4 * turn + i : i; }
+DEVICE int block_of(int turn, int i) { return CHAINS == 7 ? 4 * turn + i : 2 * i + turn; }
 
 // A value of each warp for a row: one lane of a quad writes it, and all warps read all of them.
 DEVICE void scatter(uint32_t offset, int row, float x) {
@@ -40,42 +44,42 @@ DEVICE void scores(float (&s)[4], const Queries& q, uint32_t slot, int octet) {
   const uint32_t from =
       warp_token_row(slot, product_token(octet, lane >> 2)) + (lane & 3) * 16;
   float chains[CHAINS][4] = {}, rotary[4] = {};
-  // Column blocks of 64, four at a time: those of V32 are of four groups.
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    Vector4 k[CHAINS];
+  for (int turn = 0; turn < 2; ++turn) {
+    const int blocks = CHAINS == 7 && turn ? 3 : 4;
+    Vector4 k[4];
 #pragma unroll
-    for (int i = 0; i < CHAINS; ++i) k[i] = ld_shared_v4(from + (2 * i + half) * 64);
-#if defined(FORMAT_V32)
-    const Vector4 r = ld_shared_v4(from + ROTARY + half * 64);
+    for (int i = 0; i < blocks; ++i) k[i] = ld_shared_v4(from + block_of(turn, i) * 64);
+#if defined(ROTARY_IN_BF16)
+    const Vector4 r = ld_shared_v4(from + ROTARY + turn * 64);
 #else
     const Vector4 last = ld_shared_v4(from + 512);
 #endif
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
 #pragma unroll
-      for (int i = 0; i < CHAINS; ++i) {
-        add_latents(chains[i], q.latent + 16 * (2 * i + half), k[i], step);
+      for (int i = 0; i < blocks; ++i) {
+        add_latents(chains[chain_of(turn, i)], q.latent + 16 * block_of(turn, i), k[i], step);
       }
-#if defined(FORMAT_V32)
+#if defined(ROTARY_IN_BF16)
       if (step % 2 == 0) {
 #pragma unroll
         for (int part = 0; part < ROTARY_PARTS; ++part) {
-          mma_bf16_m16n8k16(rotary, q.rotary + 16 * part + 4 * (2 * half + step / 2),
+          mma_bf16_m16n8k16(rotary, q.rotary + 16 * part + 4 * (2 * turn + step / 2),
                             step ? r.z : r.x, step ? r.w : r.y);
         }
       }
 #else
-      if (step / 2 == half) add_latents(rotary, q.latent + 128, last, step);
+      if (step / 2 == turn) add_latents(rotary, q.latent + 128, last, step);
 #endif
     }
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-#if defined(FORMAT_V32)
+#if defined(ROTARY_IN_BF16)
     float sum = chains[0][i] * scales.at(i & 1, 0);
 #pragma unroll
-    for (int group = 1; group < GROUPS; ++group) {
+    for (int group = 1; group < CHAINS; ++group) {
       sum = fmaf(chains[group][i], scales.at(i & 1, group), sum);
     }
     s[i] = fmaf(sum, q.down[i >> 1], rotary[i]);
@@ -139,12 +143,17 @@ DEVICE void softmax_step(float (&s)[OCTETS][4], Rows& rows, uint32_t bits, Place
                          float scale_log2) {
   const int row = first_row();
   const uint32_t slot = place.slot;
+#if defined(FORMAT_V32)
   Scales scales[OCTETS];
 #pragma unroll
   for (int octet = 0; octet < OCTETS; ++octet) scales[octet].load(slot, octet);
-  float group_factor;
-  const bool moves = rows.exponents.raise(slot, group_factor);
-  arrive(empty(slot));  // S is made of it
+#endif
+  Factors group_factors;
+#pragma unroll
+  for (int i = 0; i < LANE_GROUPS; ++i) group_factors[i] = 1.f;
+  const bool moves = rows.exponents.raise(slot, group_factors);
+  rows.exponents.store(slot);
+  if (GROUPS > 1) arrive(empty(slot));
   mbarrier_wait(maxima_ready(slot), place.phase);
   float top[2];
 #pragma unroll
@@ -161,10 +170,12 @@ DEVICE void softmax_step(float (&s)[OCTETS][4], Rows& rows, uint32_t bits, Place
   if (any) {  // rare after the first tokens
     const float factor0 = raise0 ? raise_maximum(m[0], l[0], top[0]) : 1.f;
     const float factor1 = raise1 ? raise_maximum(m[1], l[1], top[1]) : 1.f;
-    const int group = lane_index() & 3;
-    if (writes && group < GROUPS) {
-      st_shared_f32(factors(slot, group, row), factor0 * group_factor);
-      st_shared_f32(factors(slot, group, row + 8), factor1 * group_factor);
+#pragma unroll
+    for (int i = 0; i < LANE_GROUPS; ++i) {
+      const int group = (lane_index() & 3) + 4 * i;
+      if (!writes || group >= GROUPS) continue;
+      st_shared_f32(factors(slot, group, row), factor0 * group_factors[i]);
+      st_shared_f32(factors(slot, group, row + 8), factor1 * group_factors[i]);
     }
   }
   if (writes && lane_index() == 0) st_shared_u32(rescale_flag(slot), any);
@@ -178,8 +189,8 @@ DEVICE void softmax_step(float (&s)[OCTETS][4], Rows& rows, uint32_t bits, Place
     l[0] += p[0] + p[1], l[1] += p[2] + p[3];
   }
 #pragma unroll
-  for (int group = 0; group < GROUPS; ++group) {
-    const float up = rows.exponents.up(group);
+  for (int version = 0; version < P_VERSIONS; ++version) {
+    const float up = rows.exponents.up(version);
     uint32_t fragments[OCTETS][2];
 #pragma unroll
     for (int octet = 0; octet < OCTETS; ++octet) {
@@ -187,14 +198,14 @@ DEVICE void softmax_step(float (&s)[OCTETS][4], Rows& rows, uint32_t bits, Place
       float x = up, y = up;
 #if defined(FORMAT_V32)
       // A token that does not count has anything as its scale.
-      x = bits >> my_token(octet, 0) & 1 ? up * scales[octet].at(0, group) : 0.f;
-      y = bits >> my_token(octet, 1) & 1 ? up * scales[octet].at(1, group) : 0.f;
+      x = bits >> my_token(octet, 0) & 1 ? up * scales[octet].at(0, version) : 0.f;
+      y = bits >> my_token(octet, 1) & 1 ? up * scales[octet].at(1, version) : 0.f;
 #endif
       fragments[octet][0] = half_x2(p[0] * x, p[1] * y);
       fragments[octet][1] = half_x2(p[2] * x, p[3] * y);
     }
     // [warp][lane]
-    st_shared_v4(p_tile(slot, group) + thread_in_group() * 16,
+    st_shared_v4(p_tile(slot, version) + thread_in_group() * 16,
                  {fragments[0][0], fragments[0][1], fragments[1][0], fragments[1][1]});
   }
   arrive(p_ready(slot));
@@ -207,11 +218,12 @@ DEVICE float descale(const float* factor) { return factor ? __ldg(factor) : 1.f;
 // The end of a piece, by warp 0: what the value warps need of its rows, and lse.
 DEVICE void finish_rows(const Params& params, int request, const Piece& piece, const Rows& rows) {
   const RowBlock block = row_block();
-  const int group = lane_index() & 3;
-  float down = rows.exponents.down(0);
+  const int quad_lane = lane_index() & 3;
+  Factors down;  // of this lane's groups
 #pragma unroll
-  for (int i = 1; i < GROUPS; ++i) down = group == i ? rows.exponents.down(i) : down;
-  down *= descale(params.descale_k);
+  for (int group = 0; group < GROUPS; ++group) {
+    if (group % 4 == 0 || group % 4 == quad_lane) down[group / 4] = rows.exponents.down(group);
+  }
   if (lane_index() == 0) {
     st_shared_u32(shared_base() + RESULT, result_word(piece.kind, piece.slot));
   }
@@ -225,8 +237,13 @@ DEVICE void finish_rows(const Params& params, int request, const Piece& piece, c
       const int head = block.first_head + row % params.group;
       sum += ex2(__ldg(params.attn_sink + head) * LOG2E - rows.m[h]);
     }
-    if (group < GROUPS) st_shared_f32(inverse_l(group, in_block), l == 0.f ? 0.f : rcp(sum) * down);
-    if (group != 0 || row >= params.slab_rows) continue;
+#pragma unroll
+    for (int i = 0; i < LANE_GROUPS; ++i) {
+      const int group = quad_lane + 4 * i;
+      const float inverse = rcp(sum) * descale(params.descale_k) * down[i];
+      if (group < GROUPS) st_shared_f32(inverse_l(group, in_block), l == 0.f ? 0.f : inverse);
+    }
+    if (quad_lane != 0 || row >= params.slab_rows) continue;
     const float lse = lg2(l) + rows.m[h];  // log2
     if (piece.kind == WHOLE) {
       store_lse(params, request, block, row, l == 0.f ? POS_INF : lse * LN2);
@@ -276,6 +293,7 @@ DEVICE void score_role(const Params& params) {
         next_bits = ld_shared_u32(token_bits(place.slot, warp_in_group()));
 #pragma unroll
         for (int octet = 0; octet < OCTETS; ++octet) scores(next[octet], q, place.slot, octet);
+        if (GROUPS == 1) arrive(empty(place.slot));  // scales are looked at again
         if (uniform(next_bits != ALL_SEEN || border < WARP_TOKENS)) {
           mask(next, params, next_bits, border);
         }

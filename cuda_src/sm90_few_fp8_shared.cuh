@@ -5,19 +5,24 @@
 #include "ptx.cuh"
 #define FEW_ROWS_MAP  // for sm90_pieces.cuh
 
-// The formats, as sm90_gather_format.cuh has them. GROUPS: of 128 columns of V with a scale of
-// their own.
+// The formats, as sm90_gather_format.cuh has them. GROUPS: of columns of V in units of their own:
+// those of a scale, and the rotary columns of V4. P_VERSIONS: of P, for value warps.
 #if defined(FORMAT_V32)
-constexpr int ROW_BYTES = 656, GROUPS = 4;
+constexpr int ROW_BYTES = 656, TAIL_BYTES = 0, COLUMN_BLOCKS = 9, GROUPS = 4, P_VERSIONS = 4;
+constexpr int SLOTS = 4, LAUNCH_SHARED_BYTES = 222008;  // of the ring, and of a launch
 constexpr int SCALES = 512, ROTARY = 528;  // byte offsets in a row
+#elif defined(FORMAT_V4)
+constexpr int ROW_BYTES = 576, TAIL_BYTES = 8, COLUMN_BLOCKS = 8, GROUPS = 8, P_VERSIONS = 1;
+constexpr int SLOTS = 5, LAUNCH_SHARED_BYTES = 223600;
+constexpr int ROTARY = 448;
 #else
-constexpr int ROW_BYTES = 576, GROUPS = 1;
+constexpr int ROW_BYTES = 576, TAIL_BYTES = 0, COLUMN_BLOCKS = 9, GROUPS = 1, P_VERSIONS = 1;
+constexpr int SLOTS = 5, LAUNCH_SHARED_BYTES = 215280;
 #endif
 
 constexpr int ROWS = 16;         // query rows of a thread block
 constexpr int TOKENS = 64;       // tokens of a tile of the schedule
 constexpr int SLOT_TOKENS = 64;  // of a slot of the ring
-constexpr int SLOTS = 4;
 constexpr int SLOT_BYTES = SLOT_TOKENS * ROW_BYTES;
 
 // Thread blocks have three groups of four warps. Group 0 has the score role, group 1 the value
@@ -43,12 +48,16 @@ DEVICE int product_token(int octet, int n) {
 // ---- the memory map -------------------------------------------------------------------------
 // Byte offsets, and what lies there.
 
-constexpr int COLUMN_BLOCKS = 9, Q_BLOCK_BYTES = ROWS * 128;
+constexpr int Q_BLOCK_BYTES = ROWS * 128;
 constexpr int Q_BYTES = COLUMN_BLOCKS * Q_BLOCK_BYTES;     // at 0: Q, swizzled by TMA
 constexpr int P_BYTES = ROWS * SLOT_TOKENS * 2;
 constexpr int RING = Q_BYTES;
-constexpr int P_TILES = RING + SLOTS * SLOT_BYTES;         // [SLOTS][GROUPS], as fragments of A
-constexpr int FACTORS = P_TILES + SLOTS * GROUPS * P_BYTES;  // float [SLOTS][GROUPS][ROWS], for O
+constexpr int P_TILES = RING + SLOTS * SLOT_BYTES;  // [SLOTS][P_VERSIONS], as fragments of A
+constexpr int TAILS = P_TILES + SLOTS * P_VERSIONS * P_BYTES;  // [SLOTS][SLOT_TOKENS], of V4
+// float16 [SLOTS][GROUPS][4 score warps][4 lanes of a quad][OCTETS][2]: scales of V4, for P
+constexpr int P_SCALES = TAILS + SLOTS * SLOT_TOKENS * TAIL_BYTES;
+constexpr int P_SCALE_BYTES = TAIL_BYTES ? GROUPS * SLOT_TOKENS * 2 : 0;
+constexpr int FACTORS = P_SCALES + SLOTS * P_SCALE_BYTES;  // float [SLOTS][GROUPS][ROWS], for O
 constexpr int MAXIMA = FACTORS + SLOTS * GROUPS * ROWS * 4;  // float [SLOTS][ROWS][GROUP_WARPS]
 constexpr int SUMS = MAXIMA + SLOTS * ROWS * GROUP_WARPS * 4;  // float [ROWS][GROUP_WARPS]
 constexpr int INVERSE_L = SUMS + ROWS * GROUP_WARPS * 4;   // float [GROUPS][ROWS]
@@ -67,8 +76,14 @@ DEVICE uint32_t shared_base() { return shared_address(shared); }
 DEVICE uint32_t token_row(uint32_t slot, int token) {
   return shared_base() + RING + slot * SLOT_BYTES + token * ROW_BYTES;
 }
-DEVICE uint32_t p_tile(uint32_t slot, int group) {
-  return shared_base() + P_TILES + (slot * GROUPS + group) * P_BYTES;
+DEVICE uint32_t token_tail(uint32_t slot, int token) {
+  return shared_base() + TAILS + (slot * SLOT_TOKENS + token) * TAIL_BYTES;
+}
+DEVICE uint32_t p_tile(uint32_t slot, int version) {
+  return shared_base() + P_TILES + (slot * P_VERSIONS + version) * P_BYTES;
+}
+DEVICE uint32_t p_scales(uint32_t slot, int group, int warp) {
+  return shared_base() + P_SCALES + slot * P_SCALE_BYTES + (group * GROUP_WARPS + warp) * 32;
 }
 DEVICE uint32_t factors(uint32_t slot, int group, int row) {
   return shared_base() + FACTORS + ((slot * GROUPS + group) * ROWS + row) * 4;
@@ -110,11 +125,6 @@ enum MbarrierIndex {
   MBARRIERS
 };
 constexpr int SHARED_BYTES = BARRIERS + MBARRIERS * 8;
-#if defined(FORMAT_V32)
-constexpr int LAUNCH_SHARED_BYTES = 222008;
-#else
-constexpr int LAUNCH_SHARED_BYTES = 175992;
-#endif
 static_assert(PART_ROW % 16 == 0 && TOKEN_BITS % 16 == 0 && SHARED_BYTES <= 232448, "of a block");
 static_assert(SHARED_BYTES == LAUNCH_SHARED_BYTES, "gpu/kernels.py has it, too");
 

@@ -306,7 +306,9 @@ def serving(dtype: str, *pages: str) -> list[str]:
     formats = ["v32", "v4", "v32_wide", "v4_wide", "e4m3", "e4m3_q_e4m3", "16bit", "16bit_512"]
     if dtype == "fp16":
         formats = [name for name in formats if not name.endswith(("wide", "q_e4m3"))]
-    few = ["few_rows_v32", "few_rows_e4m3"] + ["few_rows_e4m3_q_e4m3"] * (dtype == "bf16")
+    few = ["few_rows_v32", "few_rows_v4", "few_rows_e4m3"] + ["few_rows_e4m3_q_e4m3"] * (
+        dtype == "bf16"
+    )
     gathering = (*(f"gather_{name}" for name in formats), *few, "combine_gathered")
     return [
         *(f"{name}_{dtype}_{page}" for name in decode for page in pages),

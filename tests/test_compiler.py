@@ -87,7 +87,8 @@ def test_variants():
         f"{name}_{dtype}"
         for name in (
             *(f"gather_{format}" for format in formats),
-            *("few_rows_v32", "few_rows_e4m3", "few_rows_e4m3_q_e4m3", "combine_gathered"),
+            *("few_rows_v32", "few_rows_v4", "few_rows_e4m3", "few_rows_e4m3_q_e4m3"),
+            "combine_gathered",
         )
         for dtype in ("bf16", "fp16")
         if not (name.endswith(of_bf16) and dtype == "fp16")

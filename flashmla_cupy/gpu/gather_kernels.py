@@ -55,7 +55,13 @@ GATHER_16BIT = _gather("gather_16bit", 184528)
 GATHER_16BIT_512 = _gather("gather_16bit_512", 176336, "FORMAT_16BIT_512")
 
 
-def _few_rows(name: str, shared_bytes: int, *defines: str, dtypes: tuple[str, ...] = ()) -> Kernel:
+def _few_rows(
+    name: str,
+    shared_bytes: int,
+    *defines: str,
+    dtypes: tuple[str, ...] = ("bfloat16", "float16"),
+    mma_loops: int = 2,  # Q K^T with softmax, and P V
+) -> Kernel:
     """sm90_few_fp8_decode.cu for the rows of one format of a cache."""
     return Kernel(
         name,
@@ -64,18 +70,19 @@ def _few_rows(name: str, shared_bytes: int, *defines: str, dtypes: tuple[str, ..
         384,
         Parameters(_GATHER_PARAMETERS, as_struct=True, tensor_maps=2),  # of q, the same twice
         shared_bytes=shared_bytes,  # SHARED_BYTES
-        dtypes=dtypes or ("bfloat16", "float16"),
+        dtypes=dtypes,
         defines=("GATHERED", f"FEW_ROWS_KERNEL={name}", *defines),
         registers=168,  # setmaxnreg shares them out anew by role
-        spill_bytes=24,
-        mma_loops=2,  # Q K^T with softmax, and P V
+        spill_bytes=8,
+        mma_loops=mma_loops,
     )
 
 
 FEW_ROWS_V32 = _few_rows("few_rows_v32", 222008, "FORMAT_V32")
-FEW_ROWS_E4M3 = _few_rows("few_rows_e4m3", 175992, "FORMAT_PER_TENSOR")
+FEW_ROWS_V4 = _few_rows("few_rows_v4", 223600, "FORMAT_V4", mma_loops=3)  # P V of two kinds
+FEW_ROWS_E4M3 = _few_rows("few_rows_e4m3", 215280, "FORMAT_PER_TENSOR")
 FEW_ROWS_E4M3_Q_E4M3 = _few_rows(
-    "few_rows_e4m3_q_e4m3", 175992, "FORMAT_PER_TENSOR", "QUERY_E4M3", dtypes=_BF16
+    "few_rows_e4m3_q_e4m3", 215280, "FORMAT_PER_TENSOR", "QUERY_E4M3", dtypes=_BF16
 )
 
 COMBINE_GATHERED = Kernel(
@@ -120,6 +127,7 @@ GATHERING = (
     GATHER_16BIT,
     GATHER_16BIT_512,
     FEW_ROWS_V32,
+    FEW_ROWS_V4,
     FEW_ROWS_E4M3,
     FEW_ROWS_E4M3_Q_E4M3,
     COMBINE_GATHERED,
@@ -138,7 +146,7 @@ _FORMATS = {  # by the name of a CacheFormat
 _WIDE = {"v32": GATHER_V32_WIDE, "v4": GATHER_V4_WIDE}  # products in bfloat16
 _OF_E4M3_QUERIES = {"e4m3": GATHER_E4M3_Q_E4M3}
 # Where all query rows of a slab fit a block. Their products need no wide variant.
-_OF_FEW_ROWS = {"v32": FEW_ROWS_V32, "e4m3": FEW_ROWS_E4M3}
+_OF_FEW_ROWS = {"v32": FEW_ROWS_V32, "v4": FEW_ROWS_V4, "e4m3": FEW_ROWS_E4M3}
 _OF_FEW_E4M3_QUERIES = {"e4m3": FEW_ROWS_E4M3_Q_E4M3}
 FEW_ROWS = 16  # query rows of their blocks
 
