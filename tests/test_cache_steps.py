@@ -484,6 +484,10 @@ MISUSE = {  # name: (what is done, its error, words)
     "queries of others": (
         lambda w, c, s: s.step.attend(w.new(2, 2, 4)), E.ShapeError, "q: expected a first axis of 1"
     ),
+    "queries with heads before tokens": (
+        lambda w, c, s: s.step.attend(w.new(1, 4, 2)), E.ShapeError,
+        "q: expected at most the 2 tokens",
+    ),
     "accepted more than reserved": (
         lambda w, c, s: s.step.commit(3), E.ScalarError, "accepted: expected at most 2"
     ),

@@ -125,6 +125,11 @@ class Step:
         function = "Step.attend"
         self._require_open(function)
         layer = self._core.layer(layer, function)
+        shape: tuple[int, ...] = getattr(q, "shape", ())
+        if len(shape) == 4 and shape[1] > self.tokens:  # fewer are the last ones
+            expected = f"at most the {self.tokens} tokens of the step in the second axis"
+            remedy = "The axes of q are [batch, tokens, heads, 576]."
+            raise ShapeError("q", expected, f"{tuple(shape)}", remedy, function)
         return self._core.attend(
             q, layer, len(self.seqs), self._of, self._metadata, softmax_scale, causal, function
         )
