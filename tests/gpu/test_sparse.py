@@ -359,8 +359,7 @@ def test_corrupt_lists(format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("batch", [1, 7, 80])
-@pytest.mark.parametrize("h_q", [16, 64])
+@pytest.mark.parametrize(("batch", "h_q"), [(1, 16), (7, 64), (80, 16), (80, 64)])
 def test_runs_are_bit_identical(format, batch, h_q):
     need(format)
     problem = make_sparse_problem(
@@ -419,7 +418,8 @@ def test_replays_with_changed_lists(format, h_q):
 @pytest.mark.parametrize("format", ["v32", "v4"])
 @pytest.mark.parametrize("h_q", [16, 64, 128])
 def test_values_beyond_float16(format, h_q):
-    """Products in bfloat16 hold them; those in float16 do not, and show it."""
+    """Products in bfloat16 hold them, and the kernels for few rows do; those in float16 do not, and
+    show it."""
     problem = make_sparse_problem(
         format, batch=3, s_q=2, h_q=4 if DRY else h_q, topk=300, s_k=700, kv_size=1e5,
         softmax_scale=1e-7, pow2_scales=format == "v4", sink=False, seed=h_q,
@@ -429,8 +429,11 @@ def test_values_beyond_float16(format, h_q):
     assert_within_bound(out, lse, sparse_oracle(problem, k=RAW_WIDE), format)
     assert np.abs(out.astype(np.float32)).max() > 2e4
     problem.wide_fp8 = False
-    out, _ = results_of(problem)
-    assert DRY or not np.isfinite(out.astype(np.float32)).all(axis=-1).any()
+    out, lse = results_of(problem)
+    if DRY or h_q <= 16:
+        assert_within_bound(out, lse, sparse_oracle(problem), format)
+    else:
+        assert not np.isfinite(out.astype(np.float32)).all(axis=-1).any()
     flashmla_cupy.check()
 
 
