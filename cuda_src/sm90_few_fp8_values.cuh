@@ -185,40 +185,61 @@ DEVICE void rescale(Accumulators& o, uint32_t slot) {
   }
 }
 
+// 16 columns of a row to a partial result, as floats in the order of column_of_float() (merge.cuh).
+// Lane c of a quad has columns that begin `pitch` behind those of lane c - 1, and stores every
+// fourth vector of all four lanes, so that a quad stores 64 bytes at once.
+template <class Columns>
+DEVICE void store_floats(float* to, int pitch, const Columns& column, bool live) {
+  Vector4 words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    auto bits = [&](int vector) {
+      return __float_as_uint(column(column_of_float(4 * vector + (i & 2)) + (i & 1)));
+    };
+    words[i] = transpose_quads({bits(0), bits(1), bits(2), bits(3)});
+  }
+  if (!live) return;
+  to += (lane_index() & 3) * 4;
+  st_global_v4(to, {words[0].x, words[1].x, words[2].x, words[3].x});
+  st_global_v4(to + pitch, {words[0].y, words[1].y, words[2].y, words[3].y});
+  st_global_v4(to + 2 * pitch, {words[0].z, words[1].z, words[2].z, words[3].z});
+  st_global_v4(to + 3 * pitch, {words[0].w, words[1].w, words[2].w, words[3].w});
+}
+
 DEVICE void store_rows(const Accumulators& o, const Params& params, int request) {
   const RowBlock block = row_block();
   const uint32_t result = uniform(ld_shared_u32(shared_base() + RESULT));
+  const bool is_whole = kind_of(result) == WHOLE;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int in_block = (lane_index() >> 2) + 8 * h, row = block.first_row + in_block;
-    if (row >= params.slab_rows) continue;
-    const bool is_whole = kind_of(result) == WHOLE;
+    const bool live = row < params.slab_rows;
     uint16_t* out = params.out + out_row(params, request, block, row) * 512;
     float* partial = params.out_partial;
     if (!is_whole) partial += partial_row(params, slot_of(result), block, row) * 512;
 #pragma unroll
     for (int group = 0; group < WARP_GROUPS; ++group) {
-      // The tiles of a group have 2 GROUP_TILES columns of this lane, behind one another.
+      // The tiles of a group have so many columns of a lane, behind one another.
+      constexpr int LANE_COLUMNS = 2 * GROUP_TILES;
       const float x = ld_shared_f32(inverse_l(group_of(group), in_block));
-      const int first_column =
-          warp_in_group() * V_COLUMNS + group * 64 + (lane_index() & 3) * 2 * GROUP_TILES;
+      const int first_column = warp_in_group() * V_COLUMNS + group * 64;
       auto at = [&](int column) {
         return o[group * GROUP_TILES + column % GROUP_TILES][2 * h + column / GROUP_TILES] * x;
       };
-      if (is_whole) {
 #pragma unroll
-        for (int i = 0; i < 2 * GROUP_TILES; i += 8) {
-          uint32_t pairs[4];
-#pragma unroll
-          for (int j = 0; j < 4; ++j) pairs[j] = cvt_x2(at(i + 2 * j), at(i + 2 * j + 1));
-          st_global_v4(out + first_column + i, {pairs[0], pairs[1], pairs[2], pairs[3]});
+      for (int i = 0; i < LANE_COLUMNS; i += 16) {
+        if (!is_whole) {
+          auto from = [&](int column) { return at(i + column); };
+          store_floats(partial + first_column + i, LANE_COLUMNS, from, live);
+          continue;
         }
-      } else {  // as floats, in the order of column_of_float() (merge.cuh)
+        uint32_t pairs[8];
 #pragma unroll
-        for (int i = 0; i < 2 * GROUP_TILES; i += 4) {
-          const int k = column_of_float(i);
-          st_global_v4_f32(partial + first_column + i, at(k), at(k + 1), at(k + 8), at(k + 9));
-        }
+        for (int j = 0; j < 8; ++j) pairs[j] = cvt_x2(at(i + 2 * j), at(i + 2 * j + 1));
+        uint16_t* to = out + first_column + (lane_index() & 3) * LANE_COLUMNS + i;
+        if (!live) continue;
+        st_global_v4(to, {pairs[0], pairs[1], pairs[2], pairs[3]});
+        st_global_v4(to + 8, {pairs[4], pairs[5], pairs[6], pairs[7]});
       }
     }
   }

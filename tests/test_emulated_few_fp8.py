@@ -18,6 +18,7 @@ from support.sparse_oracle import largest_logits, sparse_oracle
 from support.sparse_problems import Q_DTYPES, as_prompt, make_sparse_problem, token_bytes
 
 from flashmla_cupy import check, flash_mla_sparse_fwd, flash_mla_with_kvcache, get_mla_metadata
+from flashmla_cupy.errors import DeviceCheckError
 
 pytestmark = pytest.mark.skipif(
     device.host_compiler() is None, reason="needs a host C++ compiler: c++, g++ or clang++"
@@ -79,22 +80,27 @@ def short_lists(gpu):
 
 
 def dense(gpu):
-    """Pages in their order, causal or not, with blocks that have several pieces."""
+    """Pages in their order, causal or not, with blocks that have several pieces; query positions
+    behind one another, in one block, and with gaps, which have blocks of their own."""
     for seed, (format, causal) in enumerate((f, c) for f in FORMATS for c in (False, True)):
-        emulator = gpu(num_sms=3)
-        emulator.seed = seed
+        gpu(num_sms=3).seed = seed
         arrays, lists = dense_problem(
             format, [130, 0, 49, 16, 1], s_q=2, h_q=8, page_size=16, causal=causal
         )
-        out, lse = flash_mla_with_kvcache(
-            **arrays,
-            head_dim_v=512,
-            tile_scheduler_metadata=get_mla_metadata()[0],
-            causal=causal,
-            is_fp8_kvcache=True,
-        )
-        assert_right(lists, out, lse, f"{format} {causal}")
+        if causal:
+            arrays["q"] = np.concatenate([lists.q, lists.q], axis=2)[:, :, :8]
+        assert_right(lists, *decode_dense(arrays, causal=causal), f"{format} {causal}")
     check()
+
+
+def decode_dense(arrays, causal=False):
+    return flash_mla_with_kvcache(
+        **arrays,
+        head_dim_v=512,
+        tile_scheduler_metadata=get_mla_metadata()[0],
+        causal=causal,
+        is_fp8_kvcache=True,
+    )
 
 
 def grow_scales(problem, exponents):
@@ -174,14 +180,7 @@ def queries_in_e4m3(gpu):
         assert_right(problem, *sparse_calls.call(problem))
     arrays, lists = dense_problem("e4m3", [70, 0, 3], s_q=2, h_q=7, page_size=16, causal=True)
     lists.q = arrays["q"] = arrays["q"].astype(Q_DTYPES["float8_e4m3fn"])
-    out, lse = flash_mla_with_kvcache(
-        **arrays,
-        head_dim_v=512,
-        tile_scheduler_metadata=get_mla_metadata()[0],
-        causal=True,
-        is_fp8_kvcache=True,
-    )
-    assert_right(lists, out, lse)
+    assert_right(lists, *decode_dense(arrays, causal=True))
     check()
 
 
@@ -221,6 +220,20 @@ def test_nan_in_a_row_that_counts_reaches_its_query(gpu, format):
         row[place : place + len(byte)] = kept
     out, lse = sparse_calls.call(problem)
     assert out.tobytes() == right.tobytes() and lse.tobytes() == right_lse.tobytes()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_page_outside_the_pool_makes_its_request_nan(gpu, format):
+    gpu(num_sms=5)
+    arrays, _ = dense_problem(format, [130, 70, 49], s_q=1, h_q=12, page_size=16, causal=False)
+    right, _ = decode_dense(arrays)
+    arrays["block_table"][1, 2] = arrays["k_cache"].shape[0]
+    out, lse = decode_dense(arrays)
+    with pytest.raises(DeviceCheckError) as caught:
+        check()
+    assert (caught.value.request, caught.value.column) == (1, 2)
+    assert np.isnan(out[1].astype(np.float32)).all() and np.isnan(lse[1]).all()
+    assert out[[0, 2]].tobytes() == right[[0, 2]].tobytes()
 
 
 # ---- broken kernels ----------------------------------------------------------------------------
