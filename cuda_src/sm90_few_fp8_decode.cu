@@ -82,8 +82,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 //       copies with an evict-first policy    56.2   159.6  180.1  13.2
 //       a loop over rows, not over lanes     56.2                 13.2
 //       five slots, as it is                        158.3
-//   3 needs 232 KB for five slots. Since then partial results are stored 64 bytes a quad, instead of
-//   16 bytes a lane, 128 bytes apart, to win back what 4 lost; that was not timed.
+//   3 has no room for five slots. Since then partial results are stored 64 bytes a quad, instead
+//   of 16 bytes a lane, 128 bytes apart, to win back what 4 lost; that was not timed.
 //   16 requests of 65536 tokens: 576 bytes 161.5 (208), 656 bytes 182.9
 //   queries in e4m3, 2: 157.2 with four slots (211), the kernel for 64 rows 420.2
 //   lists of 2048 tokens in 1, 8, 32 requests: 13.1 | 18.1 | 27.9  (21.1 | 26.2 | 50.4)
