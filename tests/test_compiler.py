@@ -45,7 +45,7 @@ SCHEDULE = Variant("schedule")
 
 
 @pytest.fixture
-def sources(fresh: Path, has_nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+def sources(has_nvrtc: None, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """The sources that are compiled; a test may change them."""
     texts = dict(SMALL)
     monkeypatch.setattr(compiler, "_sources", lambda: dict(texts))
