@@ -415,5 +415,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 //                    28.9 where it was 26
 //   rows of a pair   looked at 32 at once, all merged 1 | one load after another 3 to 6
 //   triggered        at the end of dense_decode | ahead of its epilogue: the same
+//   instructions     as they are needed, h16 b1 s8192 11.3, b8 s4096 17.9 | rehearsed before the
+//                    wait, by a round without loads and stores 12.1, 18.9
 //   arithmetic       as it is | the largest lse by an integer reduction; fewer steps for few
 //                    splits; quotients by a reciprocal: all the same

@@ -9,7 +9,9 @@
 //              each candidate have in common. Of a large batch (split.PREFIX_ENTRIES) only every
 //              2^k-th sum is kept, and step 2 walks from there.
 //   2. cut     Each candidate has a group of warps, and a thread finds where a cut lies. Candidates
-//              with as many parts cut at the same places: the first of them finds these for all.
+//              with as many parts cut at the same places: the first of them finds these for all. Of
+//              the candidate that cuts by size, each lane tries a size; then a thread finds which
+//              piece its part is.
 //   3. rate    Each candidate moves its cuts out of the reach of its limit. Rating a part takes
 //              four cuts, so neighbouring warps share three: lane i of warp w has cut 29 w - 1 + i,
 //              and the warp rates parts 29 w to 29 w + 28. One warp picks the best candidate.
@@ -26,9 +28,10 @@ constexpr int MAX_PARTS = 174;
 constexpr int UNIT = 16;
 constexpr int C_REQ = 8;
 constexpr int CANDIDATES = 5;
-constexpr int EVEN = 3;
-constexpr int T_SPLIT = 17;
-constexpr int T_PAIR = 28;
+constexpr int UNSPLIT = 3;
+constexpr int BY_SIZE = 4;
+constexpr int LEAST_SIZE = 8;
+constexpr int SIZES = 32;
 constexpr int T_COMB = 22;
 constexpr int T_MOST = (1 << 28) - 1;
 
@@ -44,6 +47,11 @@ DEVICE int tiles_of(int length) {
   return length > 0 ? ((length - 1) >> 6) + 1 : 0;  // length + 63 could overflow
 }
 DEVICE int cost_of(int tiles) { return tiles ? UNIT * tiles + C_REQ : 0; }
+
+// The parts of a request of BY_SIZE; `inverse` of the size.
+DEVICE int pieces_of(int tiles, int size, float inverse) {
+  return tiles ? max((int)__fmul_rn((float)(tiles + size - 1), inverse), 1) : 0;
+}
 
 // How many of `numbers`, which ascend, are at most x. There are 4 step - 1 of them, and `step` is a
 // power of four.
@@ -67,10 +75,10 @@ struct alignas(16) Use {
 struct alignas(16) Place {
   int request, start, before, behind;
 };
-// What all candidates have in common: the cost of all requests, and by how much memory alone takes
-// longer than a mean part.
+// What all candidates have in common: the cost of all requests, by how much memory alone takes
+// longer than a mean part, and the tiles of all requests.
 struct Common {
-  int total, longer;
+  int total, longer, tiles;
 };
 // Of a candidate: the time of its longest part; and how many split pieces begin inside a request
 // and, from bit 16 on, how many begin at its first tile.
@@ -83,12 +91,16 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
     int batch, int parts,                       // parts <= MAX_PARTS
     int most_tiles,                             // of a request: longer ones count as that
     int shift, int step,                        // k of step 1; the first step of count_to
-    float tile_longer, int piece_memory,        // split.memory_costs
+    float tile_longer, int piece_memory,        // split.Costs
+    int split_time, int pair_time,              // its other two
     int* __restrict__ tile_scheduler_metadata,  // [parts, 8], 16-byte aligned
     int* __restrict__ num_splits) {             // [batch + 1]
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ float inverses[MAX_PARTS + 1];  // 1 / i
   __shared__ int evens[MAX_PARTS + 1];       // parts, less those that i requests cannot share out
+  __shared__ int needs[SIZES];               // of BY_SIZE: parts, if they have such a size
+  __shared__ int last_ends[GROUP];           // pieces of 32 requests
+  __shared__ int ends[4 * PARTS_STEP];       // pieces of the requests up to this one
   __shared__ Use uses[CANDIDATES];
   __shared__ Common common;
   __shared__ Place places[CANDIDATES][MAX_PARTS];
@@ -126,6 +138,9 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
 #pragma unroll
       for (int k = 0; k < CANDIDATES; ++k) requests[k][i] = BEYOND;
     }
+#pragma unroll 1
+    for (int i = thread; i < 4 * PARTS_STEP; i += threads) ends[i] = BEYOND;
+    if (thread < SIZES) needs[thread] = 0;
     if (thread == 0) starts[0] = 0;
     if (thread < CANDIDATES) ratings[thread] = {0, 0};
   } else {
@@ -169,21 +184,64 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
     const int total_tiles = (uint32_t)(total - C_REQ * with_tiles) / UNIT;
     if (lane < CANDIDATES) {
       int most = parts;
-      if (lane == EVEN && with_tiles > 0 && with_tiles <= parts) most = evens[with_tiles];
-      const int used = max(1, min(total_tiles >> (lane < CANDIDATES - 1 ? lane : 0), most));
+      if (lane == BY_SIZE && with_tiles > 0 && with_tiles <= parts) most = evens[with_tiles];
+      const int limit = lane == UNSPLIT ? 1 : lane == BY_SIZE ? LEAST_SIZE : 1 << lane;
+      const int used = max(1, min(total_tiles / limit, most));
       const int finder = used == max(1, min(total_tiles, parts)) ? 0 : lane;
       uses[lane] = {used, __fmul_rn((float)total, inverses[used]), finder};
     } else if (lane == CANDIDATES) {
-      common = {total, (int)__fmul_rn((float)total_tiles, tile_longer)};
+      common = {total, (int)__fmul_rn((float)total_tiles, tile_longer), total_tiles};
     }
   }
   __syncthreads();
 
   // ---- 2. cut ------------------------------------------------------------------------------
 
-  const Use use = uses[candidate];
+  Use use = uses[candidate];
   const int found = warp_in_group * 32 + lane;
-  if (use.finder == candidate && found > 0 && found < use.parts) {
+  bool by_size = candidate == BY_SIZE && batch > 1 && batch <= parts && common.tiles > 0;
+  if (by_size) {
+    // Whole warps of this candidate come here. A lane tries a size, a warp some of the requests.
+    const int threads = 32 * group, least = max(LEAST_SIZE, (common.tiles + parts - 1) / parts);
+    auto tiles_at = [&](int request) {
+      return (uint32_t)(starts[request + 1] - starts[request]) / UNIT;
+    };
+    int size = least + (least * lane >> 4), need = 0;
+    float inverse = __fdiv_rn(1.f, (float)size);
+#pragma unroll 1
+    for (int i = warp_in_group; i < batch; i += group) {
+      need += pieces_of(tiles_at(i), size, inverse);
+    }
+    atomicAdd(&needs[lane], need);
+    bar_sync(1, threads);
+    const uint32_t suffices = __ballot_sync(ALL, needs[lane] <= parts);
+    by_size = suffices != 0;
+    if (by_size) {
+      const int chosen = __ffs(suffices) - 1;
+      size = __shfl_sync(ALL, size, chosen), inverse = __shfl_sync(ALL, inverse, chosen);
+      use.parts = needs[chosen], use.finder = BY_SIZE;
+      const int pieces = found < batch ? pieces_of(tiles_at(found), size, inverse) : 0;
+      int end = pieces;
+#pragma unroll
+      for (int d = 1; d < 32; d *= 2) {
+        const int below = __shfl_up_sync(ALL, end, d);
+        if (lane >= d) end += below;
+      }
+      if (lane == 31) last_ends[warp_in_group] = end;
+      bar_sync(1, threads);
+      end += __reduce_add_sync(ALL, lane < warp_in_group ? last_ends[lane] : 0);
+      if (found < batch) ends[found] = end;
+      bar_sync(1, threads);
+      if (found > 0 && found < use.parts) {
+        const int request = count_to(ends, PARTS_STEP, found), tiles = tiles_at(request);
+        const int first = request > 0 ? ends[request - 1] : 0, of = ends[request] - first;
+        const int number = found - first, each = tiles / of;
+        const int before = each * number + (tiles - each * of) * number / of;
+        places[BY_SIZE][found] = {request, starts[request], before, tiles - before};
+      }
+    }
+  }
+  if (!by_size && use.finder == candidate && found > 0 && found < use.parts) {
     const int x = (int)__fmul_rn((float)found, use.share);
     const int entry = count_to(starts + 1, step, x);
     int request = entry << shift, start = starts[entry], cost = starts[entry + 1] - start;
@@ -206,7 +264,8 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
     request = batch, at = common.total;
   } else if (cut > 0) {
     const Place place = places[use.finder][cut];
-    const int limit = candidate < CANDIDATES - 1 ? 1 << candidate : WHOLE;
+    int limit = candidate == UNSPLIT ? WHOLE : 1 << candidate;
+    if (candidate == BY_SIZE) limit = by_size ? 1 : LEAST_SIZE;
     request = place.request, at = place.start;
     if (min(place.before, place.behind) >= limit) {
       tile = place.before, start = at, at += UNIT * tile;
@@ -230,10 +289,10 @@ extern "C" __global__ __launch_bounds__(MOST_THREADS, 1) void schedule(
   {
     int time = next_at - at;
     if (next_is_inside && moves) time += C_REQ;
-    if (begins_inside) time += T_SPLIT;
-    if (starts_split) time += T_SPLIT;
-    if (my_pairs & 1) time += T_PAIR;
-    if (my_pairs & 2) time += T_PAIR;
+    if (begins_inside) time += split_time;
+    if (starts_split) time += split_time;
+    if (my_pairs & 1) time += pair_time;
+    if (my_pairs & 2) time += pair_time;
     const int longest = __reduce_max_sync(ALL, owns ? time : 0);
     if (lane == 0) {
       const int pieces = __popc(split_bits) << 16 | __popc(inside_bits);

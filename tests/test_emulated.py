@@ -64,7 +64,8 @@ def test_schedules_are_those_of_the_host(gpu, batch, rows, h_kv):
             np.full(batch, rng.integers(1, 9000), np.int32),
             np.where(rng.random(batch) < 0.1, 70000, 300).astype(np.int32),
             rng.integers(-(2**31), 2**31, batch).astype(np.int32),  # whatever a buffer holds
-        ][: 4 if batch < 9000 else 1]
+            np.where(rng.random(batch) < 0.5, rng.integers(256, 1025, batch), 0).astype(np.int32),
+        ][: 5 if batch < 9000 else 1]
     ):
         emulator.seed = seed
         metadata, num_splits = get_mla_metadata(lengths, rows, h_kv)

@@ -285,6 +285,7 @@ QUALITY = [
     ("one long among short", [131072] + [512] * 63, 16, 0.80, 140),
     ("ragged", list(range(1000, 8000, 55)), 128, 0.97, 130),
     ("thunder", [4641, 45118, 1730, 1696], 64, 0.78, 140),
+    ("short, for half of the parts: by size", list(range(256, 1024, 12)), 64, 0.60, 90),
 ]
 
 
@@ -391,6 +392,7 @@ def test_constants_of_the_device():
         "BEGINS_IN_PAIR",
         "CHECK_FACTOR",
         "CHECK_SHIFT",
+        "FEW",
         "ENDS_IN_PAIR",
         "MAX_BATCH",
         "MOST_SHARED_BYTES",
@@ -400,6 +402,10 @@ def test_constants_of_the_device():
         "PREFIX_ENTRIES",
         "TOKENS_PER_TILE",
         "T_MOST",
+        "T_PAIR",
+        "T_PAIR_OF_FEW",
+        "T_SPLIT",
+        "T_SPLIT_OF_FEW",
         "T_TILE_MEM",
     }
     assert {name: int(value) for name, value in found.items()} == {

@@ -85,7 +85,7 @@ SCHEDULE = Kernel(
         pointer cache_seqlens
         int batch, parts, most_tiles, shift, step
         float tile_longer
-        int piece_memory
+        int piece_memory, split_time, pair_time
         pointer tile_scheduler_metadata, num_splits
         """
     ),

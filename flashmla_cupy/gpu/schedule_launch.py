@@ -7,7 +7,10 @@ from .driver import Function, Launch
 from .kernels import SCHEDULE
 from .parameters import Arguments
 
-_SIZES = ("batch", "parts", "most_tiles", "shift", "step", "tile_longer", "piece_memory")
+_SIZES = (
+    *("batch", "parts", "most_tiles", "shift", "step"),
+    *("tile_longer", "piece_memory", "split_time", "pair_time"),
+)
 _ALL = SCHEDULE.parameters.run(("cache_seqlens", *_SIZES, "tile_scheduler_metadata", "num_splits"))
 _BATCH = SCHEDULE.parameters.run(_SIZES)
 _NUM_SPLITS = SCHEDULE.parameters.run(("num_splits",))

@@ -8,7 +8,9 @@ The tiles of all requests, one after the other, form a line that is cut into `pa
 cost, so that a long request is shared by many parts and many short ones share a part. The pieces of
 a request that is cut are merged afterwards, which costs partial results and a second kernel. So a
 cut near an end of a request moves to that end, and leaves no piece shorter than a limit. There are
-a few limits; the one taken is that with the shortest estimated time.
+a few limits, and one more way to cut: even pieces of at most some size, each a part of its own,
+which suits requests that are about half as many as the parts. The one taken is that with the
+shortest estimated time.
 
 tile_scheduler_metadata [parts, 8] int32, one row a part:
 
@@ -42,8 +44,11 @@ import numpy.typing as npt
 from ..sizes import TOKENS_PER_TILE, ceil_div
 
 # The launch of schedule.cu: each candidate has as many warps as hold the parts, 29 each.
-CANDIDATES = 5  # limits: pieces of at least 1, 2, 4, 8 tiles; the last one splits nothing
-EVEN = 3  # the candidate that gives all requests the same number of parts, if there are so many
+CANDIDATES = 5  # limits: pieces of at least 1, 2, 4 tiles; no pieces; or at least 8 or so, by size
+UNSPLIT = 3  # the candidate that splits nothing
+BY_SIZE = 4  # the candidate that gives each request parts of its own, as many as its tiles ask for
+LEAST_SIZE = 8  # tiles of a part of BY_SIZE, at most; more where the parts are too few
+SIZES = 32  # how many are tried: from the least on, by sixteenths of it
 WARP_PARTS = 29
 MAX_PARTS = 174  # of six warps
 MAX_BATCH = (1 << 20) - 1  # column 7 has 20 bits for a request
@@ -60,6 +65,8 @@ UNIT = 16  # a tile
 C_REQ = 8  # a request that has tiles: loading q, the epilogue
 T_SPLIT = 17  # a piece of a split request: its partial result, and what comes with it
 T_PAIR = 28  # what a piece of a pair takes more: floats, and the merge of the two
+T_SPLIT_OF_FEW, T_PAIR_OF_FEW = 12, 16  # the same of at most FEW rows
+FEW = 16
 T_COMB = 22  # a combine kernel with work to do
 T_MOST = (1 << 28) - 1  # longer times count as this
 T_TILE_MEM = 50  # 1/256: the bytes of a tile at the memory bandwidth of the whole GPU
@@ -111,11 +118,22 @@ class _Cuts(NamedTuple):
         return self.begins_inside.astype(np.int64) + self.starts_split
 
 
-def memory_costs(parts: int, rows: int, h_kv: int) -> tuple[float, int]:
-    """The two memory terms of _estimate: what the bytes of a tile cost beyond the tile's share of a
-    mean part, and 256 times what the bytes of a piece's partial result cost."""
+class Costs(NamedTuple):
+    """The terms of _estimate that depend on the call."""
+
+    tile_longer: float  # what the bytes of a tile cost beyond the tile's share of a mean part
+    piece_memory: int  # 256 times what the bytes of a piece's partial result cost
+    split: int  # T_SPLIT
+    pair: int  # T_PAIR
+
+
+def costs_of(parts: int, rows: int, h_kv: int) -> Costs:
     tile = h_kv * T_TILE_MEM
-    return min(tile / 256, 15.0) - UNIT / parts, min(rows * tile // PARTIAL_ROWS, (1 << 22) - 1)
+    return Costs(
+        min(tile / 256, 15.0) - UNIT / parts,
+        min(rows * tile // PARTIAL_ROWS, (1 << 22) - 1),
+        *((T_SPLIT_OF_FEW, T_PAIR_OF_FEW) if rows <= FEW else (T_SPLIT, T_PAIR)),
+    )
 
 
 class LaunchSizes(NamedTuple):
@@ -123,7 +141,7 @@ class LaunchSizes(NamedTuple):
 
     block: tuple[int, int, int]  # lanes, warps of a candidate, candidates
     shared_bytes: int  # dynamic: the cost prefix
-    params: tuple[int, int, int, int, int, float, int]  # from `batch` on
+    params: tuple[int, int, int, int, int, float, int, int, int]  # from `batch` on
 
 
 @functools.lru_cache(maxsize=1024)
@@ -136,7 +154,7 @@ def launch_sizes(batch: int, parts: int, rows: int, h_kv: int) -> LaunchSizes:
         step *= 4
     sizes = batch, parts, MOST_TILES // batch, shift, step
     return LaunchSizes(
-        (32, warps, CANDIDATES), 4 * (4 * step + 1), (*sizes, *memory_costs(parts, rows, h_kv))
+        (32, warps, CANDIDATES), 4 * (4 * step + 1), (*sizes, *costs_of(parts, rows, h_kv))
     )
 
 
@@ -158,7 +176,7 @@ def plan(
     if not batch:
         return metadata, np.zeros(1, np.int32)
 
-    costs = memory_costs(parts, rows, h_kv)
+    costs = costs_of(parts, rows, h_kv)
     trials = [_cut(counted, starts, parts, candidate) for candidate in range(CANDIDATES)]
     times = [_estimate(counted, starts, trial, costs) for trial in trials]
     cuts = trials[times.index(min(times))]
@@ -203,15 +221,19 @@ def sealed(metadata: npt.NDArray[np.int32], batch: int) -> npt.NDArray[np.int32]
 
 
 def _cut(tiles: Ints, starts: Ints, parts: int, candidate: int) -> _Cuts:
-    """Ranges of equal cost, their ends rounded to tiles and moved out of the reach of the limit.
+    """Ranges of equal cost, their ends rounded to tiles and moved out of the reach of the limit; of
+    BY_SIZE, those of `_cut_by_size` where it can.
 
     schedule.cu has the same float32 arithmetic."""
     batch, total, cost = len(tiles), int(tiles.sum()), int(starts[-1])
-    splits = candidate < CANDIDATES - 1
-    limit = 1 << candidate if splits else _WHOLE
-    used = min(max(total >> (candidate if splits else 0), 1), parts)  # parts that get work
+    by_size = candidate == BY_SIZE
+    if by_size and total and 1 < batch <= parts and (cuts := _cut_by_size(tiles, parts)):
+        return cuts
+    limit = _WHOLE if candidate == UNSPLIT else LEAST_SIZE if by_size else 1 << candidate
+    used = total if candidate == UNSPLIT else total // limit
+    used = min(max(used, 1), parts)  # parts that get work
     requests = int(np.count_nonzero(tiles))
-    if candidate == EVEN and 0 < requests <= parts:
+    if by_size and 0 < requests <= parts:  # all requests get the same number of parts
         used = min(used, parts // requests * requests)
     share = np.float32(cost) * (np.float32(1) / np.float32(used))
     x = (np.arange(1, used, dtype=np.float32) * share).astype(np.int64)  # where the line is cut
@@ -221,15 +243,37 @@ def _cut(tiles: Ints, starts: Ints, parts: int, candidate: int) -> _Cuts:
     behind = tiles[request] - before
     inside = np.minimum(before, behind) >= limit
     request += ~inside & (behind < before)  # to the nearer end
-    tile = np.where(inside, before, 0)
-    ends = [batch] * (parts + 1 - used)
+    return _cuts_at(request, np.where(inside, before, 0), batch, parts)
+
+
+def _cuts_at(request: Ints, tile: Ints, batch: int, parts: int) -> _Cuts:
+    """With the first cut, which these follow, and those of the parts without work."""
+    ends = [batch] * (parts - len(request))
     return _Cuts(
         np.concatenate([[0], request, ends]).astype(np.int64),
         np.concatenate([[0], tile, np.zeros_like(ends)]).astype(np.int64),
     )
 
 
-def _estimate(tiles: Ints, starts: Ints, cuts: _Cuts, memory_costs: tuple[float, int]) -> int:
+def _cut_by_size(tiles: Ints, parts: int) -> _Cuts | None:
+    """Each request in as few even pieces of at most some size as it can be, each a part; the size
+    is the least of those tried for which the parts suffice. None: there is none."""
+    least = max(LEAST_SIZE, ceil_div(int(tiles.sum()), parts))
+    for size in (least + (least * i >> 4) for i in range(SIZES)):
+        inverse = np.float32(1) / np.float32(size)
+        pieces = ((tiles + size - 1).astype(np.float32) * inverse).astype(np.int64)
+        pieces = np.where(tiles > 0, np.maximum(pieces, 1), 0)
+        if pieces.sum() <= parts:
+            break
+    else:
+        return None
+    request = np.repeat(np.arange(len(tiles)), pieces)[1:]
+    ends = np.cumsum(pieces)
+    number = np.arange(1, ends[-1]) - (ends - pieces)[request]  # of the part, in its request
+    return _cuts_at(request, tiles[request] * number // pieces[request], len(tiles), parts)
+
+
+def _estimate(tiles: Ints, starts: Ints, cuts: _Cuts, costs: Costs) -> int:
     """How long decoding takes with these cuts, in the unit of the costs.
 
     The multiprocessors work for the longest part. If memory is slower, it sets the pace until a
@@ -240,11 +284,10 @@ def _estimate(tiles: Ints, starts: Ints, cuts: _Cuts, memory_costs: tuple[float,
     load = at[1:] + C_REQ * (cuts.tile[1:] > 0) - at[:-1]  # a piece that ends inside pays, too
     load = np.where(cuts.busy, load, 0)
     paired = cuts.pairs[:-1].astype(np.int64) + cuts.pairs[1:]
-    longest = int((load + pieces * T_SPLIT + paired * T_PAIR).max())
+    longest = int((load + pieces * costs.split + paired * costs.pair).max())
     split, total = int(pieces.sum()), np.float32(tiles.sum())
-    tile_longer, piece_memory = memory_costs
-    partials = split * piece_memory >> 8
-    longer = int(total * np.float32(tile_longer)) + partials
+    partials = split * costs.piece_memory >> 8
+    longer = int(total * np.float32(costs.tile_longer)) + partials
     time: int = longest + max(0, longer) + (T_COMB + partials if split else 0)
     return min(time, T_MOST)
 
@@ -257,6 +300,15 @@ def _estimate(tiles: Ints, starts: Ints, cuts: _Cuts, memory_costs: tuple[float,
 #   requests alike    EVEN is one candidate of five: 32 requests of 1024 tokens 31.4, on an H200 |
 #                     always as many parts as give each as many, and no T_COMB for pairs 34.4
 #   T_PAIR            28: 32 requests of 1024 tokens 29.6 | 22: then split into pairs, 31.4
+#   BY_SIZE           on an H200, 64 requests of 256 to 1024 tokens, 64 rows, cut into 105 pieces of
+#                     at most 8 tiles 28.8 | whole 31.2 | of at most 7 tiles 29.5 | limits 1, 2, 4:
+#                     34.2, 33.1, 31.3
+#   UNSPLIT           its idle parts lie between the others: 64 of 512 tokens, 32 rows, on an H200
+#                     20.0 | at the end 21.3
+#   .._OF_FEW         12, 16: one of 131072 tokens among 63 of 512, 16 rows, on an H200, limit 2
+#                     52.9 | 17, 28: requests alike 55.8, limit 4 56.6, limit 1 54.0
+#   T_TILE_MEM        50, 4.16 TB/s | 40 to 66, for faster and slower memory: another candidate in
+#                     four of the 43 cases of `bench`; their estimates differ by 0.1 to 6 percent
 #   PARTIAL_ROWS      36: the same 29.6, one of 8192 tokens 15.0, 64 of 512 with 64 rows each 32.8 |
 #                     72: 31.4, 16.1, 37.6
 #   T_SPLIT           20: 128 requests of about 1024 tokens 94.4, of about 4096 284 | 33 without
