@@ -5,11 +5,11 @@
 #include "sm90_gather_cursor.cuh"
 
 // Starts the copies of the tile that was looked up into a stage.
-DEVICE void copy_tile(uint32_t lane, uint32_t stage, uint32_t tile) {
+DEVICE void copy_tile(uint32_t walk, uint32_t lane, uint32_t stage, uint32_t tile) {
   const uint32_t i = lane >> 3, column = lane & 7;
   const uint32_t to = stage_address(stage) + (warp_in_group() * CHUNK + i) * 128 +
                       ((column ^ (warp_in_group() * CHUNK & 4) ^ i) << 4);
-  const uint32_t from = row_pointers() + i * 8;
+  const uint32_t from = walk + ROW_POINTERS + i * 8;
   tile >>= i;
 #pragma unroll 1
   for (int chunk = 0; chunk < TILE_CHUNKS; ++chunk) {
@@ -39,9 +39,13 @@ DEVICE void release_tile(uint32_t stage, uint32_t bad) {
 }
 
 DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const TensorMap& q_map_1) {
-  const uint32_t lane = lane_index();
-  uint32_t tile = begin_walk(params, lane);
+  uint32_t lane = lane_index(), walk = walk_address();
+  uint32_t tile = begin_walk(params, walk, lane);
+  cp_async_commit_group();
   Place place;
+  if (!tile) return;
+  load_q(params, q_map_0, q_map_1, ld_shared_u32(walk + REQUEST), place);
+  bool begun = true;  // the first piece: its Q is on the way
   uint32_t bad = 0, stage = STAGES;  // of the tile on its way; STAGES: none
   auto release_it = [&] {
     if (stage < STAGES) release_tile(stage, bad);
@@ -50,17 +54,19 @@ DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const Te
   // Groups: the entries of a tile, the rows of the tile before, the entries of the next one, ...
 #pragma unroll 1
   for (;;) {
+    pin(lane), pin(walk);
     if (stage < STAGES) {
       cp_async_wait_group<1>();
     } else {
       cp_async_wait_group<0>();
     }
     __syncwarp();
-    tile = look_up(params, lane, tile);
+    tile = look_up(params, walk, lane, tile);
     cp_async_commit_group();
     if (!tile) break;
-    if (tile & TILE_BEGINS) {
-      load_q(params, q_map_0, q_map_1, ld_shared_u32(looked_up_request()), place);
+    if (RARELY(tile & TILE_BEGINS)) {
+      if (!begun) load_q(params, q_map_0, q_map_1, begun_request(walk, 0), place);
+      begun = false;
     }
     // Where there is no room yet, the tile before is told of first, and else behind the next
     // copies.
@@ -69,7 +75,8 @@ DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const Te
       release_it();
       mbarrier_wait(empty(place.stage), place.phase ^ 1);
     }
-    copy_tile(lane, place.stage, tile);
+    pin(lane), pin(walk);
+    copy_tile(walk, lane, place.stage, tile);
     cp_async_commit_group();
     if (lane == 0) {
       st_shared_u16(live_tokens(place.stage) + warp_in_group() * 2, seen_tokens(tile));

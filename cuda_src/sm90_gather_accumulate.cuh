@@ -4,6 +4,41 @@
 #include "sm90_gather_cursor.cuh"
 #include "sm90_results.cuh"
 
+// O += P V. Over FP8, shared memory is what all roles wait for: P goes through registers, so that it
+// is read once, 16 tokens at a time, for which there are registers.
+DEVICE void accumulate(float (&o)[128], uint32_t stage, int half) {
+  const uint64_t v_tile = descriptor_mn_major(stage + half * 4 * BLOCK_BYTES);
+  constexpr int NEXT_COLUMNS = 2 * (BLOCK_BYTES >> 4);
+  if (IS_FP8) {
+    const uint32_t p_tile = stage + P_BLOCK * BLOCK_BYTES + plain_fragment_offset();
+#pragma unroll
+    for (int k = 0; k < TILE / 16; ++k) {
+      uint32_t p[4];
+      ldmatrix_x4(p_tile + k * P_STEP_BYTES, p[0], p[1], p[2], p[3]);
+      pin(o);
+      wgmma_fence();
+      wgmma_m64n128k16_rs(o, p, v_tile + k * 128);
+      wgmma_m64n128k16_rs(o + 64, p, v_tile + k * 128 + NEXT_COLUMNS);
+      wgmma_commit_group();
+      wgmma_wait_all();
+      pin(o);
+    }
+  } else {
+    const uint64_t p_tile = descriptor_k_major_plain(stage + P_BLOCK * BLOCK_BYTES);
+    pin(o);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < TILE / 16; ++k) {
+      const uint64_t p_columns = p_tile + k * (P_STEP_BYTES >> 4);
+      wgmma_m64n128k16_ss(o, p_columns, v_tile + k * 128);
+      wgmma_m64n128k16_ss(o + 64, p_columns, v_tile + k * 128 + NEXT_COLUMNS);
+    }
+    wgmma_commit_group();
+    wgmma_wait_all();
+    pin(o);
+  }
+}
+
 DEVICE void matrix_role(const Params& params, int half) {
   float o[128];
   Place place;
@@ -33,22 +68,7 @@ DEVICE void matrix_role(const Params& params, int half) {
           o[4 * j + 2] *= b, o[4 * j + 3] *= b;
         }
       }
-      {
-        const uint32_t stage = stage_address(place.stage);
-        const uint64_t p_tile = descriptor_k_major_plain(stage + P_BLOCK * BLOCK_BYTES);
-        const uint64_t v_tile = descriptor_mn_major(stage + half * 4 * BLOCK_BYTES);
-        pin(o);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < TILE / 16; ++k) {
-          const uint64_t p_columns = p_tile + k * (P_STEP_BYTES >> 4);
-          wgmma_m64n128k16_ss(o, p_columns, v_tile + k * 128);
-          wgmma_m64n128k16_ss(o + 64, p_columns, v_tile + k * 128 + 2 * (BLOCK_BYTES >> 4));
-        }
-        wgmma_commit_group();
-        wgmma_wait_all();
-        pin(o);
-      }
+      accumulate(o, stage_address(place.stage), half);
       __syncwarp();
       if (arrives()) mbarrier_arrive(empty(place.stage));
       place.advance();

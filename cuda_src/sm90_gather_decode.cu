@@ -57,18 +57,37 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 // a call on an H200, L2 cold, in a CUDA graph; in brackets the kernels in the wheel of vllm 0.33.0
 // in the same run. Lists of 2048 tokens of 8192 for each of 128 requests, unless said.
 //
-// Two earlier states of the gather role over FP8 were timed; the present one was not. A had 24
-// registers, four rows of a warp at a time, and 16 rows on their way. B had 40 registers, all loads
-// of four rows ahead of their conversion, and 12 rows on their way; what is not to be seen came
-// from a row of zeros in global memory. (A had lists that all named the same 8192 tokens.)
-//   656 bytes, 128 heads    B 223, s_q 2 416 | A 268, 527        (212 to 216, 419)
-//   64 heads                B 124, s_q 2 224 | A 139, 271        (115 to 120, 224 to 231)
-//   16 heads                B 118            | A 136             (117, padded to 64)
-//   one request, 128 heads  B 25, 16 heads 24 | A 21, 15         (23, 22): every block read the row
-//                           of zeros; now copies of no bytes
-//   dense, 576 bytes, 132 requests of 8192 tokens, 16 | 64 | 128 heads
-//                           B 335 | 341 | 665, A 399 | 402 | 791 (210 | 219 | 422)
-//   dense, 656 bytes        B 384 | - | 757, A 434 | 437 | 863
+// States of the gather role over FP8. A had 24 registers, four rows of a warp at a time, and 16 rows
+// on their way (and lists that all named the same 8192 tokens). B had 40 registers, all loads of four
+// rows ahead of their conversion, and 12 rows on their way; what is not to be seen came from a row of
+// zeros in global memory. C had copies of no bytes for that, and list entries copied ahead. In D the
+// loads of where rows begin are ahead of copies (nothing is loaded past a copy into shared memory, so
+// C waited for each), two rows are converted while the next are loaded, scales are loaded for a
+// lane's own columns instead of shuffled, and S2R, a shift for each upper half, and most spills are
+// gone. In E a lane copies what it will read itself: half of the addresses, and no __syncwarp; and
+// every lane walks by itself.
+//   656 bytes, 128 heads, s_q 1, 2     E 174, 330 | D 211, 409 | C 258, 502 | B 223, 416 (211, 415)
+//   64 heads, s_q 1, 2                 E 94, 178 | D 112, 213 | C 135, 258 | B 124, 224  (117, 227)
+//   16 heads                           E 89 | D 106 | C 131 | B 118    (115, padded to 64)
+//   128 heads of 1, 8, 32 requests     E 20.0, 31.0, 62.4 | D 20.5, 32.5, 70.5 | C 22.4, 36.1, 84.7
+//                                      (22.6, 34.5, 75.6)
+//   64 heads of 1, 8, 32 requests      E 18.2, 27.3, 40.3 | D 18.7, 28.7, 43.7 | C 19.9, 32.5, 50.3
+//                                      (22.0, 27.1, 51.8)
+//   dense, 576 bytes, 132 requests of 8192 tokens, 64, 128 heads
+//                           E 319, 622; D 376, 736; C 432, 849; B 341, 665 (221, 424)
+//   parts left out          of E, 128 heads and s_q 2, 331: without copies and conversion 230. Of D,
+//                           409: without copies 320; without conversion and its stores 303; with
+//                           its stores but no conversion 410; without the proxy fence 406; with
+//                           nothing but looking up 241. Dense, 64 heads, D 376: 318 without copies
+//   E copying whole rows    128 heads and s_q 2, 333 for 331; 64 heads 94 for 93
+//   P in registers for P V  16 tokens at a time: 328 for 331, 64 heads 175 for 176; dense, 64 and 128
+//                           heads 307, 596 for 319, 622. Over 16-bit rows it loses: 4261 for 4144
+//   S by turns with Q in registers and in shared memory: the same
+//   clocks of a tile        of E, one block: looking up 1040, three chunks 650 each, fence 220; S
+//                           1230 from when K is there, softmax 690. Of ncu's samples of the gather
+//                           warps, looking up had 30 %: 135 instructions, but many branches
+//   pieces of at least 1, 2, 4, 8 tiles   E, 64 heads of 8 requests 28.9, 24.8, 27.2, 34.1 (chosen:
+//                           27.1); elsewhere what is chosen is within 3 % of the best
 //   parts of B left out     128 heads 223, 16 heads 118: without the conversion 190, 102; without
 //                           copies 167, 85; without looking up 196, 99. So each took time of the
 //                           one warp of a scheduler: entries are copied ahead now, not loaded
@@ -82,6 +101,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 //   128 heads  3762 | 4171 | 4383  (3747 | 4146 | 4456)
 //   64 heads   2029 | 1978 | 2211  (2008 | 1965 | 2223)
 //   16 heads   - | 1944 | -        (- | 2713 | -)
+//   looking up as in C, E   128 heads 4198, 4144 (3731, 3906); 64 heads, keys 32768 2172, 2192 (1985,
+//                           2082): a warp has 24 registers, and half of its time went there
 //   with 24 steps of Q in registers instead of 28: 128 heads 3896, 64 heads 2125
 // Decoding, 16 heads 83 (3.7 TB/s), 64 heads 87, 128 heads and s_q 2 273 (24 steps).
 //

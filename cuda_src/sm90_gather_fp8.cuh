@@ -19,33 +19,45 @@ constexpr int CHUNK_PITCH = CHUNK * GROUP_WARPS * 128;  // in a stage, to the ne
 // write into eight different places then. A lane reads what it copied itself, but for scales.
 struct Lane {
   uint32_t index;
-  uint32_t pointers;           // address of the warp's first row pointer
+  uint32_t walk;               // walk_address()
   uint32_t latent, latent_to;  // with the token
   uint32_t scales;             // with the token, of its first column block
-  uint32_t rotary, rotary_to;  // with the token
+  uint32_t rotary_at, rotary_at_to;  // with the token, where they are no e4m3
   DEVICE Lane() {
     index = lane_index();
     const uint32_t warp = warp_in_group(), first_row = warp * CHUNK;
     const uint32_t staging = shared_base() + STAGING + warp * WARP_TOKENS * STAGED_ROW;
-    pointers = row_pointers();
+    walk = walk_address();
     latent = staging + odd() * STAGED_ROW + latent_column();
     latent_to = pair() * 2 * BLOCK_BYTES + (first_row + odd()) * 128 +
                 ((((index & 3) * 2) ^ (first_row & 4) ^ odd()) << 4);
     scales = staging + odd() * STAGED_ROW + SCALES + pair() * 2 / SCALE_BLOCKS * SCALE_BYTES;
-    const uint32_t column = rotary_column() / (IS_E4M3_ROTARY ? 8 : 16);
-    rotary = staging + rotary_token() * STAGED_ROW + ROTARY + rotary_column();
-    rotary_to = ROTARY_BLOCK * BLOCK_BYTES + (first_row + rotary_token()) * 128 +
-                ((column ^ ((first_row + rotary_token()) & 7)) << 4);
+    rotary_at = staging + rotary_token() * STAGED_ROW + ROTARY + rotary_column();
+    rotary_at_to = ROTARY_BLOCK * BLOCK_BYTES + (first_row + rotary_token()) * 128 +
+                   (((index & 7) ^ ((first_row + rotary_token()) & 7)) << 4);
   }
+  // At the beginning of a chunk: what follows from these numbers is computed again.
+  DEVICE void forget() { pin(index), pin(walk), pin(latent), pin(latent_to); }
+
   DEVICE uint32_t odd() const { return index >> 2 & 1; }
   DEVICE uint32_t pair() const { return index >> 3; }  // of column blocks
-  DEVICE uint32_t rotary_token() const { return IS_E4M3_ROTARY ? index >> 2 & 3 : index >> 3; }
-  // In bytes of a row of the cache.
-  DEVICE uint32_t latent_column() const { return pair() * 128 + (index & 3) * 16; }
-  DEVICE uint32_t rotary_column() const { return (index & (IS_E4M3_ROTARY ? 3 : 7)) * 16; }
-  DEVICE bool has_rotary() const { return !IS_E4M3_ROTARY || index < 16; }
-  // Whether its 16 bytes of a column block are latent columns, here and in a row of the cache.
+  DEVICE uint32_t latent_column() const { return pair() * 128 + (index & 3) * 16; }  // in a row
+  // Whether its 16 bytes of one of its column blocks are latent columns.
   DEVICE bool has_latent(int block) const { return !ROTARY_IN_V || block == 0 || index < 24; }
+
+  // Rotary columns: 16 bytes of one token. Those of e4m3 are 16 lanes', of the four tokens odd() and
+  // odd() + 2.
+  DEVICE bool has_rotary() const { return !IS_E4M3_ROTARY || index < 16; }
+  DEVICE uint32_t rotary_token() const { return IS_E4M3_ROTARY ? index >> 2 & 3 : index >> 3; }
+  DEVICE uint32_t rotary_column() const { return (index & (IS_E4M3_ROTARY ? 3 : 7)) * 16; }
+  DEVICE uint32_t rotary() const {
+    return IS_E4M3_ROTARY ? latent + pair() * (2 * STAGED_ROW - 128) + ROTARY : rotary_at;
+  }
+  DEVICE uint32_t rotary_to(uint32_t stage) const {
+    if (!IS_E4M3_ROTARY) return stage + rotary_at_to;
+    return ((stage + latent_to) ^ pair() << 5) + ROTARY_BLOCK * BLOCK_BYTES -
+           pair() * (2 * BLOCK_BYTES - 2 * 128);
+  }
 };
 
 // The copy of rows of the tile that was looked up: `row` and `row` + 1 of a chunk, or the rest of
@@ -54,7 +66,7 @@ struct Lane {
 struct Copy {
   const uint8_t* from;
   DEVICE void look(const Lane& lane, int chunk, int row) {
-    from = row_at(lane.pointers + (chunk * CHUNK + row + lane.odd()) * 8);
+    from = row_at(lane.walk + ROW_POINTERS + (chunk * CHUNK + row + lane.odd()) * 8);
   }
   DEVICE void start(const Lane& lane, uint32_t tile, int chunk, int row) const {
     const uint32_t to = lane.latent + chunk * STAGED_CHUNK + row * STAGED_ROW;
@@ -64,17 +76,17 @@ struct Copy {
   }
   // Rotary columns and scales.
   DEVICE void look_rest(const Lane& lane, int chunk) {
-    from = row_at(lane.pointers + (chunk * CHUNK + lane.rotary_token()) * 8);
+    from = row_at(lane.walk + ROW_POINTERS + (chunk * CHUNK + lane.rotary_token()) * 8);
   }
   DEVICE void start_rest(const Lane& lane, uint32_t tile, int chunk) const {
-    const uint32_t to = lane.rotary + chunk * STAGED_CHUNK;
+    const uint32_t to = lane.rotary() + chunk * STAGED_CHUNK;
     const bool is_there = tile >> (chunk * CHUNK) >> lane.rotary_token() & 1;
     if (lane.has_rotary()) copy_16(to, from, ROTARY + lane.rotary_column(), is_there);
     if (HAS_SCALES && lane.rotary_column() == 0) {
       const uint32_t scales = to - ROTARY + SCALES;
       if (TAIL_BYTES) {
-        const uint32_t pointer = lane.pointers + (chunk * CHUNK + lane.rotary_token()) * 8;
-        cp_async_8(scales, tail_at(pointer), is_there ? 8 : 0);
+        const uint32_t tail = (chunk * CHUNK + lane.rotary_token()) * 8;
+        cp_async_8(scales, row_at(lane.walk + TAIL_POINTERS + tail), is_there ? 8 : 0);
       } else {
         copy_16(scales, from, SCALES, is_there);
       }
@@ -114,7 +126,7 @@ struct Scales {
 
 // Converts the rotary columns of a chunk, 16 bytes of them a lane, into a stage.
 DEVICE void store_rotary(const Lane& lane, const Vector4& x, uint32_t stage, int chunk) {
-  const uint32_t to = stage + lane.rotary_to + chunk * CHUNK_PITCH;
+  const uint32_t to = lane.rotary_to(stage) + chunk * CHUNK_PITCH;
   if (!IS_E4M3_ROTARY) {
     st_shared_v4(to, {product_from_bf16(x.x), product_from_bf16(x.y), product_from_bf16(x.z),
                       product_from_bf16(x.w)});
@@ -136,39 +148,56 @@ DEVICE void poison(uint32_t stage, uint32_t bad) {
   }
 }
 
-DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const TensorMap& q_map_1) {
-  Lane lane;
+// Starts the copies of a tile that was looked up, a group for each chunk.
+DEVICE void copy_tile(const Lane& lane, uint32_t tile) {
   Copy copy;
-  uint32_t next = begin_walk(params, lane.index);
-  cp_async_wait_group<0>();
-  __syncwarp();
-  next = look_up(params, lane.index, next);
 #pragma unroll 1
   for (int chunk = 0; chunk < TILE_CHUNKS; ++chunk) {
 #pragma unroll
     for (int row = 0; row < CHUNK; row += 2) {
       copy.look(lane, chunk, row);
-      copy.start(lane, next, chunk, row);
+      copy.start(lane, tile, chunk, row);
     }
     copy.look_rest(lane, chunk);
-    copy.start_rest(lane, next, chunk);
+    copy.start_rest(lane, tile, chunk);
     cp_async_commit_group();
   }
+}
+
+DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const TensorMap& q_map_1) {
+  Lane lane;
+  // Groups: the entries of a tile, the chunks of the tile before, the entries of the next one, ...
+  auto look_up_after = [&](uint32_t before) {
+    cp_async_wait_group<TILE_CHUNKS>();
+    __syncwarp();
+    const uint32_t tile = look_up(params, lane.walk, lane.index, before);
+    cp_async_commit_group();
+    return tile;
+  };
   Place place;
+  uint32_t tile = begin_walk(params, lane.walk, lane.index);
+  cp_async_commit_group();
+  if (!tile) return;
+  load_q(params, q_map_0, q_map_1, ld_shared_u32(lane.walk + REQUEST), place);
+  cp_async_wait_group<0>();
+  __syncwarp();
+  tile = look_up(params, lane.walk, lane.index, tile) & ~TILE_BEGINS;  // its Q is on the way
+  cp_async_commit_group();
+  copy_tile(lane, tile);
+  uint32_t next = look_up_after(tile);
 #pragma unroll 1
-  while (next) {
-    const uint32_t tile = next;
-    if (tile & TILE_BEGINS) {
-      load_q(params, q_map_0, q_map_1, ld_shared_u32(looked_up_request()), place);
+  while (tile) {
+    if (RARELY(tile & TILE_BEGINS)) {
+      load_q(params, q_map_0, q_map_1, begun_request(lane.walk, next & TILE_BEGINS ? 1 : 0), place);
     }
-    const uint32_t stage = stage_address(place.stage);
+    uint32_t stage = stage_address(place.stage);
 #pragma unroll
     for (int chunk = 0; chunk < TILE_CHUNKS; ++chunk) {
-      pin(lane.index);
-      cp_async_wait_group<TILE_CHUNKS - 1>();
+      Copy copy;
+      lane.forget(), pin(stage);
+      cp_async_wait_group<TILE_CHUNKS>();
       __syncwarp();
       if (chunk == 0) {
-        next = look_up(params, lane.index, tile);
         mbarrier_wait(empty(place.stage), place.phase ^ 1);
         if (lane.index == 0) {
           st_shared_u16(live_tokens(place.stage) + warp_in_group() * 2, seen_tokens(tile));
@@ -185,7 +214,7 @@ DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const Te
       const Scales back(lane, chunk, 2);
       b.store(lane, stage, chunk, 0, 1, front[1]);
       copy.start(lane, next, chunk, 2);
-      const Vector4 rotary = ld_shared_v4(lane.rotary + chunk * STAGED_CHUNK);
+      const Vector4 rotary = ld_shared_v4(lane.rotary() + chunk * STAGED_CHUNK);
       c.store(lane, stage, chunk, 2, 0, back[0]);
       copy.look_rest(lane, chunk);
       d.store(lane, stage, chunk, 2, 1, back[1]);
@@ -194,7 +223,9 @@ DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const Te
       cp_async_commit_group();
       store_rotary(lane, rotary, stage, chunk);
     }
-    if (bad_tokens(tile)) poison(stage, bad_tokens(tile));
+    if (RARELY(bad_tokens(tile) != 0)) poison(stage, bad_tokens(tile));
+    tile = next;
+    next = look_up_after(next);  // while the stores above go on their way
     release(full(place.stage));
     place.advance();
   }
