@@ -4,8 +4,8 @@
 #include "sm90_gather_cursor.cuh"
 #include "sm90_results.cuh"
 
-// O += P V. Over FP8, shared memory is what all roles wait for: P goes through registers, so that it
-// is read once, 16 tokens at a time, for which there are registers.
+// O += P V. Over FP8, shared memory is what all roles wait for: P goes through registers, so that
+// it is read once, 16 tokens at a time, for which there are registers.
 DEVICE void accumulate(float (&o)[128], uint32_t stage, int half) {
   const uint64_t v_tile = descriptor_mn_major(stage + half * 4 * BLOCK_BYTES);
   constexpr int NEXT_COLUMNS = 2 * (BLOCK_BYTES >> 4);

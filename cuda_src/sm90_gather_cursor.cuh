@@ -20,8 +20,8 @@ DEVICE int piece_tiles(const Piece& piece) {
 }
 
 // What each warp has in shared memory, from this address on: where the rows of its tokens begin in
-// the tile that was looked up last, null for what is not to be seen; the entries of the list or table
-// for the next tile; and the walk.
+// the tile that was looked up last, null for what is not to be seen; the entries of the list or
+// table for the next tile; and the walk.
 DEVICE uint32_t walk_address() { return shared_base() + WALKS + warp_in_group() * WALK_BYTES; }
 DEVICE const uint8_t* row_at(uint32_t pointer) { return (const uint8_t*)ld_shared_u64(pointer); }
 // Copies 16 bytes of a row; of one that is not there, zeros.
@@ -37,7 +37,9 @@ constexpr uint32_t TILE_TOKENS = (1 << WARP_TOKENS) - 1;
 DEVICE uint32_t bad_tokens(uint32_t tile) { return tile >> WARP_TOKENS & TILE_TOKENS; }
 DEVICE uint32_t seen_tokens(uint32_t tile) { return (tile & TILE_TOKENS) | bad_tokens(tile); }
 // The request of the piece that was begun last by a tile that was looked up, or of that before it.
-DEVICE int begun_request(uint32_t walk, int before) { return ld_shared_u32(walk + BEGUN + before * 4); }
+DEVICE int begun_request(uint32_t walk, int before) {
+  return ld_shared_u32(walk + BEGUN + before * 4);
+}
 
 #define RARELY(condition) __builtin_expect(condition, 0)
 
@@ -46,9 +48,9 @@ DEVICE bool is_plain(const Params& params) {
   return params.page_shift >= 0 && params.extra_topk == 0 && params.page_bytes >> 32 == 0;
 }
 
-// The walk over the tiles of a part, of one warp, each lane with a token of its own: lane i < 12 with
-// the warp's token i of a tile. Between tiles it lies in shared memory: a tile is looked up in a
-// moment and converted in a while, for which there are few registers.
+// The walk over the tiles of a part, of one warp, each lane with a token of its own: lane i < 12
+// with the warp's token i of a tile. Between tiles it lies in shared memory: a tile is looked up in
+// a moment and converted in a while, for which there are few registers.
 template <bool IsPlain>
 struct Walk {
   uint32_t at, lane;

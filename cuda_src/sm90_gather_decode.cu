@@ -57,15 +57,17 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 // a call on an H200, L2 cold, in a CUDA graph; in brackets the kernels in the wheel of vllm 0.33.0
 // in the same run. Lists of 2048 tokens of 8192 for each of 128 requests, unless said.
 //
-// States of the gather role over FP8. A had 24 registers, four rows of a warp at a time, and 16 rows
-// on their way (and lists that all named the same 8192 tokens). B had 40 registers, all loads of four
-// rows ahead of their conversion, and 12 rows on their way; what is not to be seen came from a row of
-// zeros in global memory. C had copies of no bytes for that, and list entries copied ahead. In D the
-// loads of where rows begin are ahead of copies (nothing is loaded past a copy into shared memory, so
-// C waited for each), two rows are converted while the next are loaded, scales are loaded for a
-// lane's own columns instead of shuffled, and S2R, a shift for each upper half, and most spills are
-// gone. In E a lane copies what it will read itself: half of the addresses, and no __syncwarp; and
-// every lane walks by itself.
+// States of the gather role over FP8. A had 24 registers, four rows of a warp at a time, and 16
+// rows on their way (and lists that all named the same 8192 tokens). B had 40 registers, all loads
+// of four rows ahead of their conversion, and 12 rows on their way; what is not to be seen came
+// from a row of zeros in global memory. C had copies of no bytes for that, and list entries copied
+// ahead. In D the loads of where rows begin are ahead of copies (nothing is loaded past a copy into
+// shared memory, so C waited for each), two rows are converted while the next are loaded, scales
+// are loaded for a lane's own columns instead of shuffled, and S2R, a shift for each upper half,
+// and most spills are gone. In E a lane copies what it will read itself: half of the addresses, and
+// no __syncwarp; and every lane walks by itself. F, the present state, was not timed: it looks up
+// in 90 instructions with few branches, after the stores of the tile before and ahead of their
+// fence; Q of the first piece is asked for ahead of its first rows, and P V takes P from registers.
 //   656 bytes, 128 heads, s_q 1, 2     E 174, 330 | D 211, 409 | C 258, 502 | B 223, 416 (211, 415)
 //   64 heads, s_q 1, 2                 E 94, 178 | D 112, 213 | C 135, 258 | B 124, 224  (117, 227)
 //   16 heads                           E 89 | D 106 | C 131 | B 118    (115, padded to 64)
@@ -75,13 +77,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 //                                      (22.0, 27.1, 51.8)
 //   dense, 576 bytes, 132 requests of 8192 tokens, 64, 128 heads
 //                           E 319, 622; D 376, 736; C 432, 849; B 341, 665 (221, 424)
-//   parts left out          of E, 128 heads and s_q 2, 331: without copies and conversion 230. Of D,
-//                           409: without copies 320; without conversion and its stores 303; with
-//                           its stores but no conversion 410; without the proxy fence 406; with
-//                           nothing but looking up 241. Dense, 64 heads, D 376: 318 without copies
+//   parts left out          of E, 128 heads and s_q 2, 331: without copies and conversion 230. Of
+//                           D, 409: without copies 320; without conversion and its stores 303;
+//                           with its stores but no conversion 410; without the proxy fence 406;
+//                           with nothing but looking up 241. Dense, 64 heads, D 376: 318 without
+//                           copies
 //   E copying whole rows    128 heads and s_q 2, 333 for 331; 64 heads 94 for 93
-//   P in registers for P V  16 tokens at a time: 328 for 331, 64 heads 175 for 176; dense, 64 and 128
-//                           heads 307, 596 for 319, 622. Over 16-bit rows it loses: 4261 for 4144
+//   P in registers for P V  16 tokens at a time: 328 for 331, 64 heads 175 for 176; dense, 64 and
+//                           128 heads 307, 596 for 319, 622. Over 16-bit rows 4261 for 4144
 //   S by turns with Q in registers and in shared memory: the same
 //   clocks of a tile        of E, one block: looking up 1040, three chunks 650 each, fence 220; S
 //                           1230 from when K is there, softmax 690. Of ncu's samples of the gather
@@ -101,8 +104,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 //   128 heads  3762 | 4171 | 4383  (3747 | 4146 | 4456)
 //   64 heads   2029 | 1978 | 2211  (2008 | 1965 | 2223)
 //   16 heads   - | 1944 | -        (- | 2713 | -)
-//   looking up as in C, E   128 heads 4198, 4144 (3731, 3906); 64 heads, keys 32768 2172, 2192 (1985,
-//                           2082): a warp has 24 registers, and half of its time went there
+//   looking up as in C, E   128 heads 4198, 4144 (3731, 3906); 64 heads, keys 32768 2172, 2192
+//                           (1985, 2082): a warp has 24 registers, and half its time went there
 //   with 24 steps of Q in registers instead of 28: 128 heads 3896, 64 heads 2125
 // Decoding, 16 heads 83 (3.7 TB/s), 64 heads 87, 128 heads and s_q 2 273 (24 steps).
 //

@@ -1,18 +1,18 @@
 // The gather role over an FP8 cache, of warpgroup 3: rows are copied to the warp's staging memory
-// as they are, 16 bytes a lane, and converted in the ring. As soon as a chunk is in
-// registers, the same chunk of the next tile is on its way to where it was, be it of the next
-// piece.
+// as they are, 16 bytes a lane, and converted in the ring. As soon as two rows are in registers,
+// the same rows of the next tile are on their way to where they were, be it of the next piece.
 //
 // One warp a scheduler does this, next to others that mostly wait. So what it takes is its number
-// of instructions, and their latency: addresses are computed once, loads come first.
+// of instructions, and their latency. Loads come first, and nothing is kept that is computed again
+// in an instruction or two: there are 40 registers.
 #pragma once
 #include "sm90_gather_convert.cuh"
 
 constexpr int STAGED_CHUNK = CHUNK * STAGED_ROW;
 constexpr int CHUNK_PITCH = CHUNK * GROUP_WARPS * 128;  // in a stage, to the next of the warp
 
-// What a lane copies, reads and writes, in each chunk of the warp: addresses in the warp's first row
-// of staging, and bytes from the beginning of a stage.
+// What a lane copies, reads and writes, in each chunk of the warp: addresses in the warp's first
+// row of staging, and bytes from the beginning of a stage.
 //
 // Latent columns: of two tokens at a time, a lane has 16 in each of two column blocks, that of its
 // `pair` and the next. Every fourth lane is at the next token: the swizzle puts what eight lanes
@@ -45,7 +45,7 @@ struct Lane {
   // Whether its 16 bytes of one of its column blocks are latent columns.
   DEVICE bool has_latent(int block) const { return !ROTARY_IN_V || block == 0 || index < 24; }
 
-  // Rotary columns: 16 bytes of one token. Those of e4m3 are 16 lanes', of the four tokens odd() and
+  // Rotary columns: 16 bytes of one token. Those of e4m3 are 16 lanes', of tokens odd() and
   // odd() + 2.
   DEVICE bool has_rotary() const { return !IS_E4M3_ROTARY || index < 16; }
   DEVICE uint32_t rotary_token() const { return IS_E4M3_ROTARY ? index >> 2 & 3 : index >> 3; }

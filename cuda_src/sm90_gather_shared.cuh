@@ -40,14 +40,14 @@ constexpr int WARP_TOKENS = CHUNK * TILE_CHUNKS;  // of a tile
 
 constexpr int Q_TAIL = STAGES * STAGE_BYTES;  // the last column blocks of Q
 constexpr int STAGING = Q_TAIL + Q_TAIL_BLOCKS * Q_BLOCK_BYTES;  // [4 warps][12] rows
-constexpr int WALKS = STAGING + GROUP_WARPS * WARP_TOKENS * STAGED_ROW;  // [4 warps] of these:
-constexpr int ROW_POINTERS = 0;                                  // uint64 [12]
-constexpr int TAIL_POINTERS = ROW_POINTERS + WARP_TOKENS * 8;    // uint64 [12]
-constexpr int ENTRIES = TAIL_POINTERS + WARP_TOKENS * 8;         // int32 [12]
-constexpr int NEXT_TILE = ENTRIES + WARP_TOKENS * 4;             // Vector4
-constexpr int REQUEST = NEXT_TILE + 16;                          // int32: that of the next tile
-constexpr int BEGUN = REQUEST + 4;                               // int32 [2]: see sm90_gather_cursor.cuh
-constexpr int SECOND_LIST_AT = BEGUN + 8;                        // int32
+constexpr int WALKS = STAGING + GROUP_WARPS * WARP_TOKENS * STAGED_ROW;  // [4 warps]; of each, in
+constexpr int ROW_POINTERS = 0;                                // it: uint64 [12]
+constexpr int TAIL_POINTERS = ROW_POINTERS + WARP_TOKENS * 8;  // uint64 [12]
+constexpr int ENTRIES = TAIL_POINTERS + WARP_TOKENS * 8;       // int32 [12]
+constexpr int NEXT_TILE = ENTRIES + WARP_TOKENS * 4;           // Vector4: sm90_gather_cursor.cuh
+constexpr int REQUEST = NEXT_TILE + 16;                        // int32: that of the next tile
+constexpr int BEGUN = REQUEST + 4;                             // int32 [2]: begun_request()
+constexpr int SECOND_LIST_AT = BEGUN + 8;                      // int32
 constexpr int WALK_BYTES = SECOND_LIST_AT + 4;
 
 constexpr int FACTORS = WALKS + GROUP_WARPS * WALK_BYTES;
@@ -89,7 +89,8 @@ enum MbarrierIndex {
   MBARRIERS
 };
 constexpr int SHARED_BYTES = BARRIERS + MBARRIERS * 8;
-static_assert(NEXT_TILE % 16 == 0 && WALK_BYTES % 16 == 0 && FACTORS % 16 == 0 && BARRIERS % 8 == 0 && SHARED_BYTES <= 232448, "of a block");
+static_assert(NEXT_TILE % 16 == 0 && WALK_BYTES % 16 == 0 && FACTORS % 16 == 0, "aligned");
+static_assert(BARRIERS % 8 == 0 && SHARED_BYTES <= 232448, "of a block");
 static_assert(SHARED_BYTES == LAUNCH_SHARED_BYTES, "gpu/kernels.py has it, too");
 
 DEVICE uint32_t mbarrier(uint32_t index) { return shared_base() + BARRIERS + index * 8; }
