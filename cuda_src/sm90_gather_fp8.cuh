@@ -51,7 +51,8 @@ struct Lane {
   DEVICE uint32_t rotary_token() const { return IS_E4M3_ROTARY ? index >> 2 & 3 : index >> 3; }
   DEVICE uint32_t rotary_column() const { return (index & (IS_E4M3_ROTARY ? 3 : 7)) * 16; }
   DEVICE uint32_t rotary() const {
-    return IS_E4M3_ROTARY ? latent + pair() * (2 * STAGED_ROW - 128) + ROTARY : rotary_at;
+    if (!IS_E4M3_ROTARY) return rotary_at;
+    return has_rotary() ? latent + pair() * (2 * STAGED_ROW - 128) + ROTARY : latent;
   }
   DEVICE uint32_t rotary_to(uint32_t stage) const {
     if (!IS_E4M3_ROTARY) return stage + rotary_at_to;

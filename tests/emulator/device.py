@@ -58,6 +58,7 @@ class Launch(NamedTuple):
     grid: Any
     block: Any
     arguments: int  # address
+    shared_bytes: int  # dynamic
 
 
 class Kernels:
@@ -145,7 +146,7 @@ class Emulator:
         # Functions, no methods: argtypes are given to them.
         def launch_kernel(config, function, arguments, extra):
             seen = ctypes.cast(config, ctypes.POINTER(driver._Config)).contents
-            self._run([Launch(function, seen.grid, seen.block, arguments)])
+            self._run([Launch(function, seen.grid, seen.block, arguments, seen.shared_bytes)])
             return 0
 
         self.cuLaunchKernelEx = launch_kernel
@@ -217,12 +218,12 @@ class Emulator:
         """Begins this one, and those after it that may begin before it is released; returns how
         many have begun in all."""
         for place in range(first, len(launches)):
-            function, grid, block, arguments = launches[place]
+            function, grid, block, arguments, shared = launches[place]
             variant, library = self._modules[function]
             three = ctypes.c_uint32 * 3
             seed = ctypes.c_uint64(self.seed)
             where = ctypes.c_void_p(arguments)
-            begun = library.begin(three(*grid), three(*block), where, self.resident, seed)
+            begun = library.begin(three(*grid), three(*block), where, shared, self.resident, seed)
             self._raise(variant, begun)
             if not library.has_triggered():
                 return place + 1
@@ -277,7 +278,7 @@ class _Graphs:
         self.launched, self.last = self.launched + 1, executable
         self._run(
             [
-                Launch(node.function, node.grid, node.block, node.arguments)
+                Launch(node.function, node.grid, node.block, node.arguments, node.shared_bytes)
                 for node in self._nodes[executable].values()
             ]
         )

@@ -17,9 +17,10 @@ static void call(void (*kernel)(Parameters...), void* const* arguments) {
 // Runs the kernel up to griddepcontrol.wait. `arguments` as cuLaunchKernelEx takes them, to be kept
 // until it ends. Returns what went wrong, or "".
 EXPORTED const char* begin(const uint32_t* grid, const uint32_t* block, void* const* arguments,
-                           uint32_t resident, uint64_t seed) {
+                           uint32_t shared_bytes, uint32_t resident, uint64_t seed) {
   machine::body = [arguments] { call(KERNEL, arguments); };
-  machine::begin({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, resident, seed);
+  machine::begin({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes,
+                 resident, seed);
   return machine::error.c_str();
 }
 // Whether all of its thread blocks have let dependent kernels begin.

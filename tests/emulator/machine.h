@@ -18,8 +18,9 @@
 // demands, where one on the way is enough.
 //
 // Also reported: an asynchronous access to shared or global memory without such a fence, more arrivals
-// than an mbarrier expects, threads of a warpgroup that do not agree on a wgmma, and an access to
-// an unmapped address (device.guarded() puts arrays next to one).
+// than an mbarrier expects, threads of a warpgroup that do not agree on a wgmma, an access to shared
+// memory beyond what the launch gives a block, and one to an unmapped address (device.guarded() puts
+// arrays next to one).
 //
 // Not modelled: the memory model of loads, and of stores but those; time; registers.
 #pragma once
@@ -132,6 +133,7 @@ struct Block {
 // A kernel under way.
 struct Grid {
   dim3 size, block_size;
+  uint32_t shared_bytes;  // dynamic ones of a block, as it was launched
   uint32_t resident;
   uint64_t next = 0, triggered = 0;  // blocks: begun; that have triggered or ended
   bool released = false;             // the kernels ahead have ended
@@ -314,7 +316,7 @@ inline int barrier_arrive(int number, uint32_t threads, bool wait, int summand =
 // ---- shared memory and the asynchronous proxy -----------------------------------------------
 
 inline uint8_t* at(uint32_t address, uint32_t bytes) {
-  if (address % bytes || address + bytes > DYNAMIC_SHARED_BYTES) {
+  if (address % bytes || address + bytes > grid->shared_bytes) {
     fail("shared memory: " + std::to_string(bytes) + " bytes at " + std::to_string(address));
   }
   return shared + address;
@@ -641,12 +643,18 @@ inline void go_on_guarded() {
   sigaction(SIGSEGV, &before, nullptr);
 }
 // A kernel up to griddepcontrol.wait.
-inline void begin(dim3 size, dim3 block_size, uint32_t resident, uint64_t seed) {
+inline void begin(dim3 size, dim3 block_size, uint32_t shared_bytes, uint32_t resident,
+                  uint64_t seed) {
   random_numbers.seed(seed);
   error.clear();
   block = nullptr, thread = nullptr;
   grid = std::make_unique<Grid>();
   grid->size = size, grid->block_size = block_size, grid->resident = resident;
+  grid->shared_bytes = shared_bytes;
+  if (shared_bytes > DYNAMIC_SHARED_BYTES) {
+    error = "more shared memory than a block can have";
+    return;
+  }
   go_on_guarded();
 }
 // From there until all blocks have triggered, and to its end.
