@@ -98,6 +98,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 //                         heads, one of 512 tokens 9.5, 8 of about 4096 26.1 | rehearsed: each role
 //                         goes through its loop once at the beginning, without waiting or leaving a
 //                         trace 155.9, 11.2, 27.4. Then the producers' instructions come later
+//   the second tile       asked for at once: 64 heads, 128 of 4096 tokens 148.1, 64 of about 16384
+//                         305.0 | when Q is taken 147.5, 307.3
+//   out                   16 bytes a lane, by transpose_quads: 128 heads, 128 of about 1024 78.4, one
+//                         long among 63 short 87.5 | 4 bytes, half the instructions 86.4, 100.8
+//   32 heads              partial results as floats, 64 of about 16384 293.4 | as halves, together
+//                         with those 4 bytes of out 288.0
 // What bounds 64 rows is not power, at 4.62 TB/s: 64 heads, 64 requests of about 16384 tokens,
 // sustained, at 1515 MHz and the limit of 700 W, 302.1; in bursts of 3 ms at 1980 MHz 300.5; with
 // queries of zeros at 1875 MHz 297.0. With 16 heads the same kernel takes 281.3. Where nothing is
