@@ -100,8 +100,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 //                         trace 155.9, 11.2, 27.4. Then the producers' instructions come later
 //   the second tile       asked for at once: 64 heads, 128 of 4096 tokens 148.1, 64 of about 16384
 //                         305.0 | when Q is taken 147.5, 307.3
-//   out                   16 bytes a lane, by transpose_quads: 128 heads, 128 of about 1024 78.4, one
-//                         long among 63 short 87.5 | 4 bytes, half the instructions 86.4, 100.8
+//   out                   16 bytes a lane, by transpose_quads: 128 heads, 128 of about 1024 78.4,
+//                         one long among 63 short 87.5 | 4 bytes, half the instructions 86.4, 100.8
 //   32 heads              partial results as floats, 64 of about 16384 293.4 | as halves, together
 //                         with those 4 bytes of out 288.0
 // What bounds 64 rows is not power, at 4.62 TB/s: 64 heads, 64 requests of about 16384 tokens,

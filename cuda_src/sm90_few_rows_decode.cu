@@ -82,9 +82,9 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 //   instructions           as they are needed: one request of 512 tokens 6.7, 8 of about 4096 16.9,
 //                          128 of 1024 40.5 | rehearsed before K is there (sm90_dense_decode.cu)
 //                          8.3, 17.9, 41.2
-//   launch_dependents      by the first warps without a role, at the beginning: one request of 512 |
-//                          8192 | 32768 | 65536 tokens 6.7 | 11.1 | 17.2 | 25.9, 8 of about 4096 17.0
-//                          - by those with a role, at their end 7.0 | 10.8 | 16.9 | 25.4, 17.5
+//   launch_dependents      by warps without a role, at the beginning: one request of 512 tokens 6.7,
+//                          8192 11.1, 32768 17.2, 65536 25.9, 8 of about 4096 17.0 | by those with
+//                          a role, at their end 7.0, 10.8, 16.9, 25.4, 17.5
 //
 // How fast K is read without computing, GB/s (plain read 4555), 147 KB on their way:
 //   TMA, column blocks of 64 columns, 32 tokens, 128 bytes promoted 4513 | 256 bytes 4063
