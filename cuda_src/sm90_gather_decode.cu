@@ -65,9 +65,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 // shared memory, so C waited for each), two rows are converted while the next are loaded, scales
 // are loaded for a lane's own columns instead of shuffled, and S2R, a shift for each upper half,
 // and most spills are gone. In E a lane copies what it will read itself: half of the addresses, and
-// no __syncwarp; and every lane walks by itself. F, the present state, was not timed: it looks up
-// in 90 instructions with few branches, after the stores of the tile before and ahead of their
-// fence; Q of the first piece is asked for ahead of its first rows, and P V takes P from registers.
+// no __syncwarp; and every lane walks by itself. F, the present state, looks up in 90
+// instructions with few branches, after the stores of the tile before and ahead of their fence; Q of
+// the first piece is asked for ahead of its first rows, and P V takes P from registers.
 //   656 bytes, 128 heads, s_q 1, 2     E 174, 330 | D 211, 409 | C 258, 502 | B 223, 416 (211, 415)
 //   64 heads, s_q 1, 2                 E 94, 178 | D 112, 213 | C 135, 258 | B 124, 224  (117, 227)
 //   16 heads                           E 89 | D 106 | C 131 | B 118    (115, padded to 64)
@@ -77,6 +77,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 //                                      (22.0, 27.1, 51.8)
 //   dense, 576 bytes, 132 requests of 8192 tokens, 64, 128 heads
 //                           E 319, 622; D 376, 736; C 432, 849; B 341, 665 (221, 424)
+//   E and F, taking turns on another board; FR: F with P V from shared memory
+//                           128 heads, s_q 2, E 333 | F 341 | FR 344 (418); 64 heads, s_q 1, 2
+//                           E 95, 177 | F 99, 183 | FR 100, 183 (117, 228); dense, 576 bytes, 64
+//                           and 128 heads E 337, 656 | F 313, 607 | FR 317, 619 (221, 426). So the
+//                           new place of looking up costs 656 bytes 3 to 5 %: E's is to be tried
+//                           there, and F's kept for the rest
 //   parts left out          of E, 128 heads and s_q 2, 331: without copies and conversion 230. Of
 //                           D, 409: without copies 320; without conversion and its stores 303;
 //                           with its stores but no conversion 410; without the proxy fence 406;
@@ -106,6 +112,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 //   16 heads   - | 1944 | -        (- | 2713 | -)
 //   looking up as in C, E   128 heads 4198, 4144 (3731, 3906); 64 heads, keys 32768 2172, 2192
 //                           (1985, 2082): a warp has 24 registers, and half its time went there
+//   looking up as in F      taking turns with E, 128 heads 3803 for 3986 (3743); 64 heads, keys
+//                           32768, 2004 for 2149 (2073)
 //   with 24 steps of Q in registers instead of 28: 128 heads 3896, 64 heads 2125
 // Decoding, 16 heads 83 (3.7 TB/s), 64 heads 87, 128 heads and s_q 2 273 (24 steps).
 //
