@@ -14,9 +14,6 @@
 
 constexpr int STEPS = 4 * COLUMN_BLOCKS;                // of Q, 16 columns each
 constexpr int Q_STEPS = STEPS - 4 * Q_TAIL_BLOCKS;      // of them, kept in registers
-#if !defined(X_LAST)
-#define X_LAST 8
-#endif
 constexpr int LAST_STEPS = 8;  // of S, still to be issued when P V of the tile before is released
 constexpr int SCORES = TILE / 2;  // of a thread: two rows by a quarter of the tokens
 
