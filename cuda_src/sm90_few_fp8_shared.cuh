@@ -3,6 +3,7 @@
 // Most of it is a ring of slots of 64 tokens, whose rows lie there as they do in the cache.
 #pragma once
 #include "ptx.cuh"
+#include "sm90_arrivals.cuh"
 #define FEW_ROWS_MAP  // for sm90_pieces.cuh
 
 // The formats, as sm90_gather_format.cuh has them. GROUPS: of columns of V in units of their own:
@@ -138,15 +139,6 @@ DEVICE uint32_t q_empty() { return mbarrier(Q_EMPTY); }
 DEVICE uint32_t results_ready() { return mbarrier(RESULTS_READY); }
 DEVICE uint32_t results_free() { return mbarrier(RESULTS_FREE); }
 
-// One lane arrives for its warp, after __syncwarp. racecheck does not see that order, so for it
-// (tests/gpu/sanitize.py) every lane arrives.
-#if defined(EVERY_LANE_ARRIVES)
-constexpr int ARRIVALS = 32;
-DEVICE bool arrives() { return true; }
-#else
-constexpr int ARRIVALS = 1;  // of a warp
-DEVICE bool arrives() { return lane_index() == 0; }
-#endif
 DEVICE void arrive(uint32_t barrier) {
   __syncwarp();
   if (arrives()) mbarrier_arrive(barrier);

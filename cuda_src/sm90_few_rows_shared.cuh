@@ -6,6 +6,7 @@
 // with its nine blocks.
 #pragma once
 #include "ptx.cuh"
+#include "sm90_arrivals.cuh"
 #define FEW_ROWS_MAP  // for sm90_pieces.cuh
 
 constexpr int ROWS = 16;         // query rows of a thread block
@@ -87,15 +88,6 @@ DEVICE uint32_t p_ready(uint32_t slot) { return mbarrier(P_READY + slot); }
 DEVICE uint32_t results_ready() { return mbarrier(RESULTS_READY); }
 DEVICE uint32_t results_free() { return mbarrier(RESULTS_FREE); }
 
-// One lane arrives for its warp, after __syncwarp. racecheck does not see that order, so for it
-// (tests/gpu/sanitize.py) every lane arrives.
-#if defined(EVERY_LANE_ARRIVES)
-constexpr int ARRIVALS = 32;
-DEVICE bool arrives() { return true; }
-#else
-constexpr int ARRIVALS = 1;  // of a warp
-DEVICE bool arrives() { return lane_index() == 0; }
-#endif
 DEVICE void arrive(uint32_t barrier, uint32_t count = 1) {
   __syncwarp();
   if (arrives()) mbarrier_arrive(barrier, count);

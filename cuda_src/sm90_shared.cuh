@@ -7,6 +7,7 @@
 // and the rotary columns).
 #pragma once
 #include "ptx.cuh"
+#include "sm90_arrivals.cuh"
 
 constexpr int ROWS = 64;    // query rows of a thread block
 constexpr int TOKENS = 64;  // tokens of a tile
@@ -77,16 +78,6 @@ DEVICE uint32_t p_ready(uint32_t stage) { return mbarrier(P_READY + stage); }
 DEVICE uint32_t results_free() { return mbarrier(RESULTS_FREE); }
 DEVICE uint32_t back_full() { return mbarrier(BACK_FULL); }
 DEVICE uint32_t results_ready() { return mbarrier(RESULTS_READY); }
-
-// One lane arrives for its warp, after __syncwarp. racecheck does not see that order, so for it
-// (tests/gpu/sanitize.py) every lane arrives.
-#if defined(EVERY_LANE_ARRIVES)
-constexpr int ARRIVALS = 32;
-DEVICE bool arrives() { return true; }
-#else
-constexpr int ARRIVALS = 1;  // of a warp
-DEVICE bool arrives() { return lane_index() == 0; }
-#endif
 
 DEVICE void init_mbarriers() {
   for (int stage = 0; stage < STAGES; ++stage) {
