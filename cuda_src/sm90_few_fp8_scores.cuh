@@ -8,6 +8,7 @@
 #pragma once
 #include "sm90_few_fp8_scales.cuh"
 #include "sm90_no_tiles.cuh"
+#include "sm90_row_exchange.cuh"
 
 // Sums of S that do not wait for one another, four at a time: of V32 and V4, of their groups.
 constexpr int CHAINS = COLUMN_BLOCKS == 8 ? 7 : 4;
@@ -15,15 +16,6 @@ constexpr int CHAINS = COLUMN_BLOCKS == 8 ? 7 : 4;
 DEVICE int chain_of(int turn, int i) { return CHAINS == 7 ? 4 * turn + i : i; }
 DEVICE int block_of(int turn, int i) { return CHAINS == 7 ? 4 * turn + i : 2 * i + turn; }
 
-// A value of each warp for a row: one lane of a quad writes it, and all warps read all of them.
-DEVICE void scatter(uint32_t offset, int row, float x) {
-  if ((lane_index() & 3) == 0) {
-    st_shared_f32(row_float(offset, row * GROUP_WARPS + warp_in_group()), x);
-  }
-}
-DEVICE float4 gather(uint32_t offset, int row) {
-  return ld_shared_v4_f32(row_float(offset, row * GROUP_WARPS));
-}
 DEVICE uint32_t maxima(uint32_t slot) { return MAXIMA + slot * ROWS * GROUP_WARPS * 4; }
 
 // ---- S --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@
 #include "sm90_few_rows_loader.cuh"
 #include "sm90_no_tiles.cuh"
 #include "sm90_pair_words.cuh"
+#include "sm90_row_exchange.cuh"
 
 constexpr int K_STEPS = 36;  // of 16 columns
 constexpr int CHAINS = 4;    // sums of S that do not wait for one another
@@ -18,15 +19,6 @@ constexpr int CHAINS = 4;    // sums of S that do not wait for one another
 DEVICE int first_row() { return lane_index() >> 2; }
 DEVICE int first_column() { return warp_in_group() * 8 + (lane_index() & 3) * 2; }
 
-// A value of each warp for a row: one lane of a quad writes it, and all warps read all of them.
-DEVICE void scatter(uint32_t offset, int row, float x) {
-  if ((lane_index() & 3) == 0) {
-    st_shared_f32(row_float(offset, row * GROUP_WARPS + warp_in_group()), x);
-  }
-}
-DEVICE float4 gather(uint32_t offset, int row) {
-  return ld_shared_v4_f32(row_float(offset, row * GROUP_WARPS));
-}
 DEVICE uint32_t maxima(uint32_t buffer) { return MAXIMA + buffer * ROWS * GROUP_WARPS * 4; }
 
 // Takes Q [16, 576] out of its slot, which is free then. Rows past the last are whatever lies
