@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import DeviceCheckError
+from ..errors import ArgumentError, DeviceCheckError
 from ..frameworks import HOST, Adapter, ArrayInfo, elsewhere
 from ..locks import Lock
 from ..schedule.sched_meta import Configuration, SchedMeta
@@ -47,6 +47,18 @@ class Valid(NamedTuple):
     @property
     def is_empty(self) -> bool:
         return any(0 in output.shape for output in self.outputs)
+
+
+def naming(function: str, checks: Callable[[Arrays, Arrays], Valid]) -> Callable[..., Valid]:
+    """The checks of an operation; their errors name the public function."""
+
+    def validate(arrays: Arrays, options: Arrays) -> Valid:
+        try:
+            return checks(arrays, options)
+        except ArgumentError as error:
+            raise error.of(function) from error.__cause__
+
+    return validate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import reference_sparse
-from ..errors import ArgumentError, DeviceCheckError
 from . import fits, gathered
 from .arguments import SPARSE_PREFILL_PAGED
-from .operation import Operation, Valid, Views
+from .operation import Operation, Valid, naming
 from .sparse_prefill import (
     FUNCTION,
+    compute,
     fits_int32,
     lists,
     outputs,
@@ -19,13 +18,6 @@ from .sparse_prefill import (
     scale_and_width,
     work_over,
 )
-
-
-def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
-    try:
-        return _checked(arrays, options)
-    except ArgumentError as error:
-        raise error.of(FUNCTION) from error.__cause__
 
 
 def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
@@ -44,23 +36,6 @@ def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     return Valid(framework, infos, (scale, wide_fp8), expected)
 
 
-def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:
-    named: dict[str, Any] = dict(views)
-    return reference_sparse.prefill(
-        named["q"],
-        named["kv"],
-        named["indices"],
-        valid.options[0],
-        attn_sink=named["attn_sink"],
-        topk_length=named["topk_length"],
-        descale_q=named["descale_q"],
-        descale_k=named["descale_k"],
-        out=named["out"],
-        max_logits=named["max_logits"],
-        lse=named["lse"],
-    ).violation
-
-
 def _on_gpu(valid: Valid) -> gathered.Work:
     return work_over(valid.infos["kv"], valid, wide_fp8=valid.options[1])
 
@@ -69,8 +44,8 @@ PAGED_PREFILL = Operation(
     name="sparse_prefill_paged",
     table=SPARSE_PREFILL_PAGED,
     outputs=outputs,
-    validate=_validate,
+    validate=naming(FUNCTION, _checked),
     refused=refused,
-    compute=_compute,
+    compute=compute,
     on_gpu=_on_gpu,
 )

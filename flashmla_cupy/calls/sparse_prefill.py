@@ -7,7 +7,6 @@ from typing import Any
 from .. import reference_sparse
 from ..errors import (
     ArgTypeError,
-    ArgumentError,
     DeviceCheckError,
     DTypeError,
     OptionError,
@@ -17,7 +16,7 @@ from ..frameworks import ArrayInfo
 from ..sizes import HEAD_DIM_V, NUM_SMS_CPU, num_sm_parts
 from . import fits, gathered, scalars
 from .arguments import SPARSE_PREFILL, out_dtype
-from .operation import Operation, Output, Valid, Views
+from .operation import Operation, Output, Valid, Views, naming
 from .scalars import INT_LIMIT
 from .wording import kind, show
 
@@ -33,13 +32,6 @@ def outputs(
     dtype = out_dtype(str(q.dtype).removeprefix("torch."))
     row = Output((s_q, h_q), "float32")
     return Output((s_q, h_q, HEAD_DIM_V), dtype), row, row
-
-
-def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
-    try:
-        return _checked(arrays, options)
-    except ArgumentError as error:
-        raise error.of(FUNCTION) from error.__cause__
 
 
 def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
@@ -84,15 +76,18 @@ def fits_int32(name: str, info: ArrayInfo) -> None:
         raise ShapeError(name, expected, show(info), "Split the prompt.")
 
 
-def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:
+def compute(valid: Valid, views: Views) -> DeviceCheckError | None:
+    """The first of the options is the scale; keys side by side have no descales."""
     named: dict[str, Any] = dict(views)
     return reference_sparse.prefill(
         named["q"],
         named["kv"],
         named["indices"],
-        *valid.options,
+        valid.options[0],
         attn_sink=named["attn_sink"],
         topk_length=named["topk_length"],
+        descale_q=named.get("descale_q"),
+        descale_k=named.get("descale_k"),
         out=named["out"],
         max_logits=named["max_logits"],
         lse=named["lse"],
@@ -137,8 +132,8 @@ PREFILL = Operation(
     name="sparse_prefill",
     table=SPARSE_PREFILL,
     outputs=outputs,
-    validate=_validate,
+    validate=naming(FUNCTION, _checked),
     refused=refused,
-    compute=_compute,
+    compute=compute,
     on_gpu=_on_gpu,
 )

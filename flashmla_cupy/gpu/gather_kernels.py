@@ -3,26 +3,23 @@ lists."""
 
 from __future__ import annotations
 
-from .kernel import Kernel
+from .kernel import DECODE_FIELDS, Kernel
 from .parameters import Parameters
 
-_GATHER_PARAMETERS = """
-        pointer tile_scheduler_metadata, cache_seqlens, block_table, out, lse
-        pointer out_partial, row_partial, pairs
-        uint64 epoch
-        pointer refusal, refused
-        int64 table_stride
-        int batch, s_q, h_q, group, slab_rows, blocks, num_pages, page_tiles_log2, max_length
-        int slots, causal, border_tiles
-        float scale_log2
-        pointer cache, extra_cache, extra_indices, topk_length, extra_topk_length
-        pointer attn_sink, descale_q, descale_k, max_logits, q
-        int64 q_batch_stride, q_position_stride, q_head_stride
-        int64 page_bytes, extra_page_bytes, extra_stride
-        uint64 length_group
-        int page_size, extra_page_size, extra_num_pages, page_shift, extra_page_shift
-        int topk, extra_topk, lse_group, outside_is_none
-        """
+PARAMETERS = Parameters(
+    DECODE_FIELDS
+    + """
+    pointer cache, extra_cache, extra_indices, topk_length, extra_topk_length
+    pointer attn_sink, descale_q, descale_k, max_logits, q
+    int64 q_batch_stride, q_position_stride, q_head_stride
+    int64 page_bytes, extra_page_bytes, extra_stride
+    uint64 length_group
+    int page_size, extra_page_size, extra_num_pages, page_shift, extra_page_shift
+    int topk, extra_topk, lse_group, outside_is_none
+    """,
+    as_struct=True,
+    tensor_maps=2,  # of q: for two stages, or, over few rows, the same twice
+)
 
 
 def _gather(name: str, shared_bytes: int, *defines: str, dtypes: tuple[str, ...] = ()) -> Kernel:
@@ -32,7 +29,7 @@ def _gather(name: str, shared_bytes: int, *defines: str, dtypes: tuple[str, ...]
         "sm90_gather_decode.cu",
         ("sm_90a",),
         512,
-        Parameters(_GATHER_PARAMETERS, as_struct=True, tensor_maps=2),  # of q: for two stages
+        PARAMETERS,
         shared_bytes=shared_bytes,  # SHARED_BYTES
         dtypes=dtypes or ("bfloat16", "float16"),
         defines=("GATHERED", f"GATHER={name}", *defines),
@@ -68,7 +65,7 @@ def _few_rows(
         "sm90_few_fp8_decode.cu",
         ("sm_90a",),
         384,
-        Parameters(_GATHER_PARAMETERS, as_struct=True, tensor_maps=2),  # of q, the same twice
+        PARAMETERS,
         shared_bytes=shared_bytes,  # SHARED_BYTES
         dtypes=dtypes,
         defines=("GATHERED", f"FEW_ROWS_KERNEL={name}", *defines),

@@ -21,8 +21,8 @@ from .gather_kernels import (
     COMBINE_GATHERED,
     FEW_ROWS,
     FEW_ROWS_V32,
-    GATHER_V32,
     LIST_LENGTHS,
+    PARAMETERS,
     gather_kernel,
 )
 from .kernels import SCHEDULE, Kernel, Variant
@@ -33,8 +33,7 @@ from .tensor_maps import COLUMN_BLOCK, Box, Maps, MapsByAddress
 
 LOG2_E = 1.4426950408889634
 Q_FIRST_BLOCKS = 4  # column blocks of q in the first of its stages (sm90_gather_shared.cuh)
-_PARAMETERS = GATHER_V32.parameters  # all formats have the same
-_FIRST = _PARAMETERS.run(
+_FIRST = PARAMETERS.run(
     (
         "tile_scheduler_metadata",
         "cache_seqlens",
@@ -47,7 +46,7 @@ _FIRST = _PARAMETERS.run(
         "epoch",
     )
 )
-_OTHERS = _PARAMETERS.run(
+_OTHERS = PARAMETERS.run(
     (
         "cache",
         "extra_cache",
@@ -199,7 +198,7 @@ class _OfThread:
     def __init__(self, of: GatherLaunch) -> None:
         self._of = of
         g, kernels = of.geometry, of.kernels
-        arguments = self._arguments = Arguments(_PARAMETERS)
+        arguments = self._arguments = Arguments(PARAMETERS)
         arguments.pack(**of.parameters)
         self._gather = Launch(kernels.gather, of.grid, of.row.shared_bytes)
         self._combine_arguments = Arguments(COMBINE_GATHERED.parameters, arguments)

@@ -6,6 +6,18 @@ from dataclasses import dataclass
 
 from .parameters import Parameters
 
+# The fields of struct Params (sm90_pieces.cuh) that all decode kernels have.
+DECODE_FIELDS = """
+    pointer tile_scheduler_metadata, cache_seqlens, block_table, out, lse
+    pointer out_partial, row_partial, pairs
+    uint64 epoch
+    pointer refusal, refused
+    int64 table_stride
+    int batch, s_q, h_q, group, slab_rows, blocks, num_pages, page_tiles_log2, max_length
+    int slots, causal, border_tiles
+    float scale_log2
+    """
+
 
 @dataclass(frozen=True)
 class Kernel:

@@ -12,6 +12,7 @@ from functools import cache
 from itertools import product
 
 from .gather_kernels import GATHERING
+from .kernel import DECODE_FIELDS
 from .kernel import Kernel as Kernel
 from .parameters import Parameters
 
@@ -20,16 +21,7 @@ DTYPES = {"bfloat16": "bf16", "float16": "fp16"}  # of q and k_cache; as names o
 
 
 DECODE_PARAMETERS = Parameters(
-    """
-    pointer tile_scheduler_metadata, cache_seqlens, block_table, out, lse
-    pointer out_partial, row_partial, pairs
-    uint64 epoch
-    pointer refusal, refused
-    int64 table_stride
-    int batch, s_q, h_q, group, slab_rows, blocks, num_pages, page_tiles_log2, max_length
-    int slots, causal, border_tiles
-    float scale_log2
-    """,
+    DECODE_FIELDS,
     as_struct=True,
     tensor_maps=4,  # of q and of k_cache, two each
 )

@@ -32,7 +32,7 @@ class Parameters:
         self.letters: dict[str, str] = {}
         self.offsets: dict[str, int] = {}
         packed = ""
-        for line in declaration.strip().splitlines():
+        for line in filter(str.strip, declaration.splitlines()):
             kind, _, names = line.strip().partition(" ")
             for name in names.split(","):
                 letter = LETTERS[kind]
