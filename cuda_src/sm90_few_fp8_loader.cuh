@@ -1,4 +1,4 @@
-// The load role, of four warps: as soon as a slot is empty, the rows of its 32 tokens are copied
+// The load role, of four warps: as soon as a slot is empty, the rows of its 64 tokens are copied
 // there, a quarter by each warp.
 //
 // Rows come from a list of token indices (sparse) or from the pages of block_table (dense), by the
