@@ -407,6 +407,7 @@ def test_constants_of_the_device():
         "T_SPLIT",
         "T_SPLIT_OF_FEW",
         "T_TILE_MEM",
+        "T_TILE_MEM_GATHERED",
     }
     assert {name: int(value) for name, value in found.items()} == {
         name: value for name, value in ours.items() if name not in elsewhere
@@ -428,6 +429,19 @@ def test_constants_of_the_device():
         assert "REQUEST_BITS =" not in text
         assert "BEGINS_IN_PAIR =" not in text
     assert schedule.MAX_BATCH == (1 << 20) - 1
+
+
+def test_what_is_gathered_is_cut_finer():
+    """Where a tile takes longer, more and shorter pieces pay; not where it does not."""
+    lengths = np.full(8, 2048, np.int32)
+    for rows, finer in ((64, 2), (16, 1)):
+        pieces = [
+            schedule.plan(lengths, 132, rows, 1, gathered=gathered)[1][-1]
+            for gathered in (False, True)
+        ]
+        assert pieces[1] == finer * pieces[0]
+        sizes = [schedule.launch_sizes(8, 132, rows, 1, gathered) for gathered in (False, True)]
+        assert (sizes[0] == sizes[1]) == (finer == 1)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 5, 128, 16384, 16385, 20000, 65536, 10**6])

@@ -54,7 +54,8 @@ def _refused(valid: Valid, views: Views) -> DeviceCheckError | None:
 def _schedule(valid: Valid, views: Views) -> tuple[np.ndarray, np.ndarray]:
     _, s_q, h_q, _ = valid.infos["q"].shape
     lengths: Any = views["cache_seqlens"]
-    return split.plan(lengths, num_sm_parts(NUM_SMS_CPU, s_q * h_q, 1), s_q * h_q, 1)
+    parts = num_sm_parts(NUM_SMS_CPU, s_q * h_q, 1)
+    return split.plan(lengths, parts, s_q * h_q, 1, gathered=True)
 
 
 def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:

@@ -114,7 +114,8 @@ def _refused(valid: Valid, views: Views) -> DeviceCheckError | None:
 
 def _schedule(valid: Valid, views: Views) -> tuple[np.ndarray, np.ndarray]:
     h_q = valid.infos["q"].shape[2]
-    return split.plan(_lengths(valid, views), num_sm_parts(NUM_SMS_CPU, h_q, 1), h_q, 1)
+    parts = num_sm_parts(NUM_SMS_CPU, h_q, 1)
+    return split.plan(_lengths(valid, views), parts, h_q, 1, gathered=True)
 
 
 def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:

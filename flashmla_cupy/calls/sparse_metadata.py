@@ -63,7 +63,7 @@ def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:
     length, extra = named["topk_length"], named["extra_topk_length"]
     lengths = list_lengths(batch, s_q, topk, length, extra_topk, extra)
     parts = num_sm_parts(NUM_SMS_CPU, h_q, 1)
-    made = split.plan(lengths, parts, h_q, 1)
+    made = split.plan(lengths, parts, h_q, 1, gathered=True)
     named["tile_scheduler_metadata"][...], named["num_splits"][...] = made
     return None
 

@@ -204,7 +204,7 @@ class _OfThread:
         self._combine_arguments = Arguments(COMBINE_GATHERED.parameters, arguments)
         self._combine_arguments.pack(words=g.pair_words, parts=g.parts)
         self._combine = Launch(kernels.combine, of.combine_grid)
-        sizes = launch_sizes(g.requests, g.parts, g.rows, 1)
+        sizes = launch_sizes(g.requests, g.parts, g.rows, 1, gathered=True)
         self._schedule = ScheduleAhead(kernels.schedule, sizes, arguments)
         self._lengths_arguments = Arguments(LIST_LENGTHS.parameters, arguments)
         blocks = ceil_div(g.requests, LIST_LENGTHS.threads)
@@ -286,7 +286,7 @@ class ListSchedule:
             extra_topk=extra_topk,
         )
         self._lengths = Launch(lengths, (ceil_div(requests, LIST_LENGTHS.threads), 1, 1))
-        self._sizes = launch_sizes(requests, parts, h_q, 1)
+        self._sizes = launch_sizes(requests, parts, h_q, 1, gathered=True)
         self._schedule = ScheduleLaunch(schedule)
 
     def __call__(
