@@ -9,7 +9,7 @@ DEVICE void copy_tile(uint32_t walk, uint32_t lane, uint32_t stage, uint32_t til
   const uint32_t i = lane >> 3, column = lane & 7;
   const uint32_t to = stage_address(stage) + (warp_in_group() * CHUNK + i) * 128 +
                       ((column ^ (warp_in_group() * CHUNK & 4) ^ i) << 4);
-  const uint32_t from = walk + ROW_POINTERS + i * 8;
+  const uint32_t from = walk + pointers_at(tile) + ROW_POINTERS + i * 8;
   tile >>= i;
 #pragma unroll 1
   for (int chunk = 0; chunk < TILE_CHUNKS; ++chunk) {

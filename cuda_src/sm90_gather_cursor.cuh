@@ -1,8 +1,9 @@
 // Which rows of the cache a warp of the gather warpgroup copies next.
 //
 // Rows come from a list of token indices (sparse) or from the pages of block_table (dense); that is
-// all the difference there is. Lane i < 12 of a warp looks after token i of the warp's 12 in a
-// tile. Its entry of the list or the table is copied a tile ahead.
+// all the difference there is. Two tiles of a piece are looked up at once: lane i < 12 of a warp
+// looks after token i of the warp's 12 in the first of them, lane 12 + i of those in the second. Its
+// entry of the list or the table is copied two tiles ahead.
 //
 // A request may have a second list, of tokens of another pool, behind the first one.
 //
@@ -20,8 +21,8 @@ DEVICE int piece_tiles(const Piece& piece) {
 }
 
 // What each warp has in shared memory, from this address on: where the rows of its tokens begin in
-// the tile that was looked up last, null for what is not to be seen; the entries of the list or
-// table for the next tile; and the walk.
+// the tiles that were looked up last, null for what is not to be seen; the entries of the list or
+// table for the next two; and the walk.
 DEVICE uint32_t walk_address() { return shared_base() + WALKS + warp_in_group() * WALK_BYTES; }
 DEVICE const uint8_t* row_at(uint32_t pointer) { return (const uint8_t*)ld_shared_u64(pointer); }
 // Copies 16 bytes of a row; of one that is not there, zeros.
@@ -33,9 +34,13 @@ DEVICE void copy_16(uint32_t to, const uint8_t* row, uint32_t offset, bool is_th
 // bits of those that become NaN. 0: there is no tile.
 constexpr uint32_t TILE_IS_THERE = 1u << 31, TILE_BEGINS = 1u << 30;  // a piece
 constexpr uint32_t NEXT_BEGINS = 1 << 29;                             // the next tile does
+constexpr uint32_t IS_SECOND = 3 << 27, SECOND_FOLLOWS = 1 << 26;     // of two, looked up at once
 constexpr uint32_t TILE_TOKENS = (1 << WARP_TOKENS) - 1;
 DEVICE uint32_t bad_tokens(uint32_t tile) { return tile >> WARP_TOKENS & TILE_TOKENS; }
 DEVICE uint32_t seen_tokens(uint32_t tile) { return (tile & TILE_TOKENS) | bad_tokens(tile); }
+// Bytes from the pointers of the first of the two tiles to those of this one.
+DEVICE uint32_t pointers_at(uint32_t tile) { return tile >> 22 & TILE_POINTERS; }
+static_assert(IS_SECOND >> 22 == TILE_POINTERS, "the bits of IS_SECOND are a distance");
 // The request of the piece that was begun last by a tile that was looked up, or of that before it.
 DEVICE int begun_request(uint32_t walk, int before) {
   return ld_shared_u32(walk + BEGUN + before * 4);
@@ -48,17 +53,17 @@ DEVICE bool is_plain(const Params& params) {
   return params.page_shift >= 0 && params.extra_topk == 0 && params.page_bytes >> 32 == 0;
 }
 
-// The walk over the tiles of a part, of one warp, each lane with a token of its own: lane i < 12
-// with the warp's token i of a tile. Between tiles it lies in shared memory: a tile is looked up in
-// a moment and converted in a while, for which there are few registers.
+// The walk over the tiles of a part, of one warp, each lane with a token of its own. Between tiles
+// it lies in shared memory: a tile is looked up in a moment and converted in a while, for which
+// there are few registers.
 template <bool IsPlain>
 struct Walk {
   uint32_t at, lane;
-  uint32_t slot;  // number of the lane's token
+  uint32_t slot;  // number of the lane's token in two tiles
   const int* list;      // of the request, or its row of block_table
   uint32_t begin, end;  // the first token of the next tile, and the end of the piece; 0: no tile
   DEVICE Walk(uint32_t walk, uint32_t of_lane) {
-    at = walk, lane = of_lane, slot = min(lane, WARP_TOKENS - 1);
+    at = walk, lane = of_lane, slot = min(lane, 2 * WARP_TOKENS - 1);
   }
   DEVICE void load() {
     const Vector4 v = ld_shared_v4(at + NEXT_TILE);
@@ -73,9 +78,10 @@ struct Walk {
   DEVICE int request() const { return ld_shared_u32(at + REQUEST); }
   DEVICE uint32_t second_list() const { return ld_shared_u32(at + SECOND_LIST_AT); }
   DEVICE uint32_t token() const {
+    static_assert(WARP_TOKENS / CHUNK * CHUNK * GROUP_WARPS == TILE, "tiles follow each other");
     return begin + warp_in_group() * CHUNK + slot + slot / CHUNK * (CHUNK * (GROUP_WARPS - 1));
   }
-  DEVICE bool has_token(uint32_t token) const { return lane < WARP_TOKENS && token < end; }
+  DEVICE bool has_token(uint32_t token) const { return lane < 2 * WARP_TOKENS && token < end; }
 
   // To the first request after this one that has something to compute.
   DEVICE void next_piece(const Params& params) {
@@ -162,8 +168,9 @@ struct Walk {
     return true;
   }
 
-  // From the entries of the next tile, which have landed, to the rows of its tokens; and on to the
-  // tile after it. Returns a word about it; `before` is the one about the tile before it.
+  // From the entries of the next two tiles, which have landed, to the rows of their tokens; and on
+  // to those after them. Returns a word about the first; `before` is the one about the tile before
+  // it. That about the second is kept.
   DEVICE uint32_t look_up(const Params& params, uint32_t before) {
     load();
     const uint32_t of_token = ld_shared_u32(entry()), now = token();
@@ -175,14 +182,17 @@ struct Walk {
     const Row found = row(params, now, of_token);
     const uint32_t live = __ballot_sync(~0u, found.row != nullptr);
     const uint32_t missing = __ballot_sync(~0u, found.is_seen && found.row == nullptr);
-    if (lane < WARP_TOKENS) {
+    if (lane < 2 * WARP_TOKENS) {
       st_shared_u64(at + ROW_POINTERS + lane * 8, (uint64_t)found.row);
       if (TAIL_BYTES) st_shared_u64(at + TAIL_POINTERS + lane * 8, (uint64_t)found.tail);
     }
-    uint32_t tile = TILE_IS_THERE | live;
+    uint32_t tile = TILE_IS_THERE | (live & TILE_TOKENS);
+    uint32_t second = TILE_IS_THERE | IS_SECOND | live >> WARP_TOKENS;
     if (RARELY(missing != 0)) {
-      const bool bad = missing >> lane & 1 && is_bad(params, now, of_token);
-      tile |= __ballot_sync(~0u, bad) << WARP_TOKENS;
+      const bool is_bad_one = missing >> lane & 1 && is_bad(params, now, of_token);
+      const uint32_t bad = __ballot_sync(~0u, is_bad_one);
+      tile |= (bad & TILE_TOKENS) << WARP_TOKENS;
+      second |= bad >> WARP_TOKENS << WARP_TOKENS;
     }
     if (RARELY(before & NEXT_BEGINS)) {
       tile |= TILE_BEGINS;
@@ -191,11 +201,13 @@ struct Walk {
         st_shared_u32(at + BEGUN, request());
       }
     }
-    begin += TILE;
+    if (begin + TILE < end) tile |= SECOND_FOLLOWS;
+    begin += 2 * TILE;
     if (RARELY(begin >= end)) {
       next_piece(params);
-      tile |= NEXT_BEGINS;
+      (tile & SECOND_FOLLOWS ? second : tile) |= NEXT_BEGINS;
     }
+    if (lane == 0) st_shared_u32(at + SECOND_TILE, second);
     fetch_entry(params);
     store();
     __syncwarp();
@@ -214,7 +226,9 @@ DEVICE uint32_t begin_walk(const Params& params, uint32_t at, uint32_t lane) {
   walk.store();
   return walk.begin < walk.end ? NEXT_BEGINS : 0;
 }
+// Two tiles of a piece are looked up at once, where it has them.
 DEVICE uint32_t look_up(const Params& params, uint32_t at, uint32_t lane, uint32_t before) {
+  if (before & SECOND_FOLLOWS) return ld_shared_u32(at + SECOND_TILE);
   if (RARELY(!is_plain(params))) return Walk<false>(at, lane).look_up(params, before);
   return Walk<true>(at, lane).look_up(params, before);
 }

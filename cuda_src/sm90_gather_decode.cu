@@ -95,6 +95,15 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 //   clocks of a tile        of E, one block: looking up 1040, three chunks 650 each, fence 220; S
 //                           1230 from when K is there, softmax 690. Of ncu's samples of the gather
 //                           warps, looking up had 30 %: 135 instructions, but many branches
+//   tiles looked up at once  two: 656 bytes, 64 and 128 heads 96.9, 177.6 (115.0, 209.1); dense, 576
+//                           bytes, 64 heads 338.4 (236.0); prompts, 64 heads, keys 32768, 2274
+//                           (2304), 128 heads, keys 8192, 4321 (4154) | one, as in F: 98.2, 181.6;
+//                           355.5; 2337, 4408, taking turns
+//   two row blocks in a cluster, of 128 heads, each of which converts half of a tile for both; 656
+//                           bytes 190 without. By st.async to the other block's shared memory 216, by
+//                           st 267, by bulk copies 233; each converting every second tile 226 and, by
+//                           bulk copies, 188; dense, 576 bytes 635 without, 660 to 811. Alone, such
+//                           stores and copies reach 17 bytes a clock and multiprocessor
 //   pieces of at least 1, 2, 4, 8 tiles   E, 64 heads of 8 requests 28.9, 24.8, 27.2, 34.1 (chosen:
 //                           27.1); elsewhere what is chosen is within 3 % of the best
 //   parts of B left out     128 heads 223, 16 heads 118: without the conversion 190, 102; without

@@ -66,8 +66,8 @@ struct Lane {
 // where rows begin.
 struct Copy {
   const uint8_t* from;
-  DEVICE void look(const Lane& lane, int chunk, int row) {
-    from = row_at(lane.walk + ROW_POINTERS + (chunk * CHUNK + row + lane.odd()) * 8);
+  DEVICE void look(const Lane& lane, uint32_t tile, int chunk, int row) {
+    from = row_at(lane.walk + pointers_at(tile) + ROW_POINTERS + (chunk * CHUNK + row + lane.odd()) * 8);
   }
   DEVICE void start(const Lane& lane, uint32_t tile, int chunk, int row) const {
     const uint32_t to = lane.latent + chunk * STAGED_CHUNK + row * STAGED_ROW;
@@ -76,8 +76,8 @@ struct Copy {
     if (lane.has_latent(1)) copy_16(to + 64, from, lane.latent_column() + 64, is_there);
   }
   // Rotary columns and scales.
-  DEVICE void look_rest(const Lane& lane, int chunk) {
-    from = row_at(lane.walk + ROW_POINTERS + (chunk * CHUNK + lane.rotary_token()) * 8);
+  DEVICE void look_rest(const Lane& lane, uint32_t tile, int chunk) {
+    from = row_at(lane.walk + pointers_at(tile) + ROW_POINTERS + (chunk * CHUNK + lane.rotary_token()) * 8);
   }
   DEVICE void start_rest(const Lane& lane, uint32_t tile, int chunk) const {
     const uint32_t to = lane.rotary() + chunk * STAGED_CHUNK;
@@ -87,7 +87,7 @@ struct Copy {
       const uint32_t scales = to - ROTARY + SCALES;
       if (TAIL_BYTES) {
         const uint32_t tail = (chunk * CHUNK + lane.rotary_token()) * 8;
-        cp_async_8(scales, row_at(lane.walk + TAIL_POINTERS + tail), is_there ? 8 : 0);
+        cp_async_8(scales, row_at(lane.walk + pointers_at(tile) + TAIL_POINTERS + tail), is_there ? 8 : 0);
       } else {
         copy_16(scales, from, SCALES, is_there);
       }
@@ -156,10 +156,10 @@ DEVICE void copy_tile(const Lane& lane, uint32_t tile) {
   for (int chunk = 0; chunk < TILE_CHUNKS; ++chunk) {
 #pragma unroll
     for (int row = 0; row < CHUNK; row += 2) {
-      copy.look(lane, chunk, row);
+      copy.look(lane, tile, chunk, row);
       copy.start(lane, tile, chunk, row);
     }
-    copy.look_rest(lane, chunk);
+    copy.look_rest(lane, tile, chunk);
     copy.start_rest(lane, tile, chunk);
     cp_async_commit_group();
   }
@@ -204,20 +204,20 @@ DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const Te
           st_shared_u16(live_tokens(place.stage) + warp_in_group() * 2, seen_tokens(tile));
         }
       }
-      copy.look(lane, chunk, 0);
+      copy.look(lane, next, chunk, 0);
       const Scales front(lane, chunk, 0);
       const Latent a(lane, chunk, 0, 0), b(lane, chunk, 0, 1);
       copy.start(lane, next, chunk, 0);
       const Latent c(lane, chunk, 2, 0);
       a.store(lane, stage, chunk, 0, 0, front[0]);
-      copy.look(lane, chunk, 2);
+      copy.look(lane, next, chunk, 2);
       const Latent d(lane, chunk, 2, 1);
       const Scales back(lane, chunk, 2);
       b.store(lane, stage, chunk, 0, 1, front[1]);
       copy.start(lane, next, chunk, 2);
       const Vector4 rotary = ld_shared_v4(lane.rotary() + chunk * STAGED_CHUNK);
       c.store(lane, stage, chunk, 2, 0, back[0]);
-      copy.look_rest(lane, chunk);
+      copy.look_rest(lane, next, chunk);
       d.store(lane, stage, chunk, 2, 1, back[1]);
       __syncwarp();  // all have read their scales
       copy.start_rest(lane, next, chunk);
