@@ -286,6 +286,12 @@ MISUSE = {
     "a cache of float32": (
         {"k_cache": lambda c: c.k_cache.astype(np.float32)}, E.DTypeError, "write_kv"
     ),
+    "rows of the other byte order": (
+        {"rows": lambda c: c.rows.astype(">f2")}, E.DTypeError, "got >f2"
+    ),
+    "a cache of the other byte order": (
+        {"k_cache": lambda c: c.k_cache.astype(">f2")}, E.DTypeError, "got >f2"
+    ),
     "a cache of three axes": ({"k_cache": lambda c: c.k_cache[:, :, 0]}, E.ShapeError, "k_cache"),
     "an odd page size": (
         {"k_cache": lambda c: c.k_cache[:, :12]}, E.ScalarError, "page_size of 16, 32"

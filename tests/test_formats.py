@@ -415,6 +415,23 @@ def test_no_slot_at_all_writes_nothing(framework):
     assert np.array_equal(as_bytes(got), before)
 
 
+@pytest.mark.parametrize("framework", HERE)
+@pytest.mark.parametrize("format", FORMATS)
+def test_caches_without_pages_or_slots(framework, format):
+    for pages, page_size in (0, 5), (3, 0), (0, 0):
+        cache = quantize_kv(here(framework, some_values(format)[:pages, :page_size]), format)
+        assert cache.shape == (pages, page_size, 1, FORMATS[format].width)
+        assert dequantize_kv(cache).shape == (pages, page_size, 1, FORMATS[format].d_qk)
+
+
+def test_torch_vmap_writes_a_cache_a_time():
+    torch = pytest.importorskip("torch")
+    caches = here("torch", np.stack([quantize_kv(some_values("v32"), "v32")] * 2))
+    new, slots = torch.randn(2, 3, 1, 576), torch.tensor([[3, -1, 7], [0, 1, -1]])
+    want = torch.stack([write_kv(caches[i].clone(), new[i], slots[i]) for i in range(2)])
+    assert torch.equal(torch.vmap(write_kv)(caches, new, slots), want)
+
+
 def test_a_slot_outside_the_cache_is_named_and_nothing_is_written():
     cache = quantize_kv(some_values("v32"), "v32")
     before = cache.copy()
@@ -465,6 +482,12 @@ NEW = np.zeros((3, 1, 576), np.float32)
 SLOTS = np.arange(3)
 
 
+def torch_write(*, pages=lambda x: x, new=lambda x: x, slots=lambda x: x):
+    """write_kv() of tensors with changes."""
+    cache, kv, where = (here("torch", x) for x in (CACHE, NEW, SLOTS))
+    return write_kv(pages(cache), new(kv), slots(where))
+
+
 @pytest.mark.parametrize(
     ("error", "argument", "call"),
     [
@@ -499,6 +522,27 @@ SLOTS = np.arange(3)
             "k_cache",
             lambda: write_kv(np.zeros((2, 8, 1, 584), np.uint8)[:, ::2], NEW[..., :512], SLOTS),
         ),
+        (
+            errors.ReadOnlyError,
+            "k_cache",
+            lambda: write_kv(np.broadcast_to(CACHE, CACHE.shape), NEW, SLOTS),
+        ),
+        (
+            errors.StrideError,
+            "k_cache",
+            lambda: torch_write(pages=lambda x: x[:1].expand(2, -1, -1, -1)),
+        ),
+        (
+            errors.DeviceMismatchError,
+            "kv",
+            lambda: torch_write(new=lambda x: x.to("meta")),
+        ),
+        (
+            errors.DeviceMismatchError,
+            "slot_mapping",
+            lambda: torch_write(slots=lambda x: x.to("meta")),
+        ),
+        (errors.DTypeError, "kv", lambda: write_kv(CACHE, NEW.astype(">f2"), SLOTS)),
     ],
 )
 def test_mistakes_are_named(error, argument, call):

@@ -27,6 +27,11 @@ def test_lengths_of_requests_and_of_query_tokens():
     assert list_lengths(2, 3, 10, of_tokens).tolist() == [1, 2, 3, 4, 5, 10]
 
 
+def test_no_request_has_no_lengths():
+    for length in (np.zeros(0, np.int32), np.zeros((0, 3), np.int32)):
+        assert list_lengths(0, 3, 10, length, 7, length).shape == (0,)
+
+
 @pytest.mark.parametrize("length", [-1, 11, 2**31 - 1, -(2**31)])
 def test_a_length_outside_its_list_counts_as_none(length):
     assert list_lengths(2, 1, 10, np.array([length, 3], np.int32)).tolist() == [0, 3]

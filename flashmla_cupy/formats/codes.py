@@ -232,8 +232,13 @@ class TorchCodes(Codes):
         return x
 
     def can_look_at(self, x: Any) -> bool:
-        is_traced = self.xp.compiler.is_compiling() or type(x).__name__ != "Tensor"
-        return x.device.type == "cpu" and not is_traced
+        if self.xp.compiler.is_compiling() or type(x).__name__ != "Tensor":
+            return False
+        try:
+            x.data_ptr()
+        except RuntimeError:  # of torch.vmap, which has none
+            return False
+        return bool(x.device.type == "cpu")
 
     def arange(self, n: int, like: Any) -> Any:
         return self.xp.arange(n, device=like.device)

@@ -45,9 +45,13 @@ def new_cache(codes: Codes, format: CacheFormat, rows: Any, tails: Any) -> Any:
     if tails is None:
         return rows
     num_pages, page_size = rows.shape[:2]
-    used = page_size * format.token_bytes
-    padding = (num_pages, format.page_bytes(page_size) - used)
-    parts = [rows.reshape(num_pages, -1), tails.reshape(num_pages, -1), codes.zeros(padding, rows)]
+    row_bytes, tail_bytes = page_size * format.row_bytes, page_size * format.tail_bytes
+    padding = format.page_bytes(page_size) - row_bytes - tail_bytes
+    parts = [
+        rows.reshape(num_pages, row_bytes),
+        tails.reshape(num_pages, tail_bytes),
+        codes.zeros((num_pages, padding), rows),
+    ]
     return as_cache(codes.concatenate(parts), format, page_size)
 
 

@@ -112,11 +112,12 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 class _DtypeNames(dict[Any, str]):
-    """Names of NumPy dtypes; np.dtype.name itself takes a microsecond."""
+    """Names of NumPy dtypes; np.dtype.name itself takes a microsecond. One of the other byte order
+    has a name of its own, ">f2", since its bits are not those of float16."""
 
     def __missing__(self, dtype: np.dtype[Any]) -> str:
-        self[dtype] = dtype.name
-        return dtype.name
+        name = self[dtype] = dtype.name if dtype.isnative else dtype.str
+        return name
 
 
 class _ElementStrides(dict[tuple[tuple[int, ...], int], tuple[int, ...]]):

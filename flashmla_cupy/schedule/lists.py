@@ -47,5 +47,6 @@ def _counted(
     """[batch, s_q]"""
     if length is None:
         return np.full((batch, s_q), topk, np.int64)
-    wide = length.astype(np.int64).reshape(batch, -1)
+    wide = length.astype(np.int64)
+    wide = wide[:, None] if wide.ndim == 1 else wide
     return np.broadcast_to(np.where((wide < 0) | (wide > topk), 0, wide), (batch, s_q))
