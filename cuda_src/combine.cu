@@ -4,7 +4,8 @@
 // explains the words). The blocks of the grid are shared out to these requests in proportion to
 // their slots. A unit of work is half of the columns of a row, or a quarter where rows are few. W
 // warps share a unit, round-robin over its splits; W is the smallest power of two with every load
-// in flight. Where units outnumber the warps, the blocks of a request go round.
+// in flight. Where units outnumber the warps, the blocks of a request go round; if its pieces are
+// few, a unit would leave most of a warp's loads unused, so a warp takes whole rows.
 //
 //   time ->   metadata, addresses | wait for dense_decode | all loads | weights | sums | out, lse
 //
@@ -209,6 +210,16 @@ struct Splits {
   }
 };
 
+// o += weight * eight halves
+DEVICE void add_halves(float (&o)[8], float weight, const Vector4& halves) {
+  const uint32_t v[4] = {halves.x, halves.y, halves.z, halves.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 x = from_half_x2(v[i]);
+    o[2 * i] = fmaf(weight, x.x, o[2 * i]);
+    o[2 * i + 1] = fmaf(weight, x.y, o[2 * i + 1]);
+  }
+}
 // Eight columns for each lane, of the splits that are in flight. Floats lie in groups of 16
 // columns, but a lane of a quad has the same eight as with halves.
 template <bool HALVES>
@@ -232,19 +243,17 @@ struct Columns {
     for (int u = 0; u < IN_FLIGHT; ++u) {
       const float weight = first + u * teams < splits ? weights[first + u * teams] : 0.f;
       if (weight == 0.f) continue;  // a piece without a key of this row: out_i may be NaN from V
+      if (HALVES) {
+        add_halves(o, weight, loaded[u][0]);
+        continue;
+      }
 #pragma unroll
-      for (int k = 0; k < (HALVES ? 1 : 2); ++k) {
-        const Vector4& w = loaded[u][k];
+      for (int k = 0; k < 2; ++k) {
+        const Vector4& w = loaded[u][HALVES ? 0 : k];
         const uint32_t v[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          if (HALVES) {
-            const float2 x = from_half_x2(v[i]);
-            o[2 * i] = fmaf(weight, x.x, o[2 * i]);
-            o[2 * i + 1] = fmaf(weight, x.y, o[2 * i + 1]);
-          } else {
-            o[4 * k + i] = fmaf(weight, __uint_as_float(v[i]), o[4 * k + i]);
-          }
+          o[4 * k + i] = fmaf(weight, __uint_as_float(v[i]), o[4 * k + i]);
         }
       }
     }
@@ -318,12 +327,61 @@ DEVICE void merge_unit(const Arrays& a, const Request& request, int unit, int wa
   }
 }
 
+// Merges rows first, first + step, ... of a request in few pieces, halves: all columns of a row at
+// once, by a warp.
+constexpr int FEW_SPLITS = Unit<true>::IN_FLIGHT / 2;
+DEVICE void merge_whole_rows(const Arrays& a, const Request& request, int first, int step,
+                             float* weights) {
+  const int lane = lane_index(), rows = a.s_q * a.h_q, splits = request.splits;
+  griddepcontrol_wait();
+#pragma unroll 1
+  for (int row = first; row < rows; row += step) {
+    const int64_t at = (int64_t)request.first_slot * rows + row, pitch = (int64_t)rows * 512;
+    float4 own = make_float4(NEG_INF, 1.f, 1.f, 0.f);  // lse and scales of this lane's split
+    if (lane < splits) own = ld_global_v4_f32(a.row_partial + (at + lane * rows) * 4);
+    const float* from = a.out_partial + at * 512 + lane * 4;
+    Vector4 loaded[FEW_SPLITS][2];
+#pragma unroll
+    for (int u = 0; u < FEW_SPLITS; ++u) {
+      if (u >= splits) continue;
+      loaded[u][0] = ld_global_v4(from + u * pitch);
+      loaded[u][1] = ld_global_v4(from + u * pitch + 128);
+    }
+    const Row to(a, request, row);
+    const float top = warp_max(fmaxf(LEAST_LSE, own.x)), x = weight_of(own.x, top);
+    const float sum = warp_sum(x), inverse = inverse_of(sum, sink_of(a, to), top);
+    __syncwarp();  // all have read the weights of the row before
+    weights[lane] = x * inverse * own.y;
+    weights[32 + lane] = x * inverse * own.z;
+    __syncwarp();
+    uint16_t* out = a.out + to.out * 512 + lane * 8;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float o[8] = {};
+#pragma unroll
+      for (int u = 0; u < FEW_SPLITS; ++u) {
+        const float weight = u < splits ? weights[half * 32 + u] : 0.f;
+        if (weight != 0.f) add_halves(o, weight, loaded[u][half]);
+      }
+      st_global_v4(out + half * 256,
+                   transpose_quads({cvt_x2(o[0], o[1]), cvt_x2(o[2], o[3]), cvt_x2(o[4], o[5]),
+                                    cvt_x2(o[6], o[7])}));
+    }
+    if (lane == 0) a.lse[to.lse] = merged_lse(sum, top);
+    if (a.max_logits) merge_max_logits(a, request, row, to);
+  }
+}
+
 // Merges a request in three or more pieces, by `mine` blocks, of which this is number `block`.
 template <bool HALVES>
 DEVICE void merge_units(const Arrays& a, const Request& request, int block, int mine,
                         Shared* shared) {
   using U = Unit<HALVES>;
   const int units = a.s_q * a.h_q * U::IN_ROW, warp = uniform(threadIdx.x >> 5);
+  if (HALVES && request.splits <= FEW_SPLITS && units > mine * WARPS) {
+    merge_whole_rows(a, request, block + mine * warp, mine * WARPS, shared[warp].weights);
+    return;
+  }
   int warps_log2 = 0;  // of W: all loads in flight at once, if there are so many warps
   while (WARPS >> warps_log2 > 1 && request.splits > U::IN_FLIGHT * U::TEAMS << warps_log2 &&
          units << (warps_log2 + 1) <= mine * WARPS) {
@@ -400,6 +458,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 //                    words in global memory: h128 b1 s512 1.4 times as long, h16 b1 s32768 1.04
 //   partial results  scaled halves, h128 b1 s8192 16 | floats 17.6
 //                    of few rows: floats, h16 b1 s8192 12.9 | halves 13.2
+//                    of 32 rows: halves, 64 requests of about 16384 285.0 | floats 290.7
 //   code             one path for all, nothing split, h32 b64 s512 23.1 | a path for each number of
 //                    slices and splits, 44 KB more 24.9: with dense_decode it must fit the
 //                    instruction cache, 120 KB it seems
@@ -417,5 +476,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 //   triggered        at the end of dense_decode | ahead of its epilogue: the same
 //   instructions     as they are needed, h16 b1 s8192 11.3, b8 s4096 17.9 | rehearsed before the
 //                    wait, by a round without loads and stores 12.1, 18.9
+//   few pieces       of 64 requests in 3.7 each, whole rows: h64 301.9, h32 282.0, b8 s4096 24.3 |
+//                    units of half a row 318.7, 285.0, 26.0 | nothing merged 295.8, 281.2
+//                    two rows at once, and at most 200, 160, 132 or 100 blocks instead of 264, so
+//                    that all wait for dense_decode where it has ended: 0.99 to 1.02
 //   arithmetic       as it is | the largest lse by an integer reduction; fewer steps for few
 //                    splits; quotients by a reciprocal: all the same

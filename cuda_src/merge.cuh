@@ -23,7 +23,7 @@ constexpr float LEAST_LSE = -1e38f;  // where maxima start, since a row without 
 // it: each half of a row, 256 columns, is scaled by the power of two that brings its largest value
 // to [2^14, 2^15), and rounded to float16. So a value is as exact as any of 11 bits, down to 2^-29
 // of the largest.
-constexpr int FEW_ROWS = 32;
+constexpr int FEW_ROWS = 16;
 struct Scale {
   float up, down;  // up * down = 1
 };

@@ -86,6 +86,22 @@ def test_one_request_in_many_parts(gpu, h_q, parts):
     assert_within_bound(out, lse, oracle(*problem.arrays()))
 
 
+@pytest.mark.parametrize("tokens", [600, 1000])
+def test_many_rows_in_few_pieces(gpu, tokens):
+    """`combine` gives a warp whole rows: halves, in 3 to 5 pieces."""
+    emulator = gpu(num_sms=6 if tokens == 600 else 10)
+    problem = make_problem([tokens, tokens], h_q=40, page_size=64)
+    metadata = metadata_of(problem)
+    pieces = np.diff(metadata[1])
+    assert (pieces == pieces[0]).all() and 3 <= pieces[0] <= 5, "no such splits"
+    expected, results = oracle(*problem.arrays()), set()
+    for emulator.seed in range(2):
+        out, lse = decode(problem, metadata)
+        assert_within_bound(out, lse, expected)
+        results.add(bits(out, lse))
+    assert len(results) == 1
+
+
 @pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("h_q", [1, 20])
 def test_a_long_request_among_short_ones(gpu, h_q):

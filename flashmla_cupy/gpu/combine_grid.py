@@ -6,7 +6,7 @@ from ..sizes import TOKENS_PER_TILE, ceil_div
 from .geometry import Geometry
 from .kernels import COMBINE
 
-FEW_ROWS = 32  # of a slab: partial results are floats
+FEW_ROWS = 16  # of a slab: partial results are floats
 COMBINE_UNITS = 4, 2  # of a row: floats, halves
 COMBINE_AT_ONCE = 10 * COMBINE.threads // 32  # pieces of a unit that a block loads at once
 
