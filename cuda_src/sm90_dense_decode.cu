@@ -102,10 +102,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 //                         305.0 | when Q is taken 147.5, 307.3
 //   out                   16 bytes a lane, by transpose_quads: 128 heads, 128 of about 1024 78.4,
 //                         one long among 63 short 87.5 | 4 bytes, half the instructions 86.4, 100.8
-// What bounds 128 heads is power, 700 W at 1000 to 1600 MHz: 132 requests of 8192 tokens take 473 to
-// 490, 625 TFLOPS, and 431, 700 TFLOPS, when all read the same 64 pages, from the L2 cache; 64 of
-// 8192 with s_q 4, whose row blocks share more, 846 to 862, and 833. Ratios to the kernel as it is,
-// of up to seven such cases of 1024 to 8192 tokens, s_q 1, 2 and 4:
+// What bounds 128 heads is power, 700 W at 1000 to 1600 MHz: 132 requests of 8192 tokens take 467
+// to 492, 625 TFLOPS, and 431, 700 TFLOPS, where all read the same 64 pages, from the L2 cache; 64
+// of 8192 with s_q 4, whose row blocks share more, 836 to 876, and 833. Ratios to the kernel as it
+// is, in up to seven such cases of 1024 to 8192 tokens, s_q 1, 2 and 4. One measurement may be 3
+// percent off, since clocks follow what ran before:
 //   row blocks            next to each other in the grid | two apart 0.99, 1.02 | four apart 1.07 |
 //                         the parts next to each other 1.05 to 1.08 | clusters of two 1.00 to 1.03
 //   multicast of K        none | to clusters of two row blocks, each of which loads a half, 0.96 to
@@ -114,7 +115,12 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 //                         four 1.65
 //   L2 cache              not filled ahead | by TMA with the next tile 1.03 to 1.12, by one of two
 //                         row blocks 1.05 to 1.09
-//   P V is released       8 steps before the end of S | 4 steps 1.00, 1.01 | 12 steps 1.02
+//   L2 policy of K        evict_first | evict_normal 1.05 to 1.10 | evict_unchanged 1.01
+//   P V is released       8 steps before the end of S | 4 steps 1.00 | 12 steps 1.02
+//                         at once if the next tile is not there | never so 0.96 to 1.03, in the
+//                         mean 1.00
+// Of 32 heads, P of the 32 rows that are not there may be 1, as it is, or 0, which takes the tensor
+// cores less power: 64 requests of about 16384 tokens take 282.5 and 282.7.
 // What bounds 64 rows is not power, at 4.62 TB/s: 64 heads, 64 requests of about 16384 tokens,
 // sustained, at 1515 MHz and the limit of 700 W, 302.1; in bursts of 3 ms at 1980 MHz 300.5; with
 // queries of zeros at 1875 MHz 297.0. With 16 heads the same kernel takes 281.3. Where nothing is
