@@ -5,7 +5,7 @@
         q, k_cache, block_table, cache_seqlens, 512, metadata, num_splits, causal=True
     )
 
-FlashMLA's names and both of its call styles, for NumPy and CuPy arrays and PyTorch tensors.
+FlashMLA's names and both of its call styles, for arrays of NumPy, CuPy, PyTorch, JAX and DLPack.
 Importing this package imports none of CuPy, PyTorch and JAX.
 """
 

@@ -187,7 +187,8 @@ def latent_rows(
     """The rows that the cache holds, [..., 576]: kv_a_proj_with_mqa's output, normed and rotated.
 
     kv_a [..., 512 + 64], norm_weight [512] is kv_a_layernorm.weight, cos and sin float32 [..., 32]
-    at the tokens' positions. Queries need the same `interleaved`."""
+    at the tokens' positions; eps is that of rms_norm(), interleaved of rotate(). Queries need the
+    same `interleaved`."""
     xp = _namespace(kv_a, "latent_rows", "kv_a")
     rank = _last_axis(norm_weight, "norm_weight", 1, "latent_rows")
     _check_angles(cos, sin, None, "latent_rows")
@@ -225,7 +226,7 @@ def absorbed_query(q: Any, w_uk: Any, cos: Any, sin: Any, *, interleaved: bool =
 
     q [..., heads, qk_nope_head_dim + 64] is q_proj's or q_b_proj's output by heads, w_uk from
     split_kv_b_proj(), cos and sin float32 [..., 32] at the tokens' positions: [W_uk^T q_nope,
-    rotate(q_rope)]."""
+    rotate(q_rope)]. `interleaved` is that of rotate(), the same as for the rows of the cache."""
     xp = _namespace(q, "absorbed_query", "q")
     _last_axis(w_uk, "w_uk", 3, "absorbed_query")
     _check_angles(cos, sin, None, "absorbed_query")

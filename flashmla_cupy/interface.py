@@ -150,8 +150,9 @@ def flash_mla_with_kvcache(
                              float16, for caches with values beyond 8188; q is bfloat16
     indices                  [batch, s_q, topk] int32, the tokens that each query token sees, by
                              page * page_size + offset, -1 for none; then block_table and
-                             cache_seqlens are not looked at, causal is False, k_cache is FP8 or
-                             not, of 576 or 512 columns, and pages are of any size
+                             cache_seqlens are not looked at and may be None, causal is False,
+                             k_cache is FP8 or not, of 576 or 512 columns, and pages are of any
+                             size
     topk_length              [batch] or [batch, s_q] int32: how much of each list counts
     attn_sink                [h_q] float32: out is scaled by exp(lse) / (exp(lse) + exp(attn_sink))
     extra_k_cache, extra_indices_in_kvcache, extra_topk_length

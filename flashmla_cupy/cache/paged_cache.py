@@ -69,7 +69,9 @@ class PagedKVCache(SequenceCache):
                    Arrays of every framework are taken, and results are of the one that came.
     storage        an array to use instead of a new one, [num_pages, page_size, h_kv, 576], with an
                    axis of layers first or second if there are several, of NumPy, CuPy or PyTorch.
-                   uint8 and another last axis, a multiple of 16, are for rows of other formats.
+                   uint8 [num_pages, page_size, 1, 656, 584 or 576] is an FP8 cache (CacheFormat),
+                   whose rows come in 16 bits or float32 and are quantised; bytes of another width,
+                   a multiple of 16, are moved as they are.
     layer_axis     where that axis is: 1, [num_pages, num_layers, ...], or 0
     max_seqs, max_pages_per_seq
                    of a step: with max_seqs, each step has the same arrays, at the same addresses,
@@ -124,10 +126,10 @@ class PagedKVCache(SequenceCache):
     @classmethod
     def from_storage(cls, storage: Any, **options: Any) -> PagedKVCache:
         """A cache over `storage`, an array of NumPy, CuPy or PyTorch [num_pages, page_size, h_kv,
-        576] of bfloat16 or float16: one layer of a larger pool, say. It may be strided. Nothing is
-        copied; what it holds is overwritten as pages are taken. The options num_layers, layer_axis,
-        max_seqs and max_pages_per_seq are those of the class. Raises an ArgumentError for an array
-        that the kernels cannot read."""
+        576] of bfloat16 or float16, or of bytes as the class takes them: one layer of a larger
+        pool, say. It may be strided. Nothing is copied; what it holds is overwritten as pages are
+        taken. The options num_layers, layer_axis, max_seqs and max_pages_per_seq are those of the
+        class. Raises an ArgumentError for an array that the kernels cannot read."""
         cache = cls.__new__(cls)
         layers = options.pop("num_layers", 1), options.pop("layer_axis", LAYER_AXIS)
         limits = options.pop("max_seqs", None), options.pop("max_pages_per_seq", None)
@@ -248,9 +250,11 @@ class PagedKVCache(SequenceCache):
         softmax_scale: float | None = None,
         causal: bool = True,
     ) -> tuple[Any, Any]:
-        """flash_mla_with_kvcache() of q [batch, s_q, h_q, 576] over the sequences, by default all.
+        """flash_mla_with_kvcache() of q [batch, s_q, h_q, 576] over the sequences, by default all,
+        in one layer.
 
-        q[i] holds the queries of the last s_q tokens of seqs[i]: append their rows first. Returns
+        q[i] holds the queries of the last s_q tokens of seqs[i]: append their rows first.
+        softmax_scale and causal are as there, but causal is True unless False is passed. Returns
         out [batch, s_q, h_q, 512] and lse [batch, h_q, s_q], of q's framework. Raises
         SequenceError, and what flash_mla_with_kvcache() raises."""
         function, core = "PagedKVCache.attend", self._core

@@ -213,7 +213,10 @@ def _dtype(dtype: Any, function: str) -> str:
     """Its name: of "float16", np.float16, np.dtype and torch.float16 alike."""
     name = str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
     if name not in DTYPES:
-        remedy = "Pass 'bfloat16' or 'float16'."
+        remedy = (
+            "Pass 'bfloat16' or 'float16'; for an FP8 cache pass storage, an array of uint8 "
+            "[num_pages, page_size, 1, bytes of a token]."
+        )
         raise DTypeError("dtype", "bfloat16 or float16", f"{dtype!r}", remedy, function)
     return name
 

@@ -120,7 +120,8 @@ class Step:
         tokens included: write their rows of this layer first.
 
         q lies beside the pool, and out [batch, tokens, h_q, 512] and lse [batch, h_q, tokens] are
-        of its framework. Raises StepError after commit() or rollback(), and what
+        of its framework. softmax_scale and causal are as there, but causal is True unless False is
+        passed. Raises StepError after commit() or rollback(), and what
         flash_mla_with_kvcache() raises."""
         function = "Step.attend"
         self._require_open(function)

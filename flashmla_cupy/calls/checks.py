@@ -229,7 +229,10 @@ def metadata(
     tile_scheduler_metadata: ArrayInfo, num_splits: ArrayInfo, batch: int, num_sm_parts: int
 ) -> None:
     """tile_scheduler_metadata [num_sm_parts, 8] and num_splits [batch + 1], int32, contiguous."""
-    again = "Call get_mla_metadata(cache_seqlens, s_q * h_q // h_kv, h_kv) for this batch."
+    again = (
+        "Call get_mla_metadata(cache_seqlens, s_q * h_q // h_kv, h_kv) for this batch; where there "
+        "are indices, with num_heads_q and topk as well."
+    )
     name, info = "tile_scheduler_metadata", tile_scheduler_metadata
     _int32(name, info)
     if len(info.shape) != 2 or info.shape[1] != METADATA_COLUMNS:
@@ -246,7 +249,8 @@ def metadata(
         raise ShapeError(name, f"shape ({batch + 1},)", show(info), again)
     if info.shape[0] != batch + 1:
         got = f"{show(info)}, made for another batch size"
-        raise StaleMetadataError(name, f"batch + 1 = {batch + 1} entries", got, again)
+        expected = f"{batch + 1} entries, batch + 1 or, with indices, batch * s_q + 1"
+        raise StaleMetadataError(name, expected, got, again)
     contiguous(name, info)
     aligned(name, info, DECODE[name].alignment)
 

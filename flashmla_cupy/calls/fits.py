@@ -60,6 +60,8 @@ def _fits(array: Array, info: ArrayInfo, sizes: Sizes, origins: dict[str, str]) 
         remedy = f"Convert {name} to one of them."
         if array.dtypes == ("int32",):
             remedy = f"Convert it with {name}.astype('int32'), or {name}.int() for a tensor."
+        elif array.dtypes == ("float32",):
+            remedy = f"Convert it with {name}.astype('float32'), or {name}.float() for a tensor."
         raise DTypeError(name, _either(array.dtypes), got, remedy)
     rank = len(array.axes)
     if not rank - array.may_lack_axes <= len(info.shape) <= rank:
@@ -148,7 +150,10 @@ def query(
     name, got = "q", show(info)
     if info.shape[-1] != cache_format.d_qk:
         expected = f"a last axis of {cache_format.d_qk}, the columns of a key in {cache_name}"
-        remedy = "Concatenate the latent part and the rotary part of the query."
+        remedy = (
+            f"The format {cache_format.name} has keys of {cache_format.d_qk} columns: concatenate "
+            "as many of the latent part and the rotary part of the query."
+        )
         raise ShapeError(name, expected, got, remedy)
     if not cache_format.is_fp8 and info.dtype != cache_dtype:
         remedy = f"Convert q to the dtype of {cache_name}, or make the cache in that of q."

@@ -22,7 +22,7 @@ def known_format(format: Any, function: str) -> CacheFormat:
         return format
     found = FORMATS.get(format) if isinstance(format, str) else None
     if found is None:
-        remedy = "Pass one of these names, or a CacheFormat."
+        remedy = "Pass one of these names, or a CacheFormat; vLLM's fp8_ds_mla is v32."
         raise OptionError("format", ", ".join(FORMATS), f"{format!r}", remedy, function)
     return found
 

@@ -111,4 +111,7 @@ def _find(x: Any, argument: str) -> Adapter:
         )
     if isinstance(x, (bool, int, float, complex, str)):
         shown += f" {x!r}"
-    raise ArgTypeError(argument, _EXPECTED, shown, "Put the data into an array first.")
+    remedy = "Put the data into an array first."
+    if x is None:
+        remedy = f"This call needs {argument}: pass it."
+    raise ArgTypeError(argument, _EXPECTED, shown, remedy)
