@@ -249,7 +249,7 @@ def metadata(
         raise ShapeError(name, f"shape ({batch + 1},)", show(info), again)
     if info.shape[0] != batch + 1:
         got = f"{show(info)}, made for another batch size"
-        expected = f"{batch + 1} entries, batch + 1 or, with indices, batch * s_q + 1"
+        expected = f"batch + 1 = {batch + 1} entries (with indices, batch counts query tokens)"
         raise StaleMetadataError(name, expected, got, again)
     contiguous(name, info)
     aligned(name, info, DECODE[name].alignment)
