@@ -218,6 +218,12 @@ DEVICE void st_shared_v4(uint32_t a, Vector4 v) {
                "r"(v.w)
                : "memory");
 }
+DEVICE void st_shared_v4_if(bool condition, uint32_t a, Vector4 v) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %5, 0; @p st.shared.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"r"(a),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"((uint32_t)condition)
+      : "memory");
+}
 DEVICE void st_shared_v2(uint32_t a, uint32_t x, uint32_t y) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(a), "r"(x), "r"(y) : "memory");
 }
@@ -409,6 +415,11 @@ DEVICE uint32_t half_x2_from_e4m3_high(uint32_t x) {
 DEVICE uint32_t mul_half_x2(uint32_t x, uint32_t y) {
   uint32_t z;
   asm("mul.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
+DEVICE uint32_t mul_bfloat_x2(uint32_t x, uint32_t y) {
+  uint32_t z;
+  asm("mul.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
   return z;
 }
 DEVICE uint32_t bfloat_x2(float low, float high) {

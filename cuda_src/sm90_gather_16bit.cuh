@@ -65,7 +65,7 @@ DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const Te
     cp_async_commit_group();
     if (!tile) break;
     if (RARELY(tile & TILE_BEGINS)) {
-      if (!begun) load_q(params, q_map_0, q_map_1, begun_request(walk, 0), place);
+      if (!begun) load_q(params, q_map_0, q_map_1, begun_request(walk), place);
       begun = false;
     }
     // Where there is no room yet, the tile before is told of first, and else behind the next

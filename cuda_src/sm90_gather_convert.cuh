@@ -19,22 +19,24 @@ constexpr bool HAS_SCALES = SCALES > 0;
 constexpr bool IS_E4M3_ROTARY = !HAS_SCALES;
 constexpr int LATENT_LANES = (ROTARY < 512 ? ROTARY : 512) / 16;  // that copy 16 bytes of a row
 
-// The scale of one token in a column block, as it comes from staging, and as `convert` wants it.
-typedef uint32_t StagedScale;
+// The scales of one token in two column blocks, as they come from staging, and one of them as
+// `convert` wants it.
+typedef uint32_t StagedScales;
 typedef uint32_t ColumnScale;
-DEVICE StagedScale load_scale(uint32_t from) {
+DEVICE StagedScales load_scales(uint32_t from) {
 #if defined(FORMAT_V32)
-  return ld_shared_u32(from);
+  return ld_shared_u32(from);  // of both
 #elif defined(FORMAT_V4)
-  return ld_shared_u8(from);
+  return ld_shared_u16(from);
 #else
   return 0;
 #endif
 }
-DEVICE ColumnScale scale_from(StagedScale x) {
+DEVICE ColumnScale scale_of(StagedScales x, int block) {
   if (!HAS_SCALES) return 0;
 #if defined(FORMAT_V4)
-  x = x << 23 | (x == 255) << 22;  // 255: NaN
+  // The lowest bit makes NaN of 255, and is rounded away elsewhere.
+  x = (block ? x >> 8 : x & 255) << 23 | 1;
 #endif
 #if defined(WIDE_PRODUCTS)
   return x;
@@ -53,19 +55,21 @@ DEVICE uint32_t product_of(uint32_t halves, ColumnScale scale) {
   return mul_half_x2(halves, scale);
 #endif
 }
-// Eight e4m3, in two registers, to eight numbers at `to`.
-DEVICE void convert(uint32_t to, uint32_t first, uint32_t second, ColumnScale scale) {
-  st_shared_v4(to, {product_of(half_x2_from_e4m3(first), scale),
-                    product_of(half_x2_from_e4m3_high(first), scale),
-                    product_of(half_x2_from_e4m3(second), scale),
-                    product_of(half_x2_from_e4m3_high(second), scale)});
+// Eight e4m3, in two registers, to eight numbers at `to`, if they are wanted.
+DEVICE void convert(uint32_t to, uint32_t first, uint32_t second, ColumnScale scale,
+                    bool wanted = true) {
+  st_shared_v4_if(wanted, to,
+                  {product_of(half_x2_from_e4m3(first), scale),
+                   product_of(half_x2_from_e4m3_high(first), scale),
+                   product_of(half_x2_from_e4m3(second), scale),
+                   product_of(half_x2_from_e4m3_high(second), scale)});
 }
 // Two bfloat16, rotary columns of a key.
 DEVICE uint32_t product_from_bf16(uint32_t x) {
-#if defined(WIDE_PRODUCTS)
-  return x;
-#else
+#if !defined(WIDE_PRODUCTS)
   constexpr float up = LATENT_UP / ROTARY_Q_UP;
-  return half_x2(__uint_as_float(x << 16) * up, __uint_as_float(x & 0xffff0000) * up);
+  if (up != 1) x = mul_bfloat_x2(x, bfloat_x2(up, up));
+  x = half_x2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
 #endif
+  return x;
 }

@@ -41,10 +41,8 @@ DEVICE uint32_t seen_tokens(uint32_t tile) { return (tile & TILE_TOKENS) | bad_t
 // Bytes from the pointers of the first of the two tiles to those of this one.
 DEVICE uint32_t pointers_at(uint32_t tile) { return tile >> 22 & TILE_POINTERS; }
 static_assert(IS_SECOND >> 22 == TILE_POINTERS, "the bits of IS_SECOND are a distance");
-// The request of the piece that was begun last by a tile that was looked up, or of that before it.
-DEVICE int begun_request(uint32_t walk, int before) {
-  return ld_shared_u32(walk + BEGUN + before * 4);
-}
+// The request of the piece that was begun last by a tile that was looked up.
+DEVICE int begun_request(uint32_t walk) { return ld_shared_u32(walk + BEGUN); }
 
 #define RARELY(condition) __builtin_expect(condition, 0)
 
@@ -196,10 +194,7 @@ struct Walk {
     }
     if (RARELY(before & NEXT_BEGINS)) {
       tile |= TILE_BEGINS;
-      if (lane == 0) {
-        st_shared_u32(at + BEGUN + 4, ld_shared_u32(at + BEGUN));
-        st_shared_u32(at + BEGUN, request());
-      }
+      if (lane == 0) st_shared_u32(at + BEGUN, request());
     }
     if (begin + TILE < end) tile |= SECOND_FOLLOWS;
     begin += 2 * TILE;

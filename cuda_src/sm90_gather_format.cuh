@@ -36,19 +36,19 @@ constexpr bool IS_FP8 = false;
 // STAGED_ROW: bytes from one row to the next where rows wait to be converted. It is 64 modulo 128,
 // so that lanes that read two rows at once meet different banks.
 #if defined(FORMAT_V32)
-constexpr int ROW_BYTES = 656, STAGED_ROW = 704, LAUNCH_SHARED_BYTES = 227216;
+constexpr int ROW_BYTES = 656, STAGED_ROW = 704, LAUNCH_SHARED_BYTES = 227152;
 constexpr int TAIL_BYTES = 0, COLUMN_BLOCKS = 9, SCALE_UP_LOG2 = 3;
 #elif defined(FORMAT_V4)
-constexpr int ROW_BYTES = 576, STAGED_ROW = 704, LAUNCH_SHARED_BYTES = 219024;
+constexpr int ROW_BYTES = 576, STAGED_ROW = 704, LAUNCH_SHARED_BYTES = 218960;
 constexpr int TAIL_BYTES = 8, COLUMN_BLOCKS = 8, SCALE_UP_LOG2 = 3;
 #elif defined(FORMAT_PER_TENSOR)
-constexpr int ROW_BYTES = 576, STAGED_ROW = 576, LAUNCH_SHARED_BYTES = 221072;
+constexpr int ROW_BYTES = 576, STAGED_ROW = 576, LAUNCH_SHARED_BYTES = 221008;
 constexpr int TAIL_BYTES = 0, COLUMN_BLOCKS = 9, SCALE_UP_LOG2 = 0;
 #elif defined(FORMAT_16BIT_512)
-constexpr int ROW_BYTES = 1024, STAGED_ROW = 0, LAUNCH_SHARED_BYTES = 177040;  // no staging
+constexpr int ROW_BYTES = 1024, STAGED_ROW = 0, LAUNCH_SHARED_BYTES = 176976;  // no staging
 constexpr int TAIL_BYTES = 0, COLUMN_BLOCKS = 8, SCALE_UP_LOG2 = 0;
 #else
-constexpr int ROW_BYTES = 1152, STAGED_ROW = 0, LAUNCH_SHARED_BYTES = 185232;  // no staging
+constexpr int ROW_BYTES = 1152, STAGED_ROW = 0, LAUNCH_SHARED_BYTES = 185168;  // no staging
 constexpr int TAIL_BYTES = 0, COLUMN_BLOCKS = 9, SCALE_UP_LOG2 = 0;
 #endif
 #if defined(WIDE_PRODUCTS)

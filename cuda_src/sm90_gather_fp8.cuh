@@ -105,24 +105,20 @@ struct Latent {
   // Converts them into a stage.
   DEVICE void store(const Lane& lane, uint32_t stage, int chunk, int row, int block,
                     ColumnScale scale) const {
-    if (!lane.has_latent(block)) return;
     const uint32_t to = ((stage + lane.latent_to) ^ (row & 2) << 4);
     const int further = chunk * CHUNK_PITCH + row * 128 + block * BLOCK_BYTES;
-    convert(to + further, v.x, v.y, scale);
-    convert((to ^ 16) + further, v.z, v.w, scale);
+    const bool wanted = lane.has_latent(block);
+    convert(to + further, v.x, v.y, scale, wanted);
+    convert((to ^ 16) + further, v.z, v.w, scale, wanted);
   }
 };
 // Their scales.
 struct Scales {
-  StagedScale of[2];
+  StagedScales of_both;
   DEVICE Scales(const Lane& lane, int chunk, int row) {
-    const uint32_t from = lane.scales + chunk * STAGED_CHUNK + row * STAGED_ROW;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      of[i] = i % SCALE_BLOCKS ? of[0] : load_scale(from + i * SCALE_BYTES);
-    }
+    of_both = load_scales(lane.scales + chunk * STAGED_CHUNK + row * STAGED_ROW);
   }
-  DEVICE ColumnScale operator[](int block) const { return scale_from(of[block]); }
+  DEVICE ColumnScale operator[](int block) const { return scale_of(of_both, block); }
 };
 
 // Converts the rotary columns of a chunk, 16 bytes of them a lane, into a stage.
@@ -131,9 +127,9 @@ DEVICE void store_rotary(const Lane& lane, const Vector4& x, uint32_t stage, int
   if (!IS_E4M3_ROTARY) {
     st_shared_v4(to, {product_from_bf16(x.x), product_from_bf16(x.y), product_from_bf16(x.z),
                       product_from_bf16(x.w)});
-  } else if (lane.has_rotary()) {
-    convert(to, x.x, x.y, 0);
-    convert(to ^ 16, x.z, x.w, 0);
+  } else {
+    convert(to, x.x, x.y, 0, lane.has_rotary());
+    convert(to ^ 16, x.z, x.w, 0, lane.has_rotary());
   }
 }
 
@@ -167,38 +163,32 @@ DEVICE void copy_tile(const Lane& lane, uint32_t tile) {
 
 DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const TensorMap& q_map_1) {
   Lane lane;
-  // Groups: the entries of a tile, the chunks of the tile before, the entries of the next one, ...
-  auto look_up_after = [&](uint32_t before) {
-    cp_async_wait_group<TILE_CHUNKS>();
-    __syncwarp();
-    const uint32_t tile = look_up(params, lane.walk, lane.index, before);
-    cp_async_commit_group();
-    return tile;
-  };
   Place place;
-  uint32_t tile = begin_walk(params, lane.walk, lane.index);
+  uint32_t next = begin_walk(params, lane.walk, lane.index);
   cp_async_commit_group();
-  if (!tile) return;
+  if (!next) return;
   load_q(params, q_map_0, q_map_1, ld_shared_u32(lane.walk + REQUEST), place);
   cp_async_wait_group<0>();
   __syncwarp();
-  tile = look_up(params, lane.walk, lane.index, tile) & ~TILE_BEGINS;  // its Q is on the way
-  cp_async_commit_group();
-  copy_tile(lane, tile);
-  uint32_t next = look_up_after(tile);
+  next = look_up(params, lane.walk, lane.index, next) & ~TILE_BEGINS;  // its Q is on the way
+  // Groups: the chunks of a tile; the entries of the tile after it are in that of the first.
+  copy_tile(lane, next);
 #pragma unroll 1
-  while (tile) {
+  while (next) {
+    const uint32_t tile = next;
     if (RARELY(tile & TILE_BEGINS)) {
-      load_q(params, q_map_0, q_map_1, begun_request(lane.walk, next & TILE_BEGINS ? 1 : 0), place);
+      load_q(params, q_map_0, q_map_1, begun_request(lane.walk), place);
     }
     uint32_t stage = stage_address(place.stage);
 #pragma unroll
     for (int chunk = 0; chunk < TILE_CHUNKS; ++chunk) {
       Copy copy;
       lane.forget(), pin(stage);
-      cp_async_wait_group<TILE_CHUNKS>();
+      cp_async_wait_group<TILE_CHUNKS - 1>();
       __syncwarp();
       if (chunk == 0) {
+        // After the release of the tile before: nobody waits for this.
+        next = look_up(params, lane.walk, lane.index, tile);
         mbarrier_wait(empty(place.stage), place.phase ^ 1);
         if (lane.index == 0) {
           st_shared_u16(live_tokens(place.stage) + warp_in_group() * 2, seen_tokens(tile));
@@ -225,8 +215,6 @@ DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const Te
       store_rotary(lane, rotary, stage, chunk);
     }
     if (RARELY(bad_tokens(tile) != 0)) poison(stage, bad_tokens(tile));
-    tile = next;
-    next = look_up_after(next);  // while the stores above go on their way
     release(full(place.stage));
     place.advance();
   }

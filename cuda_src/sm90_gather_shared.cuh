@@ -48,10 +48,10 @@ constexpr int TAIL_POINTERS = ROW_POINTERS + 2 * TILE_POINTERS;    // uint64 [2]
 constexpr int ENTRIES = TAIL_POINTERS + 2 * TILE_POINTERS;         // int32 [2][12]
 constexpr int NEXT_TILE = ENTRIES + 2 * WARP_TOKENS * 4;           // Vector4: Walk
 constexpr int REQUEST = NEXT_TILE + 16;                        // int32: that of the next tile
-constexpr int BEGUN = REQUEST + 4;                             // int32 [2]: begun_request()
-constexpr int SECOND_LIST_AT = BEGUN + 8;                      // int32
+constexpr int BEGUN = REQUEST + 4;                             // int32: begun_request()
+constexpr int SECOND_LIST_AT = BEGUN + 4;                      // int32
 constexpr int SECOND_TILE = SECOND_LIST_AT + 4;                // uint32: the word about it
-constexpr int WALK_BYTES = SECOND_TILE + 16;
+constexpr int WALK_BYTES = SECOND_TILE + 4;
 
 constexpr int FACTORS = WALKS + GROUP_WARPS * WALK_BYTES;
 constexpr int INVERSE_L = FACTORS + STAGES * ROWS * 2;  // behind uint16 [STAGES][64]; float [64]

@@ -39,17 +39,17 @@ def _gather(name: str, shared_bytes: int, *defines: str, dtypes: tuple[str, ...]
     )
 
 
-GATHER_V32 = _gather("gather_v32", 227216, "FORMAT_V32")
-GATHER_V4 = _gather("gather_v4", 219024, "FORMAT_V4")
+GATHER_V32 = _gather("gather_v32", 227152, "FORMAT_V32")
+GATHER_V4 = _gather("gather_v4", 218960, "FORMAT_V4")
 _BF16 = ("bfloat16",)
-GATHER_V32_WIDE = _gather("gather_v32_wide", 227216, "FORMAT_V32", "WIDE_PRODUCTS", dtypes=_BF16)
-GATHER_V4_WIDE = _gather("gather_v4_wide", 219024, "FORMAT_V4", "WIDE_PRODUCTS", dtypes=_BF16)
-GATHER_E4M3 = _gather("gather_e4m3", 221072, "FORMAT_PER_TENSOR")
+GATHER_V32_WIDE = _gather("gather_v32_wide", 227152, "FORMAT_V32", "WIDE_PRODUCTS", dtypes=_BF16)
+GATHER_V4_WIDE = _gather("gather_v4_wide", 218960, "FORMAT_V4", "WIDE_PRODUCTS", dtypes=_BF16)
+GATHER_E4M3 = _gather("gather_e4m3", 221008, "FORMAT_PER_TENSOR")
 GATHER_E4M3_Q_E4M3 = _gather(
-    "gather_e4m3_q_e4m3", 221072, "FORMAT_PER_TENSOR", "QUERY_E4M3", dtypes=_BF16
+    "gather_e4m3_q_e4m3", 221008, "FORMAT_PER_TENSOR", "QUERY_E4M3", dtypes=_BF16
 )
-GATHER_16BIT = _gather("gather_16bit", 185232)
-GATHER_16BIT_512 = _gather("gather_16bit_512", 177040, "FORMAT_16BIT_512")
+GATHER_16BIT = _gather("gather_16bit", 185168)
+GATHER_16BIT_512 = _gather("gather_16bit_512", 176976, "FORMAT_16BIT_512")
 
 
 def _few_rows(

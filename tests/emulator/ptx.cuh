@@ -171,6 +171,9 @@ struct Vector4 {
 };
 DEVICE Vector4 ld_shared_v4(uint32_t a) { return ld_shared<Vector4>(a); }
 DEVICE void st_shared_v4(uint32_t a, Vector4 v) { st_shared(a, v); }
+DEVICE void st_shared_v4_if(bool condition, uint32_t a, Vector4 v) {
+  if (condition) st_shared(a, v);
+}
 struct Vector2 {
   uint32_t x, y;
 };
@@ -287,6 +290,12 @@ DEVICE uint32_t half_x2_from_e4m3(uint32_t x) { return half_x2(from_e4m3(x), fro
 DEVICE uint32_t half_x2_from_e4m3_high(uint32_t x) { return half_x2_from_e4m3(x >> 16); }
 DEVICE uint32_t mul_half_x2(uint32_t x, uint32_t y) {
   return half_x2(from_half(x) * from_half(y), from_half(x >> 16) * from_half(y >> 16));
+}
+DEVICE uint32_t mul_bfloat_x2(uint32_t x, uint32_t y) {
+  auto product = [](uint32_t a, uint32_t b) {
+    return same_bits<float>(a << 16) * same_bits<float>(b << 16);
+  };
+  return bfloat_x2(product(x, y), product(x >> 16, y >> 16));
 }
 DEVICE uint32_t max_abs_x2(uint32_t x, uint32_t y) {
   auto larger = [](uint16_t a, uint16_t b) {
