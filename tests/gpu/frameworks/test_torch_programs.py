@@ -125,11 +125,37 @@ print(out.float().sum().item())
 """
 
 
-# docs/frameworks/pytorch.md promises packages of AOTInductor on the CPU alone.
-CRASHES = pytest.mark.xfail(reason="on a GPU, PyTorch 2.11 ends with SIGSEGV", strict=False)
+def package(torch, program, path):
+    """Makes a package of AOTInductor."""
+    # Neither of the two is of use here, and together they take minutes.
+    less = {"cpp.vec_isa_ok": True, "aot_inductor.precompile_headers": False}
+    with torch._inductor.config.patch(less):
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 
-@pytest.mark.parametrize("kind", ["export", pytest.param("aoti", marks=CRASHES)])
+PLAIN = """
+import torch
+program = torch._inductor.aoti_load_package(sys.argv[1])
+print(program(torch.ones(8, device="cuda"))[0].sum().item())
+"""
+
+
+def plain_package_runs(torch, folder):
+    """Whether a package that has nothing of ours runs in another process."""
+
+    class Plain(torch.nn.Module):
+        def forward(self, x):
+            return (x * 2 + 1,)
+
+    program = torch.export.export(Plain(), (torch.ones(8, device="cuda"),))
+    package(torch, program, folder / "plain.pt2")
+    try:
+        return float(in_another_process(PLAIN, folder / "plain.pt2")) == 24
+    except AssertionError:
+        return False
+
+
+@pytest.mark.parametrize("kind", ["export", "aoti"])
 def test_a_saved_program_in_another_process(torch, tmp_path, kind):
     if kind == "aoti" and shutil.which("g++") is None:
         pytest.skip("AOTInductor needs g++")
@@ -145,10 +171,12 @@ def test_a_saved_program_in_another_process(torch, tmp_path, kind):
     if kind == "export":
         torch.export.save(program, path)
     else:
-        # Neither of the two is of use here, and together they take minutes.
-        less = {"cpp.vec_isa_ok": True, "aot_inductor.precompile_headers": False}
-        with torch._inductor.config.patch(less):
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        package(torch, program, path)
     torch.save([x.cpu() for x in arrays], inputs)
-    found = in_another_process(RUN.format(loaded=LOADED[kind]), inputs, path)
+    try:
+        found = in_another_process(RUN.format(loaded=LOADED[kind]), inputs, path)
+    except AssertionError:
+        if kind == "aoti" and not plain_package_runs(torch, tmp_path):
+            pytest.xfail("PyTorch cannot load packages here, not even one without our operators")
+        raise
     assert float(found) == expected.float().sum().item()
