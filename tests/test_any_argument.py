@@ -8,6 +8,7 @@ import contextlib
 import ml_dtypes
 import numpy as np
 import pytest
+from support.problems import make_problem
 from support.sparse_calls import keywords, schedule
 from support.sparse_problems import make_sparse_problem, prefill_problem
 
@@ -64,9 +65,19 @@ def pages(format: str) -> dict:
     return arguments | dict.fromkeys(rest) | {"wide_fp8": False}
 
 
+def dense() -> dict:
+    problem = make_problem([60, 3])
+    names = "q", "k_cache", "block_table", "cache_seqlens"
+    arrays = dict(zip(names, problem.arrays(), strict=True)) | problem.options()
+    made = get_mla_metadata(problem.cache_seqlens, problem.rows, problem.h_kv)
+    metadata = dict(zip(("tile_scheduler_metadata", "num_splits"), made, strict=True))
+    return arrays | metadata | {"head_dim_v": 512, "out": None, "lse": None}
+
+
 UNREAD = ("block_table", "cache_seqlens")  # beside indices
 LENGTHS = np.array([5, 7], np.int32)
 CALLS = {
+    "decode dense": (flash_mla_with_kvcache, dense),
     "decode v32": (flash_mla_with_kvcache, lambda: decoding("v32", None)),
     "decode v4": (flash_mla_with_kvcache, lambda: decoding("v4", (90, 33, 64))),
     "prompt": (flash_mla_sparse_fwd, lambda: prompt(576) | {"d_v": 512}),

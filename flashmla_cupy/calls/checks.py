@@ -225,16 +225,23 @@ def metadata_kind(metadata: Any, num_splits: Any, is_lazy: bool) -> None:
         raise ArgTypeError("num_splits", "the second result of get_mla_metadata()", "None", remedy)
 
 
+def metadata_dtypes(infos: Mapping[str, ArrayInfo]) -> None:
+    """Both are int32, those of them that are among the arrays: all that can be said of them before
+    the device is known."""
+    for array in DECODE.having("schedule"):
+        if array.name in infos:
+            _int32(array.name, infos[array.name])
+
+
 def metadata(
     tile_scheduler_metadata: ArrayInfo, num_splits: ArrayInfo, batch: int, num_sm_parts: int
 ) -> None:
-    """tile_scheduler_metadata [num_sm_parts, 8] and num_splits [batch + 1], int32, contiguous."""
+    """tile_scheduler_metadata [num_sm_parts, 8] and num_splits [batch + 1], contiguous."""
     again = (
         "Call get_mla_metadata(cache_seqlens, s_q * h_q // h_kv, h_kv) for this batch; where there "
         "are indices, with num_heads_q and topk as well."
     )
     name, info = "tile_scheduler_metadata", tile_scheduler_metadata
-    _int32(name, info)
     if len(info.shape) != 2 or info.shape[1] != METADATA_COLUMNS:
         raise ShapeError(name, f"shape ({num_sm_parts}, {METADATA_COLUMNS})", show(info), again)
     if info.shape[0] != num_sm_parts:
@@ -244,7 +251,6 @@ def metadata(
     contiguous(name, info)
     aligned(name, info, DECODE[name].alignment)
     name, info = "num_splits", num_splits
-    _int32(name, info)
     if len(info.shape) != 1:
         raise ShapeError(name, f"shape ({batch + 1},)", show(info), again)
     if info.shape[0] != batch + 1:

@@ -147,6 +147,7 @@ def validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     batch, s_q, h_q, _ = q.shape
     checks.table(infos["block_table"], batch, k_cache.shape[1])
     checks.lengths(infos["cache_seqlens"], batch)
+    checks.metadata_dtypes(infos)
     out_shape, lse_shape = (batch, s_q, h_q, HEAD_DIM_V), (batch, h_q, s_q)
     if "out" in infos:
         checks.output("out", infos["out"], out_shape, q.dtype)

@@ -42,6 +42,7 @@ def described(table: Table, arrays: tuple[Any, ...]) -> tuple[Adapter, dict[str,
         if array.role == "input" or x is not None
     }
     framework, infos = checks.describe(given, table.function)
+    checks.metadata_dtypes(infos)
     sizes: Sizes = {}
     origins: dict[str, str] = {}
     for array in table.having("input", "optional"):

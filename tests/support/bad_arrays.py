@@ -520,6 +520,14 @@ BAD_ARRAYS = [
         "num_splits",
         "int64",
     ),
+    ("splits-text", {"num_splits": np.array(["a"])}, DTypeError, "num_splits", "str32"),
+    (
+        "metadata-fields",
+        {"tile_scheduler_metadata": np.zeros(2, [("a", "i4")])},
+        DTypeError,
+        "tile_scheduler_metadata",
+        "void32",
+    ),
     (
         "splits-2d",
         {"num_splits": lambda a: a["num_splits"][None]},
