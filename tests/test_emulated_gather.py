@@ -3,10 +3,13 @@ of the public functions and against the float64 oracle."""
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 from emulator import device
 from support import sparse_calls
+from support.every_framework import in_threads
 from support.oracle import UNIT_ROUNDOFF, assert_within_bound, oracle
 from support.sparse_dense import dense_problem
 from support.sparse_oracle import largest_logits, pool_values, sparse_oracle
@@ -144,6 +147,67 @@ def test_two_lists_and_metadata_of_ones_own(gpu, format):
     for _ in range(2):  # made by the first call, shared by the second
         out, lse = sparse_calls.call(problem, tile_scheduler_metadata=lazy)
         assert out.tobytes() == first[0].tobytes() and lse.tobytes() == first[1].tobytes()
+
+
+def metadata_of_lists(length):
+    lengths = np.array(length, np.int32)
+    return get_mla_metadata(
+        np.zeros(len(lengths), np.int32), 8, 1, 8, topk=700, topk_length=lengths
+    )
+
+
+def test_metadata_of_no_lists(gpu):
+    gpu(num_sms=2)
+    made = metadata_of_lists([])
+    assert [x.shape for x in made] == [(2, 8), (1,)]
+    assert not any(x.any() for x in made)
+
+
+def test_threads_make_metadata_of_lists_at_once(gpu):
+    """One comes in between, each time that another is about to launch a kernel."""
+    emulator = gpu(num_sms=2)
+    mine, theirs = [700, 3, 65], [0, 650, 1]
+    want = [metadata_of_lists(length) for length in (mine, theirs)]
+    run, found = emulator._run, []
+
+    def interrupted(launches):
+        emulator._run = run
+        in_threads(lambda _: found.append(metadata_of_lists(theirs)), 1)
+        emulator._run = interrupted
+        run(launches)
+
+    emulator._run = interrupted
+    got = metadata_of_lists(mine)
+    emulator._run = run
+    assert len(found) == 2
+    for made, expected in zip((got, *found), (want[0], want[1], want[1]), strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(made, expected, strict=True))
+
+
+def test_all_is_allocated_on_the_device_of_the_arrays(gpu):
+    """Whichever device is current at the call."""
+    emulator = gpu(num_sms=2)
+    framework, current, devices = emulator.framework, [], []
+    empty = framework.empty
+
+    @contextlib.contextmanager
+    def guard(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def allocate(*of):
+        devices.append(list(current))
+        return empty(*of)
+
+    framework.device_guard, framework.empty = guard, allocate
+    problem = make_sparse_problem(topk=70, s_k=90, s_q=2, batch=1, varlen=False)
+    sparse_calls.call(problem, **sparse_calls.schedule(problem))
+    sparse_calls.call(problem)
+    flash_mla_sparse_fwd(**as_prompt(problem))
+    metadata_of_lists([])
+    check()
+    assert devices and all(of == [0] for of in devices)
 
 
 @pytest.mark.parametrize("format", ["v32", "v4", "e4m3"])

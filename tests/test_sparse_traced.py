@@ -20,11 +20,13 @@ from support.sparse_problems import as_prompt, make_sparse_problem
 from flashmla_cupy import (
     DeviceCheckError,
     OptionError,
+    StaleMetadataError,
     check,
     flash_mla_sparse_fwd,
     flash_mla_with_kvcache,
     get_mla_metadata,
 )
+from flashmla_cupy.sizes import num_sm_parts
 
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
@@ -407,3 +409,28 @@ def test_jax_on_a_gpu_makes_the_metadata_of_its_multiprocessors(gpus):
     results = [device_buffer(i, 0) for i in (200, 201, 300)]
     callback(SimpleNamespace(stream=7), results, device_buffer(100, 0))
     assert gpus.launches == [(0, ((8, 2, 70, 0), 78, 8), 7, (0, 0), 300, (200, 201))]
+    empty = get_mla_metadata(jnp.zeros(0, jnp.int32), 16, 1, 8, topk=70)
+    assert [x.shape for x in empty] == [(78, 8), (1,)]
+
+
+@pytest.mark.parametrize("name", ["sparse", "fp8"])
+def test_jax_on_a_gpu_takes_the_metadata_of_its_multiprocessors_alone(gpus, name):
+    arrays, rows = (arrays_of("jax")[:5], 8) if name == "sparse" else (dense_arrays("jax"), 16)
+    requests = 8 if name == "sparse" else 4
+
+    def step(metadata, *arrays):
+        if name == "sparse":
+            return attend(*arrays, None, None, None, metadata=metadata)
+        q, k_cache, table, lengths = arrays
+        return flash_mla_with_kvcache(
+            q, k_cache, table, lengths, 512, *metadata, is_fp8_kvcache=True
+        )
+
+    def shapes(num_sms):
+        parts = num_sm_parts(num_sms, rows, 1)
+        metadata = jnp.zeros((parts, 8), jnp.int32), jnp.zeros(requests + 1, jnp.int32)
+        return [x.shape for x in jax.eval_shape(step, metadata, *arrays)]
+
+    assert shapes(78) == [(4, 2, 8, 512), (4, 8, 2)]
+    with pytest.raises(StaleMetadataError, match="78 rows"):
+        shapes(132)

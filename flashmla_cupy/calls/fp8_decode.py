@@ -32,9 +32,6 @@ def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     batch, s_q, h_q = sizes["batch"], sizes["s_q"], sizes["h_q"]
     checks.table(infos["block_table"], batch, k_cache.shape[1])
     checks.lengths(infos["cache_seqlens"], batch)
-    if "tile_scheduler_metadata" in infos:
-        parts = num_sm_parts(gathered.num_sms_of(q.device), s_q * h_q, 1)
-        checks.metadata(infos["tile_scheduler_metadata"], infos["num_splits"], batch, parts)
     outputs = fits.decode_outputs(infos, options)
     fits.outputs(FP8_DECODE, infos, outputs)
     page_size, name = k_cache.shape[1], framework.name

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import StrideError
 from ..formats.cache_format import format_of
-from ..frameworks import HERE, HOST, Adapter, ArrayInfo
+from ..frameworks import HOST, Adapter, ArrayInfo
 from ..gpu.engine import engine_of
 from ..gpu.gather_geometry import GatherAddresses, GatherGeometry, Pool
 from ..locks import Lock
@@ -59,17 +59,7 @@ class GpuWork:
     def __call__(
         self, at: dict[str, int], lazy: SchedMeta | None, configuration: Configuration | None
     ) -> None:
-        """Launches, with the addresses of the arrays by name."""
-        guard = self._framework.device_guard(self._device)
-        if guard is HERE:
-            self._run(at, lazy, configuration)
-        else:
-            with guard:
-                self._run(at, lazy, configuration)
-
-    def _run(
-        self, at: dict[str, int], lazy: SchedMeta | None, configuration: Configuration | None
-    ) -> None:
+        """Launches on the current device, with the addresses of the arrays by name."""
         if lazy is None or configuration is None:
             self._start(at, at.get("tile_scheduler_metadata", 0))
             return
@@ -138,9 +128,9 @@ class ListMetadataWork:
     def __call__(
         self, at: dict[str, int], lazy: SchedMeta | None, configuration: Configuration | None
     ) -> None:
-        with self._framework.device_guard(self._device):
-            _room, scratch = self._new_scratch()
-            self.launch(self._framework.stream(self._device), at, scratch)
+        """The same for the metadata alone."""
+        _room, scratch = self._new_scratch()
+        self.launch(self._framework.stream(self._device), at, scratch)
 
     def launch(self, stream: int, at: dict[str, int], scratch: int) -> None:
         """Launches with the caller's scratch, [scratch_floats] float32, on the current device."""

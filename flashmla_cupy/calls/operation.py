@@ -7,19 +7,20 @@ follow from the same (`traced`). Arrays on a GPU go to its kernels, by way of `g
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import ArgumentError, DeviceCheckError
-from ..frameworks import HOST, Adapter, ArrayInfo, elsewhere
+from ..frameworks import HERE, HOST, Adapter, ArrayInfo, elsewhere
 from ..locks import Lock
 from ..schedule.sched_meta import Configuration, SchedMeta
-from . import refusals
+from ..sizes import num_sm_parts
+from . import checks, refusals
 from .arguments import Table
-from .gathered import Work
+from .gathered import Work, num_sms_of
 from .signatures import Checked, Pointers, Signatures, pointers, spans
 
 Arrays = tuple[Any, ...]
@@ -46,7 +47,20 @@ class Valid(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        return any(0 in output.shape for output in self.outputs)
+        """Whether there is nothing to compute: results without elements, or, of no requests,
+        metadata of zeros."""
+        first = next(iter(self.infos.values()))
+        return 0 in first.shape
+
+    def require_metadata(self, num_sms: int) -> None:
+        """Checks the two arrays of the schedule, if given, whose size depends on the device: it has
+        so many multiprocessors."""
+        of = self.configuration
+        if of is None or "tile_scheduler_metadata" not in self.infos:
+            return
+        requests, rows = (of.batch * of.s_q, of.h_q) if of.topk else (of.batch, of.s_q * of.h_q)
+        schedule = self.infos["tile_scheduler_metadata"], self.infos["num_splits"]
+        checks.metadata(*schedule, requests, num_sm_parts(num_sms, rows, 1))
 
 
 def naming(function: str, checks: Callable[[Arrays, Arrays], Valid]) -> Callable[..., Valid]:
@@ -78,7 +92,8 @@ class Operation:
     table: Table
     # (arrays by name, options, multiprocessors) -> what the results are; of symbolic shapes too.
     outputs: Callable[[dict[str, Any], tuple[Any, ...], int], tuple[Output, ...]]
-    # (arrays, options) of the table -> Valid; raises an ArgumentError.
+    # (arrays, options) of the table -> Valid; raises an ArgumentError. Every check but
+    # Valid.require_metadata().
     validate: Callable[[Arrays, tuple[Any, ...]], Valid]
     # A length in host memory that cannot be, which raises before anything is computed; or None.
     refused: Callable[[Valid, Views], DeviceCheckError | None]
@@ -120,8 +135,13 @@ class Operation:
             call, addresses = self._make(arrays, options, key)
         refusals.raise_pending()
         given = dict(zip(self.table.names, arrays, strict=True))
-        if call.valid.infos[self.table.names[0]].device != HOST:
-            return self._run_on_gpu(call, given, addresses, lazy)
+        device = call.valid.infos[self.table.names[0]].device
+        if device != HOST:
+            guard = call.valid.framework.device_guard(device)
+            if guard is HERE:  # the usual case; entering a context that does nothing takes time
+                return self._run_on_gpu(call, given, addresses, lazy)
+            with guard:
+                return self._run_on_gpu(call, given, addresses, lazy)
         view = call.valid.framework.to_numpy
         views = {name: None if x is None else view(x) for name, x in given.items()}
         if not (is_op or call.valid.is_empty):
@@ -133,7 +153,9 @@ class Operation:
             if given[name] is None:
                 given[name] = new()
                 views[name] = view(given[name])
-        if not call.valid.is_empty:
+        if call.valid.is_empty:
+            _clear(given[name] for name in names)
+        else:
             self.run_on_host(call.valid, views, lazy)
         return tuple(given[name] for name in names)
 
@@ -144,7 +166,8 @@ class Operation:
         addresses: Pointers,
         lazy: SchedMeta | None,
     ) -> Results:
-        """Allocates what is missing and launches; nothing here waits for the device."""
+        """Allocates what is missing and launches, on the current device; nothing here waits for
+        it."""
         at = dict(zip(self.table.names, addresses, strict=False))
         names = [array.name for array in self.table.having("output")]
         for name, new in zip(names, call.new, strict=True):
@@ -153,6 +176,8 @@ class Operation:
                 at[name] = call.valid.framework.pointer(given[name])
         if call.work is not None:
             call.work(at, lazy, call.valid.configuration)
+        else:
+            _clear(given[name] for name in names)
         return tuple(given[name] for name in names)
 
     def run_on_host(self, valid: Valid, views: Views, lazy: SchedMeta | None = None) -> None:
@@ -172,6 +197,7 @@ class Operation:
     ) -> tuple[OperationCall, Pointers]:
         valid = self.validate(arrays, options)
         device = valid.infos[self.table.names[0]].device
+        valid.require_metadata(num_sms_of(device))
         allocator = valid.framework.allocator
         call = OperationCall(
             table=self.table,
@@ -181,6 +207,12 @@ class Operation:
             work=None if device == HOST or valid.is_empty else self.on_gpu(valid),
         )
         return self._calls.keep(key, call), pointers(self.table, valid.infos)
+
+
+def _clear(results: Iterable[Any]) -> None:
+    """Of an empty call: most have no elements anyway."""
+    for array in results:
+        array[...] = 0
 
 
 def _copy(framework: Adapter, array: np.ndarray) -> Any:

@@ -36,10 +36,6 @@ def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     _extra(infos)
     batch, s_q, h_q = sizes["batch"], sizes["s_q"], sizes["h_q"]
     fits.requests("q", q, batch * s_q)
-    if "tile_scheduler_metadata" in infos:
-        parts = num_sm_parts(gathered.num_sms_of(q.device), h_q, 1)
-        schedule = infos["tile_scheduler_metadata"], infos["num_splits"]
-        checks.metadata(*schedule, batch * s_q, parts)
     outputs = fits.decode_outputs(infos, options)
     fits.outputs(SPARSE_DECODE, infos, outputs)
     configuration = Configuration(

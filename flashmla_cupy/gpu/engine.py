@@ -129,7 +129,7 @@ class Engine:
         extra_topk."""
         variants = (Variant(kernel.name, arch=self.arch) for kernel in (LIST_LENGTHS, SCHEDULE))
         lengths, schedule = self.load(*variants)
-        return ListSchedule(lengths, schedule, sizes, parts, h_q)
+        return ListSchedule(lengths, schedule, sizes, parts, h_q, self._reports)
 
     def schedule(
         self,

@@ -265,8 +265,8 @@ class _OfThread:
 
 
 class ListSchedule:
-    """list_lengths and schedule by themselves: the metadata of lists ahead of the calls with them.
-    Not for two threads at once."""
+    """list_lengths and schedule by themselves: the metadata of lists ahead of the calls with them,
+    launched by any thread."""
 
     def __init__(
         self,
@@ -275,28 +275,47 @@ class ListSchedule:
         sizes: tuple[int, int, int, int],
         parts: int,
         h_q: int,
+        reports: Reports,
     ) -> None:
-        """The two kernels; query tokens, how many share a length, topk, extra_topk."""
+        """The two kernels; query tokens, at least one, how many share a length, topk,
+        extra_topk."""
+        self._lengths, self._schedule, self._reports = lengths, schedule, reports
         requests, length_group, topk, extra_topk = sizes
-        self._arguments = Arguments(LIST_LENGTHS.parameters)
-        self._arguments.pack(
-            length_group=ceil_div(1 << 40, length_group),
-            batch=requests,
-            topk=topk,
-            extra_topk=extra_topk,
-        )
-        self._lengths = Launch(lengths, (ceil_div(requests, LIST_LENGTHS.threads), 1, 1))
+        self._parameters = {
+            "length_group": ceil_div(1 << 40, length_group),
+            "batch": requests,
+            "topk": topk,
+            "extra_topk": extra_topk,
+        }
+        self._blocks = ceil_div(requests, LIST_LENGTHS.threads)
         self._sizes = launch_sizes(requests, parts, h_q, 1, gathered=True)
-        self._schedule = ScheduleLaunch(schedule)
+        self._own = threading.local()
 
     def __call__(
         self, stream: int, lengths: tuple[int, int], scratch: int, results: tuple[int, int]
     ) -> None:
         """Addresses: of topk_length and extra_topk_length, or 0; of int32 [query tokens] that
-        nobody else uses; of tile_scheduler_metadata and num_splits."""
+        nobody else uses; of tile_scheduler_metadata and num_splits. Raises ForkedProcessError."""
+        if self._reports.forked:
+            self._reports.require_unforked()
+        try:
+            launches: tuple[Arguments, Launch, ScheduleLaunch] = self._own.launches
+        except AttributeError:
+            launches = self._own.launches = self._of_thread()
+        arguments, of_lengths, of_schedule = launches
         topk_length, extra_topk_length = lengths
-        self._arguments.pack(
+        arguments.pack(
             topk_length=topk_length, extra_topk_length=extra_topk_length, cache_seqlens=scratch
         )
-        self._lengths(stream, self._arguments.address)
-        self._schedule(stream, self._sizes, scratch, *results)
+        of_lengths(stream, arguments.address)
+        of_schedule(stream, self._sizes, scratch, *results)
+
+    def _of_thread(self) -> tuple[Arguments, Launch, ScheduleLaunch]:
+        """The launches by one thread, and room for their parameters."""
+        arguments = Arguments(LIST_LENGTHS.parameters)
+        arguments.pack(**self._parameters)
+        return (
+            arguments,
+            Launch(self._lengths, (self._blocks, 1, 1)),
+            ScheduleLaunch(self._schedule),
+        )

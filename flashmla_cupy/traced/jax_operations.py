@@ -81,13 +81,15 @@ def run(
             )
     valid = operation.validate(arrays, options)
     on_gpu = placed(dict(zip(table.names, arrays, strict=True)), table.function)
+    num_sms = _num_sms(on_gpu)
+    valid.require_metadata(num_sms)
     if not isinstance(arrays[0], jax.core.Tracer):
         refusals.raise_pending()
     if valid.is_empty:
-        outputs = zip(table.having("output"), valid.outputs, strict=True)
+        outputs = operation.outputs(valid.infos, options, num_sms)
         return tuple(
             jnp.full(output.shape, _EMPTY.get(array.name, 0), output.dtype)
-            for array, output in outputs
+            for array, output in zip(table.having("output"), outputs, strict=True)
         )
     given = {name: x for name, x in zip(table.names, arrays, strict=True) if x is not None}
     if on_gpu and table.having("schedule"):  # the call makes its own
@@ -153,6 +155,11 @@ def _op(config: _Config) -> Callable[..., tuple[Any, ...]]:
     return jitted
 
 
+def _num_sms(on_gpu: bool) -> int:
+    """Multiprocessors of the device that will run a call."""
+    return engine_of(gpus()[0]).num_sms if on_gpu else NUM_SMS_CPU
+
+
 class _Kind(NamedTuple):
     """Of an operand."""
 
@@ -169,15 +176,14 @@ def _call_back(config: _Config, *operands: Any) -> tuple[Any, ...]:
     operation = _OPERATIONS[config.operation]
     named = dict(zip(config.operands, operands, strict=True))
     works: dict[int, Work] = {}
-    num_sms, floats = NUM_SMS_CPU, 0
+    floats = 0
     if config.on_gpu:  # compiled and loaded now on every GPU, since a graph capture allows neither
         valid = operation.validate(config.table.ordered(named), config.options)
         for ordinal in gpus():
             infos = {name: x._replace(device=ordinal) for name, x in valid.infos.items()}
             works[ordinal] = operation.on_gpu(valid._replace(infos=infos))
-        num_sms = engine_of(gpus()[0]).num_sms
         floats = max(work.scratch_floats for work in works.values())
-    outputs = operation.outputs(named, config.options, num_sms)
+    outputs = operation.outputs(named, config.options, _num_sms(config.on_gpu))
     shapes = [jax.ShapeDtypeStruct(x.shape, numpy_dtype(x.dtype)) for x in outputs]
     shapes += [jax.ShapeDtypeStruct((floats,), jnp.float32)] if config.on_gpu else []
     # Buffers of this type cannot be looked at from Python; those of bytes can.
