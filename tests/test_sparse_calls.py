@@ -4,6 +4,8 @@ framework are the definition's, bit for bit; every mistake has its name.
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from support.every_framework import get, same_bits
@@ -22,10 +24,11 @@ from flashmla_cupy import (
     reference,
     reference_sparse,
 )
+from flashmla_cupy.calls import metadata
 from flashmla_cupy.formats.cache_format import FORMATS
 from flashmla_cupy.formats.quantize import dequantize_kv, quantize_kv
 from flashmla_cupy.schedule.lists import list_lengths
-from flashmla_cupy.schedule.split import plan
+from flashmla_cupy.schedule.split import MAX_BATCH, plan
 
 HERE = ("numpy", "torch", "jax")
 
@@ -192,6 +195,39 @@ def test_a_sched_meta_is_bound_to_the_lists():
         call(problem, tile_scheduler_metadata=meta, indices=narrow)
     with pytest.raises(errors.StaleMetadataError, match="made for another"):
         call(problem, **(schedule(problem) | {"num_splits": np.zeros(4, np.int32)}))
+
+
+def test_no_heads_with_metadata():
+    problem = problem_of("v32", extra=None, lengths="none")
+    made = schedule(problem)
+    out, lse = call(problem, q=problem.q[:, :, :0], attn_sink=problem.attn_sink[:0], **made)
+    assert out.shape == (2, 2, 0, 512) and lse.shape == (2, 0, 2)
+
+
+def test_a_sched_meta_is_made_once_by_calls_of_all_kinds(monkeypatch):
+    """The first one makes it, and others, of whatever kind, wait for it."""
+    problem, dense = problem_of("v32"), make_problem([60, 3])
+    lazy, _ = get_mla_metadata()
+    outcomes = []
+
+    def other():
+        try:
+            call(problem, tile_scheduler_metadata=lazy)
+        except errors.StaleMetadataError as error:
+            outcomes.append(error)
+
+    thread = threading.Thread(target=other)
+
+    def slow(*arguments, **options):
+        thread.start()
+        thread.join(0.3)
+        return plan(*arguments, **options)
+
+    monkeypatch.setattr(metadata.split, "plan", slow)
+    flash_mla_with_kvcache(*dense.arrays(), 512, lazy, **dense.options())
+    monkeypatch.undo()
+    thread.join()
+    assert len(outcomes) == 1 and lazy.bound.format == ""
 
 
 def test_metadata_of_other_lengths_is_stale():
@@ -532,6 +568,24 @@ def test_mistakes_of_prefill_are_named(bad, error, argument, words):
     assert type(caught.value) is error
     assert caught.value.argument == argument
     assert caught.value.function == "flash_mla_sparse_fwd"
+
+
+@pytest.mark.parametrize("kv", [(9, 1, 576), (3, 3, 1, 656)])
+def test_more_query_tokens_of_a_prompt_than_a_split_has(kv):
+    """Of arrays that are shapes alone."""
+    jax = pytest.importorskip("jax")
+
+    def shapes(s_q):
+        dtypes = "bfloat16", "bfloat16" if len(kv) == 3 else "uint8", "int32"
+        arrays = zip(((s_q, 1, 576), kv, (s_q, 1, 4)), dtypes, strict=True)
+        return jax.eval_shape(
+            lambda *arrays: flash_mla_sparse_fwd(*arrays, 0.1),
+            *[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays],
+        )
+
+    assert shapes(MAX_BATCH)[0].shape == (MAX_BATCH, 1, 512)
+    with pytest.raises(errors.ShapeError, match="q: expected at most 1048575 query tokens"):
+        shapes(MAX_BATCH + 1)
 
 
 LENGTHS = np.zeros(2, np.int32)

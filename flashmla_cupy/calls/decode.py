@@ -13,8 +13,7 @@ from ..errors import DeviceCheckError
 from ..frameworks import HERE, HOST, Adapter, ArrayInfo, elsewhere
 from ..gpu.engine import engine_of
 from ..gpu.geometry import Addresses, Geometry
-from ..locks import Lock
-from ..schedule.sched_meta import Configuration, SchedMeta, stale_requests
+from ..schedule.sched_meta import Configuration, SchedMeta, bind_lock, stale_requests
 from ..sizes import HEAD_DIM_V, NUM_SMS_CPU, num_sm_parts
 from . import checks, layouts, metadata, refusals, scalars
 from .arguments import DECODE
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 Results = tuple[Any, Any]
 METADATA = DECODE.names.index("tile_scheduler_metadata")
 OUT, LSE = DECODE.outputs
-_bind_lock = Lock()
 _addresses = functools.partial(tuple.__new__, Addresses)  # in a third of the time of Addresses()
 
 
@@ -221,7 +219,7 @@ def _launch_lazy(
         return _launch(call, arrays, pointers)
     pointer = call.framework.pointer
     if lazy.bound is None:
-        with _bind_lock:  # to the end: the stream has to see this call before any other one
+        with bind_lock:  # to the end: the stream has to see this call before any other one
             if lazy.bound is None:
                 made = call.schedule.new()
                 results = _launch(call, arrays, pointers, *map(pointer, made))
@@ -294,7 +292,7 @@ def _on_host(
         return out, lse
     schedule = named["tile_scheduler_metadata"]
     if lazy is not None and call.schedule is not None:
-        with _bind_lock:
+        with bind_lock:
             if lazy.bound is None:
                 lazy.bind(call.configuration, *call.schedule(named["cache_seqlens"], 0))
         lazy.require(call.configuration)

@@ -13,15 +13,13 @@ from ..formats.cache_format import format_of
 from ..frameworks import HOST, Adapter, ArrayInfo
 from ..gpu.engine import engine_of
 from ..gpu.gather_geometry import GatherAddresses, GatherGeometry, Pool
-from ..locks import Lock
-from ..schedule.sched_meta import Configuration, SchedMeta
+from ..schedule.sched_meta import Configuration, SchedMeta, bind_lock
 from ..sizes import METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
 from .arguments import out_dtype
 from .layouts import plain
 from .wording import strides
 
 Infos = dict[str, ArrayInfo]
-_bind_lock = Lock()
 
 
 def num_sms_of(device: int) -> int:
@@ -65,7 +63,7 @@ class GpuWork:
             return
         pointer = self._framework.pointer
         if lazy.bound is None:
-            with _bind_lock:  # to the end: the stream has to see this call before others
+            with bind_lock:  # to the end: the stream has to see this call before others
                 if lazy.bound is None:
                     made = [new() for new in self._new_schedule]
                     self._start(at, *map(pointer, made))

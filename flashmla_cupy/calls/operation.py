@@ -15,8 +15,7 @@ import numpy as np
 
 from ..errors import ArgumentError, DeviceCheckError
 from ..frameworks import HERE, HOST, Adapter, ArrayInfo, elsewhere
-from ..locks import Lock
-from ..schedule.sched_meta import Configuration, SchedMeta
+from ..schedule.sched_meta import Configuration, SchedMeta, bind_lock
 from ..sizes import num_sm_parts
 from . import checks, refusals
 from .arguments import Table
@@ -26,7 +25,6 @@ from .signatures import Checked, Pointers, Signatures, pointers, spans
 Arrays = tuple[Any, ...]
 Results = tuple[Any, ...]
 Views = dict[str, np.ndarray | None]  # of all arrays of the table
-_bind_lock = Lock()
 
 
 class Output(NamedTuple):
@@ -60,7 +58,7 @@ class Valid(NamedTuple):
             return
         requests, rows = (of.batch * of.s_q, of.h_q) if of.topk else (of.batch, of.s_q * of.h_q)
         schedule = self.infos["tile_scheduler_metadata"], self.infos["num_splits"]
-        checks.metadata(*schedule, requests, num_sm_parts(num_sms, rows, 1))
+        checks.metadata(*schedule, requests, num_sm_parts(num_sms, max(1, rows), 1))
 
 
 def naming(function: str, checks: Callable[[Arrays, Arrays], Valid]) -> Callable[..., Valid]:
@@ -184,7 +182,7 @@ class Operation:
         """Writes the outputs among the views, and reports what had to be refused."""
         framework, configuration = valid.framework, valid.configuration
         if lazy is not None and self.schedule is not None and configuration is not None:
-            with _bind_lock:
+            with bind_lock:
                 if lazy.bound is None:
                     made = [_copy(framework, array) for array in self.schedule(valid, views)]
                     lazy.bind(configuration, *made)

@@ -11,10 +11,10 @@ from .operation import Operation, Valid, naming
 from .sparse_prefill import (
     FUNCTION,
     compute,
-    fits_int32,
     lists,
     outputs,
     refused,
+    requests,
     scale_and_width,
     work_over,
 )
@@ -30,7 +30,7 @@ def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     fits.wide_fp8(wide_fp8, q, found, "kv")
     fits.descales(infos, found, "kv")
     lists(infos["indices"])
-    fits_int32("q", q)
+    requests(q)
     expected = outputs(infos, options)
     fits.outputs(SPARSE_PREFILL_PAGED, infos, expected)
     return Valid(framework, infos, (scale, wide_fp8), expected)

@@ -45,7 +45,7 @@ def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
         remedy = "Concatenate the latent part and the rotary part."
         raise ShapeError("q", "a last axis of 576 or 512 columns", show(q), remedy)
     lists(indices)
-    fits_int32("q", q)
+    requests(q)
     fits_int32("kv", kv)
     expected = outputs(infos, options)
     fits.outputs(SPARSE_PREFILL, infos, expected)
@@ -67,6 +67,12 @@ def lists(indices: ArrayInfo) -> None:
     if indices.shape[2] < 1:
         remedy = "Pass -1 where there is no token."
         raise ShapeError("indices", "lists of at least one entry", show(indices), remedy)
+
+
+def requests(q: ArrayInfo) -> None:
+    """Query tokens are requests of the split, and the numbers of rows fit int32."""
+    fits.requests("q", q, q.shape[0])
+    fits_int32("q", q)
 
 
 def fits_int32(name: str, info: ArrayInfo) -> None:

@@ -12,7 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import StaleMetadataError
+from ..locks import Lock
 from ..sizes import TOKENS_PER_TILE
+
+bind_lock = Lock()  # whoever makes the metadata of a SchedMeta has it, of whatever kind of call
 
 
 class Configuration(NamedTuple):
@@ -42,12 +45,14 @@ class SchedMeta:
     of its own, where and for which lengths that call is.
     """
 
-    __slots__ = ("bound", "num_splits", "tile_scheduler_metadata")
+    __slots__ = ("bound", "num_splits", "of_trace", "tile_scheduler_metadata")
 
     def __init__(self) -> None:
         self.bound: Configuration | None = None
         self.tile_scheduler_metadata: Any = None  # int32 [num_sm_parts, 8]
         self.num_splits: Any = None  # int32 [batch + 1]
+        # Of the last trace with fake tensors: its mode, and both in it.
+        self.of_trace: tuple[Any, Any, Any] = None, None, None
 
     @property
     def have_initialized(self) -> bool:
