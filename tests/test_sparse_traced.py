@@ -235,6 +235,74 @@ def test_gradients_are_refused_with_the_reason():
             function(q, *rest)
 
 
+def test_gradients_through_given_outputs_are_refused():
+    q, *rest = arrays_of("torch")
+    out, lse = torch.zeros(4, 2, 8, 512, dtype=torch.bfloat16), torch.zeros(4, 8, 2)
+
+    def into(q):
+        return attend(q, *rest, out=out, lse=lse)[1].sum()
+
+    with pytest.raises(Exception, match="no backward pass"):
+        torch.compile(into, fullgraph=True, backend="aot_eager")(q.clone().requires_grad_())
+    with torch.no_grad():
+        torch.compile(into, fullgraph=True, backend="aot_eager")(q.clone().requires_grad_())
+
+
+def test_forward_gradients_are_refused():
+    forward_ad = torch.autograd.forward_ad
+    q, *rest = arrays_of("torch")
+    attend(q, *rest)
+    with forward_ad.dual_level():
+        with pytest.raises(OptionError, match=r"no gradient, .* got one with a tangent"):
+            attend(forward_ad.make_dual(q, q), *rest)
+        assert_expected(attend(q, *rest))
+
+
+@pytest.mark.parametrize("later", ["eager", "compile", "export", "fake"])
+@pytest.mark.parametrize("first", ["export", "fake", "eager"])
+def test_a_schedule_means_nothing_in_another_trace(first, later):
+    """A SchedMeta that lives longer than the program that met it first."""
+    made = get_mla_metadata()
+    arrays = arrays_of("torch")
+
+    class Layer(torch.nn.Module):
+        def forward(self, *given):
+            return attend(*given, metadata=made)
+
+    def run(how):
+        if how == "export":
+            return torch.export.export(Layer(), tuple(arrays)).module()(*arrays)
+        if how == "compile":
+            return torch.compile(Layer(), fullgraph=True, backend="aot_eager")(*arrays)
+        if how == "fake":
+            mode = torch._subclasses.FakeTensorMode()
+            with mode:
+                return Layer()(*[mode.from_tensor(x) for x in arrays])
+        return Layer()(*arrays)
+
+    run(first)
+    results = run(later)
+    if later != "fake":
+        assert_expected(results)
+
+
+@pytest.mark.parametrize("empty", ["batch", "s_q", "h_q"])
+def test_compiled_calls_with_nothing_to_compute(empty):
+    q, k_cache, indices, length, sink, extra, extra_indices, extra_length = arrays_of("torch")
+    if empty == "h_q":
+        q, sink = q[:, :, :0], sink[:0]
+    elif empty == "s_q":
+        q, indices, length, extra_indices = (x[:, :0] for x in (q, indices, length, extra_indices))
+    else:
+        q, indices, length, extra_indices, extra_length = (
+            x[:0] for x in (q, indices, length, extra_indices, extra_length)
+        )
+    arrays = q, k_cache, indices, length, sink, extra, extra_indices, extra_length
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(*arrays), attend(*arrays), strict=True):
+        assert got.shape == want.shape and got.dtype == want.dtype and not got.numel()
+
+
 def test_compiled_bad_shapes_name_the_argument():
     arrays = arrays_of("torch")
     arrays[2] = arrays[2][0]
@@ -273,6 +341,24 @@ def test_vmap_joins_the_batch(wrap):
     assert_expected(wrap(jax.vmap(attend, in_axes=IN_AXES))(*folded))
     given = wrap(jax.vmap(lambda *a: attend(*a, metadata=made), in_axes=IN_AXES))(*folded)
     assert_expected(given)
+
+
+def test_vmap_over_no_call():
+    arrays = [
+        x if axis is None else x.reshape(2, 2, *x.shape[1:])[:0]
+        for x, axis in zip(arrays_of("jax"), IN_AXES, strict=True)
+    ]
+    out, lse = jax.vmap(attend, in_axes=IN_AXES)(*arrays)
+    assert (out.shape, lse.shape) == ((0, 2, 2, 8, 512), (0, 2, 8, 2))
+    q, k_cache, table, lengths = dense_arrays("jax")
+    cache = jnp.zeros((*k_cache.shape[:3], 576), q.dtype)
+
+    def dense(q, table, lengths):
+        made = get_mla_metadata(lengths, q.shape[1] * q.shape[2], 1)
+        return flash_mla_with_kvcache(q, cache, table, lengths, 512, *made)
+
+    out, lse = jax.vmap(dense)(q[None][:0], table[None][:0], lengths[None][:0])
+    assert (out.shape, lse.shape) == ((0, 4, 2, 8, 512), (0, 4, 8, 2))
 
 
 def test_vmap_over_the_cache_is_refused():

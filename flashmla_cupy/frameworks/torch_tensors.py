@@ -47,6 +47,7 @@ class Torch(Adapter):
         # Dispatch modes of this thread: FakeTensorMode, make_fx, a profiler of operations, ...
         self._modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _no_modes)
         self._grad_enabled: Callable[[], bool] = torch.is_grad_enabled
+        self._forward_ad: Any = importlib.import_module("torch.autograd.forward_ad")
         # The public current_stream() builds an object and takes 3.5 us; this one takes 0.1 us.
         self.stream = getattr(torch._C, "_cuda_getCurrentRawStream", self._public_stream)
         self._current_device: Callable[[], int] = getattr(
@@ -80,6 +81,8 @@ class Torch(Adapter):
         torch has two kinds of GPU."""
         if self._modes():  # of a trace, or of anything else that has to see the call
             raise ValueError("a dispatch mode is active")
+        if self._in_forward_ad():
+            raise ValueError("tensors may have tangents")
         guards = self._guards
         known = guards.found.get(len(arrays))
         if known is not None:
@@ -123,9 +126,15 @@ class Torch(Adapter):
         """Of an empty tensor, or of a wrapper without memory: `describe` tells which."""
         raise ValueError("a tensor without an address")
 
+    def _in_forward_ad(self) -> bool:
+        """Whether this process is inside of torch.autograd.forward_ad.dual_level()."""
+        return getattr(self._forward_ad, "_current_level", -1) >= 0
+
     def _refuse_gradient(self, x: Any, argument: str) -> None:
         if x.requires_grad and self._grad_enabled():
             raise needs_gradient(argument)
+        if self._in_forward_ad() and self._forward_ad.unpack_dual(x).tangent is not None:
+            raise needs_gradient(argument, "one with a tangent")
 
     def _null(self, x: Any, argument: str) -> int:
         """0, the address of an empty tensor; a wrapper such as DTensor has it too, of no use."""
@@ -173,12 +182,12 @@ def _no_modes() -> int:
     return 0
 
 
-def needs_gradient(argument: str) -> ArgumentError:
+def needs_gradient(argument: str, got: str = "one with requires_grad=True") -> ArgumentError:
     """For a tensor that autograd would have to follow."""
     return OptionError(
         argument,
         "a tensor that needs no gradient, since decoding has no backward pass",
-        "one with requires_grad=True",
+        got,
         f"Call it under torch.no_grad() or torch.inference_mode(), or pass {argument}.detach().",
     )
 

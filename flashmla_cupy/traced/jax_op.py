@@ -188,12 +188,13 @@ def _decode_op(config: Config) -> Callable[..., tuple[Any, Any]]:
 
     def fold(n: int, mapped: Any, *operands: Any) -> Any:
         # The mapped axis joins the batch. The metadata of each single batch is of no use then.
-        batch, names = [], []
+        batch, names, each = [], [], 0  # requests of each call that is mapped
         for name, x, is_mapped in zip(config.operands, operands, mapped, strict=True):
             if DECODE[name].role == "schedule":
                 continue
             if DECODE[name].is_batched:
                 x = x if is_mapped else jnp.broadcast_to(x, (n, *x.shape))
+                each = x.shape[1]
                 x = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
             elif is_mapped:
                 raise OptionError(
@@ -205,8 +206,13 @@ def _decode_op(config: Config) -> Callable[..., tuple[Any, Any]]:
                 )
             batch.append(x)
             names.append(name)
-        out, lse = _decode_op(config._replace(operands=tuple(names)))(*batch)
-        results = (out.reshape(n, -1, *out.shape[1:]), lse.reshape(n, -1, *lse.shape[1:]))
+        if n:
+            out, lse = _decode_op(config._replace(operands=tuple(names)))(*batch)
+        else:
+            _, s_q, h_q, _ = batch[0].shape
+            out = jnp.zeros((0, s_q, h_q, HEAD_DIM_V), batch[0].dtype)
+            lse = jnp.zeros((0, h_q, s_q))
+        results = out.reshape(n, each, *out.shape[1:]), lse.reshape(n, each, *lse.shape[1:])
         return results, (True, True)
 
     def no_gradient(primals: Any, tangents: Any) -> Any:

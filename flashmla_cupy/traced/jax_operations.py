@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,23 +81,29 @@ def run(
             )
     valid = operation.validate(arrays, options)
     on_gpu = placed(dict(zip(table.names, arrays, strict=True)), table.function)
-    num_sms = _num_sms(on_gpu)
-    valid.require_metadata(num_sms)
+    valid.require_metadata(_num_sms(on_gpu))
     if not isinstance(arrays[0], jax.core.Tracer):
         refusals.raise_pending()
-    if valid.is_empty:
-        outputs = operation.outputs(valid.infos, options, num_sms)
-        return tuple(
-            jnp.full(output.shape, _EMPTY.get(array.name, 0), output.dtype)
-            for array, output in zip(table.having("output"), outputs, strict=True)
-        )
     given = {name: x for name, x in zip(table.names, arrays, strict=True) if x is not None}
+    if valid.is_empty:
+        return _empty(_Config(operation.name, options, tuple(given), on_gpu), given.values())
     if on_gpu and table.having("schedule"):  # the call makes its own
         given = {name: x for name, x in given.items() if table[name].role != "schedule"}
         options = (*options[:-1], True)  # is_lazy
     config = _Config(operation.name, options, tuple(given), on_gpu)
     results: tuple[Any, ...] = _op(config)(*given.values())
     return results
+
+
+def _empty(config: _Config, operands: Iterable[Any]) -> tuple[Any, ...]:
+    """The results of a call that has nothing to compute."""
+    named = dict(zip(config.operands, operands, strict=True))
+    operation = _OPERATIONS[config.operation]
+    outputs = operation.outputs(named, config.options, _num_sms(config.on_gpu))
+    return tuple(
+        jnp.full(output.shape, _EMPTY.get(array.name, 0), output.dtype)
+        for array, output in zip(config.table.having("output"), outputs, strict=True)
+    )
 
 
 @functools.cache
@@ -112,12 +118,13 @@ def _op(config: _Config) -> Callable[..., tuple[Any, ...]]:
 
     def fold(n: int, mapped: Any, *operands: Any) -> Any:
         """The mapped axis joins the batch. The schedule of each batch is of no use then."""
-        batch, names = [], []
+        batch, names, each = [], [], 0  # requests of each call that is mapped
         for name, x, is_mapped in zip(config.operands, operands, mapped, strict=True):
             if table[name].role == "schedule":
                 continue
             if table[name].is_batched:
                 x = x if is_mapped else jnp.broadcast_to(x, (n, *x.shape))
+                each = x.shape[1]
                 x = x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
             elif is_mapped:
                 raise OptionError(
@@ -131,8 +138,8 @@ def _op(config: _Config) -> Callable[..., tuple[Any, ...]]:
             names.append(name)
         *most, _ = config.options  # is_lazy
         folded = config._replace(operands=tuple(names), options=(*most, True))
-        results = _op(folded)(*batch)
-        return tuple(x.reshape(n, -1, *x.shape[1:]) for x in results), (True,) * len(results)
+        results = _op(folded)(*batch) if n else _empty(folded, batch)
+        return tuple(x.reshape(n, each, *x.shape[1:]) for x in results), (True,) * len(results)
 
     def no_gradient(primals: Any, tangents: Any) -> Any:
         raise OptionError(

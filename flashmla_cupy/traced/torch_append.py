@@ -12,6 +12,7 @@ from typing import Any
 from ..calls.append import eager
 from ..calls.arguments import APPEND
 from ..errors import ShapeError
+from .torch_op import refuse_gradients
 
 torch: Any = importlib.import_module("torch")
 
@@ -43,7 +44,7 @@ def _append(
 
 
 def _fake_append(*inputs: Any, **rotary: Any) -> None:
-    return None
+    refuse_gradients("rows", (*inputs, *rotary.values()))
 
 
 def _register() -> None:

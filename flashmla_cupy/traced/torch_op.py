@@ -16,6 +16,7 @@ raises.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 from ..calls import checks, scalars
@@ -74,12 +75,11 @@ def decode(
             raise ShapeError(name, f"shape {shape}", f"{tuple(x.shape)}", remedy)
     q, k_cache = tensors[0], tensors[1]
     if lazy is not None:
-        if lazy.tile_scheduler_metadata is None:
-            h_kv = k_cache.shape[2]
-            rows = q.shape[1] * q.shape[2] // h_kv
-            made = torch.ops.flashmla_cupy.metadata(tensors[3], rows, h_kv)
-            lazy.tile_scheduler_metadata, lazy.num_splits = made
-        tensors[_METADATA], tensors[_SPLITS] = lazy.tile_scheduler_metadata, lazy.num_splits
+        h_kv = k_cache.shape[2]
+        rows, lengths = q.shape[1] * q.shape[2] // h_kv, tensors[3]
+        tensors[_METADATA], tensors[_SPLITS] = schedule_of(
+            lazy, q, lambda: torch.ops.flashmla_cupy.metadata(lengths, rows, h_kv)
+        )
     inputs = *[tensors[i] for i in _TENSORS], scale, causal, *[tensors[i] for i in _OPTIONAL]
     out, lse = tensors[_OUT], tensors[_LSE]
     if out is None and lse is None:
@@ -92,6 +92,20 @@ def decode(
         lse = q.new_empty((batch, h_q, s_q), dtype=torch.float32)
     torch.ops.flashmla_cupy.decode_out(*inputs, out, lse)
     return out, lse
+
+
+def schedule_of(lazy: SchedMeta, q: Any, make: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """The metadata of a SchedMeta in the trace that meets q: made by the first layer of the trace
+    that uses it. Fake tensors mean nothing in another trace, nor to an eager call."""
+    if torch.compiler.is_dynamo_compiling():
+        if lazy.tile_scheduler_metadata is None:
+            lazy.tile_scheduler_metadata, lazy.num_splits = make()
+        return lazy.tile_scheduler_metadata, lazy.num_splits
+    mode = getattr(q, "fake_mode", None)
+    if mode is None or lazy.of_trace[0] is not mode:
+        lazy.of_trace = mode, *make()
+    _, metadata, num_splits = lazy.of_trace
+    return metadata, num_splits
 
 
 # --- what the ops do ---------------------------------------------------------------------------
@@ -146,8 +160,17 @@ def _fake_decode(q: Any, k_cache: Any, *inputs: Any) -> tuple[Any, Any]:
     )
 
 
+def refuse_gradients(name: str, inputs: tuple[Any, ...]) -> None:
+    """For ops that write into an argument: autograd does not come to them, as PyTorch takes no
+    backward formula for such, and whoever asked for a gradient would not learn that there is
+    none."""
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        raise needs_gradient(name)
+
+
 def _fake_decode_out(*inputs: Any) -> None:
-    return None
+    refuse_gradients("q", inputs)
 
 
 def _no_backward(ctx: Any, *gradients: Any) -> Any:

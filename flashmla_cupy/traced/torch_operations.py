@@ -24,7 +24,7 @@ from ..errors import ShapeError
 from ..frameworks.torch_tensors import needs_gradient
 from ..schedule.sched_meta import SchedMeta
 from ..sizes import HEAD_DIM_V, NUM_SMS_CPU
-from .torch_op import TAGS
+from .torch_op import TAGS, refuse_gradients, schedule_of
 
 torch: Any = importlib.import_module("torch")
 
@@ -78,27 +78,37 @@ def run(
             function = operation.table.function
             raise ShapeError(name, f"shape {shape}", f"{tuple(x.shape)}", remedy, function)
     values = _values(operation.name, tensors[0], options)
+    given = [tensors[i] for i in op.outputs]
     if lazy is not None:
-        if lazy.tile_scheduler_metadata is None:
-            made = _metadata(op, tensors)
-            lazy.tile_scheduler_metadata, lazy.num_splits = made
-        metadata, num_splits = op.schedule
-        tensors[metadata], tensors[num_splits] = lazy.tile_scheduler_metadata, lazy.num_splits
+        _, s_q, h_q, _ = tensors[0].shape
+        if s_q == 0 or h_q == 0:  # no rows, for which there is no schedule
+            return _with_new(operation, tensors, values, given)
+        made = schedule_of(lazy, tensors[0], lambda: _metadata(op, tensors))
+        for i, array in zip(op.schedule, made, strict=True):
+            tensors[i] = array
     inputs = (
         *[tensors[i] for i in op.required],
         *[values[i] for i in op.options],
         *[tensors[i] for i in op.optional],
     )
-    given = [tensors[i] for i in op.outputs]
     if all(x is None for x in given):
         results: tuple[Any, ...] = getattr(torch.ops.flashmla_cupy, op.new)(*inputs)
         return results
+    written = _with_new(operation, tensors, values, given)
+    getattr(torch.ops.flashmla_cupy, op.into)(*inputs, *written)
+    return written
+
+
+def _with_new(
+    operation: Operation, tensors: list[Any], values: tuple[Any, ...], given: list[Any]
+) -> tuple[Any, ...]:
+    """The outputs: those that the caller gave, and new ones for the rest."""
     named = dict(zip(operation.table.names, tensors, strict=True))
-    for i, output in enumerate(operation.outputs(named, values, NUM_SMS_CPU)):
-        if given[i] is None:
-            given[i] = tensors[0].new_empty(output.shape, dtype=_DTYPES[output.dtype])
-    getattr(torch.ops.flashmla_cupy, op.into)(*inputs, *given)
-    return tuple(given)
+    outputs = operation.outputs(named, values, NUM_SMS_CPU)
+    return tuple(
+        tensors[0].new_empty(output.shape, dtype=_DTYPES[output.dtype]) if x is None else x
+        for x, output in zip(given, outputs, strict=True)
+    )
 
 
 def _values(name: str, q: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -165,7 +175,7 @@ def _register(op: _Op) -> None:
         real(*inputs)
 
     def fake_out(*inputs: Any) -> None:
-        return None
+        refuse_gradients("q", inputs)
 
     def no_backward(ctx: Any, *gradients: Any) -> Any:
         raise needs_gradient("q")
