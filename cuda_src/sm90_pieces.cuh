@@ -64,7 +64,7 @@ struct Params {
 
 // ---- requests -------------------------------------------------------------------------------
 
-enum Reason { LENGTH, STALE_METADATA, PAGE_ID, FOREIGN_METADATA };  // gpu/reports.py names them
+enum Reason { FOREIGN_METADATA, LENGTH, STALE_METADATA, PAGE_ID };  // gpu/reports.py names them
 #if defined(GATHERED)
 // What a column says of a length or an index of a list: which one, in the upper bits, and its
 // place.
@@ -73,7 +73,8 @@ enum List { TABLE, FIRST_LIST, SECOND_LIST, PREFILL_LIST };
 #endif
 
 // Remembers why a request is refused, and tells the host. The least key wins: the first request,
-// and of that the first reason.
+// and of that the first reason. Foreign metadata, of request 0, hides all others, since it may
+// leave rows of any request as they are.
 DEVICE void refuse(const Params& params, int request, Reason reason, int column) {
 #if defined(GATHERED)
   request /= params.lse_group;  // of the call, not that of a query token

@@ -219,7 +219,8 @@ def test_stale_metadata_is_refused(gpu):
 @pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("seed", range(12))
 def test_metadata_of_another_origin_is_reported(gpu, seed):
-    """It may lead to any result but must end, stay within the arrays, and not pass in silence."""
+    """It may lead to any result but must end, stay within the arrays, and be reported as such,
+    whatever else is: results that are right beside it are so by luck."""
     rng = np.random.default_rng(seed)
     emulator = gpu(num_sms=int(rng.integers(2, 9)))
     emulator.seed = seed
@@ -234,7 +235,7 @@ def test_metadata_of_another_origin_is_reported(gpu, seed):
     decode(problem, (garbage.astype(np.int32), num_splits))
     with pytest.raises(DeviceCheckError) as caught:
         check()
-    assert caught.value.reason in ("foreign metadata", "stale metadata")
+    assert (caught.value.reason, caught.value.request) == ("foreign metadata", -1)
 
 
 @pytest.mark.parametrize("seed", range(24))

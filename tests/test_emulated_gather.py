@@ -149,6 +149,20 @@ def test_two_lists_and_metadata_of_ones_own(gpu, format):
         assert out.tobytes() == first[0].tobytes() and lse.tobytes() == first[1].tobytes()
 
 
+@pytest.mark.parametrize("format", ["v32", "bfloat16"])
+@pytest.mark.parametrize("h_q", [8, 20])
+def test_metadata_of_lists_of_another_origin_is_reported(gpu, format, h_q):
+    """Rows of it that are exchanged leave query tokens out, beside those that look stale."""
+    gpu(num_sms=4)
+    problem = make_sparse_problem(format, batch=3, h_q=h_q, topk=257, s_k=300, varlen=False)
+    made = sparse_calls.schedule(problem)
+    made["tile_scheduler_metadata"] = made["tile_scheduler_metadata"][::-1].copy()
+    sparse_calls.call(problem, **made)
+    with pytest.raises(DeviceCheckError) as caught:
+        check()
+    assert (caught.value.reason, caught.value.request) == ("foreign metadata", -1)
+
+
 def metadata_of_lists(length):
     lengths = np.array(length, np.int32)
     return get_mla_metadata(

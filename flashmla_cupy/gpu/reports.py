@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import DeviceCheckError, ForkedProcessError
 from .driver import RelaxedCapture
 
-REASONS = ("length", "stale metadata", "page id", "foreign metadata")  # Reason in sm90_pieces.cuh
+REASONS = ("foreign metadata", "length", "stale metadata", "page id")  # Reason in sm90_pieces.cuh
 # Of lengths and ids in lists of tokens, by the upper bits of the column: List in sm90_pieces.cuh.
 LIST_SHIFT = 28
 LISTS = {
