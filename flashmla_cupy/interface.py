@@ -144,8 +144,8 @@ def flash_mla_with_kvcache(
 
     is_fp8_kvcache           True for a k_cache [num_pages, page_size, 1, width] of bytes: 656
                              (V3.2), 584 (V4) or 576 a token (CacheFormat); q is as wide as its keys
-    descale_q, descale_k     float32 [1], for 576 bytes: factors of q, which may be float8_e4m3fn
-                             then, and of the keys; 1 by default
+    descale_q, descale_k     float32 [1], positive, for 576 bytes: factors of q, which may be
+                             float8_e4m3fn then, and of the keys; 1 by default
     wide_fp8                 True on a GPU, for 656 or 584 bytes: products in bfloat16 instead of
                              float16, for caches with values beyond 8188; q is bfloat16
     indices                  [batch, s_q, topk] int32, the tokens that each query token sees, by

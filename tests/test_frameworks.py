@@ -28,7 +28,15 @@ from flashmla_cupy.errors import (
     ReadOnlyError,
     StrideError,
 )
-from flashmla_cupy.frameworks import HOST, cupy_arrays, framework, framework_of, is_foreign
+from flashmla_cupy.formats import codes
+from flashmla_cupy.frameworks import (
+    HOST,
+    cupy_arrays,
+    framework,
+    framework_of,
+    is_foreign,
+    numpy_arrays,
+)
 from flashmla_cupy.gpu import engine as engine_module
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -129,6 +137,29 @@ def test_mixed_frameworks_are_both_named(name, other, odd):
 
 
 # --- facts -------------------------------------------------------------------------------------
+
+
+def test_threads_that_ask_at_once_find_one_adapter(monkeypatch):
+    """Another one comes in between, while the first makes it."""
+
+    def interrupted(make, ask):
+        between = [ask]
+
+        def made(*of):
+            if between:
+                found.append(between.pop()("numpy"))
+            return make(*of)
+
+        return made
+
+    found = []
+    monkeypatch.setattr(frameworks, "_instances", {})
+    monkeypatch.setattr(numpy_arrays, "NumPy", interrupted(numpy_arrays.NumPy, framework))
+    found.append(framework("numpy"))
+    monkeypatch.setattr(codes, "_found", {})
+    monkeypatch.setitem(codes._KINDS, "numpy", interrupted(codes.Codes, codes.codes_of))
+    found.append(codes.codes_of("numpy"))
+    assert found[0] is found[1] and found[2] is found[3]
 
 
 def test_a_field_of_a_structured_array_has_no_whole_strides():

@@ -300,9 +300,10 @@ _found: dict[str, Codes] = {}
 
 
 def codes_of(framework: str) -> Codes:
-    """The arithmetic of the framework "numpy", "cupy", "torch" or "jax"."""
-    if framework not in _found:
-        _found[framework] = _KINDS[framework](
-            framework, importlib.import_module(_MODULES[framework])
-        )
-    return _found[framework]
+    """The arithmetic of the framework "numpy", "cupy", "torch" or "jax": one object, whichever of
+    several threads asks first."""
+    found = _found.get(framework)
+    if found is None:
+        made = _KINDS[framework](framework, importlib.import_module(_MODULES[framework]))
+        found = _found.setdefault(framework, made)
+    return found

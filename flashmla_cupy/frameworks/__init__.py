@@ -48,11 +48,14 @@ by_type: dict[type, Adapter] = {}  # of the arrays that were seen
 
 
 def framework(name: str) -> Adapter:
-    """The adapter called "numpy", "cupy", "torch" or "jax"."""
-    if name not in _instances:
+    """The adapter called "numpy", "cupy", "torch" or "jax": one object, whichever of several
+    threads asks first, as frameworks are told apart by it."""
+    found = _instances.get(name)
+    if found is None:
         _, module, adapter = _ADAPTERS[name]
-        _instances[name] = getattr(importlib.import_module(f".{module}", __name__), adapter)()
-    return _instances[name]
+        made = getattr(importlib.import_module(f".{module}", __name__), adapter)()
+        found = _instances.setdefault(name, made)
+    return found
 
 
 def framework_of(x: Any, argument: str) -> Adapter:
