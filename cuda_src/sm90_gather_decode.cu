@@ -65,9 +65,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 // shared memory, so C waited for each), two rows are converted while the next are loaded, scales
 // are loaded for a lane's own columns instead of shuffled, and S2R, a shift for each upper half,
 // and most spills are gone. In E a lane copies what it will read itself: half of the addresses, and
-// no __syncwarp; and every lane walks by itself. F, the present state, looks up in 90
-// instructions with few branches, after the stores of the tile before and ahead of their fence; Q of
-// the first piece is asked for ahead of its first rows, and P V takes P from registers.
+// no __syncwarp; and every lane walks by itself. F looks up in 90 instructions with few branches,
+// after the stores of the tile before and ahead of their fence; Q of the first piece is asked for
+// ahead of its first rows, and P V takes P from registers. G, the present state, looks up where E
+// did, behind the release of the tile before, and two tiles at once; over 584 bytes, scales are
+// loaded in pairs, rotary columns are multiplied in bfloat16, and lanes without latent columns
+// store nothing instead of branching.
 //   656 bytes, 128 heads, s_q 1, 2     E 174, 330 | D 211, 409 | C 258, 502 | B 223, 416 (211, 415)
 //   64 heads, s_q 1, 2                 E 94, 178 | D 112, 213 | C 135, 258 | B 124, 224  (117, 227)
 //   16 heads                           E 89 | D 106 | C 131 | B 118    (115, padded to 64)
@@ -80,9 +83,35 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 //   E and F, taking turns on another board; FR: F with P V from shared memory
 //                           128 heads, s_q 2, E 333 | F 341 | FR 344 (418); 64 heads, s_q 1, 2
 //                           E 95, 177 | F 99, 183 | FR 100, 183 (117, 228); dense, 576 bytes, 64
-//                           and 128 heads E 337, 656 | F 313, 607 | FR 317, 619 (221, 426). So the
-//                           new place of looking up costs 656 bytes 3 to 5 %: E's is to be tried
-//                           there, and F's kept for the rest
+//                           and 128 heads E 337, 656 | F 313, 607 | FR 317, 619 (221, 426)
+//   E, F, G taking turns; GF: G, one tile looked up at a time; FP: F with what G has for 584 bytes
+//                           656 bytes, 64 heads GF 90.0 | F 96.1 (114.7); with s_q 2 173 | 183
+//                           (227); 128 heads 173 | 181 (215); 8 requests of 64 heads 25.1 | 29.6
+//                           (27.3). 584 bytes, 64 heads GF 112 | F 133 | FP 119 (119); 128 heads
+//                           203 | 232 | 211 (204); 2 requests of 64 heads 19.9 | 25.1 | 23.7
+//                           (23.4). Dense, 576 bytes, 64 heads 312 | 317 (223). In another run 656
+//                           bytes, 64 heads GF 90.8 | E 92.4 | F 96.9 | GF with loads of a chunk
+//                           ahead of the end of the one before, which spills, 97.0 (114.9)
+//   G                       656 bytes, 64 heads, s_q 1, 2 91.0, 171 (118, 228); 128 heads 167
+//                           (215); 64 heads of 1, 8 requests 18.8, 25.2 (22.1, 27.2). 584 bytes,
+//                           64 heads 106 (120), 2 requests 21.0 (24.4). Dense, 576 bytes, 64 heads
+//                           298 (226)
+//   matrix warps convert    two chunks of three of each tile, in the shadow of P V, and copy their
+//                           own rows, beside G in the same run: 656 bytes, 64 heads 101, 128 heads
+//                           184, 8 requests 27.2; 584 bytes, 64 heads 104; dense 332. With bulk
+//                           copies of rows by each warp 107, 198, 28.0; 117; 365. Where the gather
+//                           warps copy for them, when they have read, 64 heads 115
+//   parts left out of F     656 bytes, 64 heads 96.9: without arithmetic of the conversion 99.6;
+//                           without that and copies 82.1
+//   arithmetic              clocks of an instruction, two warps a scheduler: two e4m3 to float16
+//                           2.5, the same by PRMT, SHF and two LOP3 8.3; HMUL2 1.2; two floats to
+//                           float16 2.2. So it is less than half of the 650 clocks of a chunk
+//   copies of rows alone    clocks of a row of 656 bytes and multiprocessor, in L2, four warps:
+//                           bulk 23.7 | along a row 29.6 | 64 bytes of eight rows, as it is, 34.3;
+//                           rows 672 bytes apart 19.4 | 21.5 | 25.5. From memory 39 | 45 | 47
+//   shared memory           wavefronts of a tile of 656 bytes, of ncu: copies of rows 1130, of them
+//                           370 for scales, by 4 lanes of 32; S 620, P V 380, storing K 430,
+//                           loading rows 250, P and Q 170. Were 128 bytes of rows one, 246
 //   parts left out          of E, 128 heads and s_q 2, 331: without copies and conversion 230. Of
 //                           D, 409: without copies 320; without conversion and its stores 303;
 //                           with its stores but no conversion 410; without the proxy fence 406;
@@ -95,15 +124,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 //   clocks of a tile        of E, one block: looking up 1040, three chunks 650 each, fence 220; S
 //                           1230 from when K is there, softmax 690. Of ncu's samples of the gather
 //                           warps, looking up had 30 %: 135 instructions, but many branches
-//   tiles looked up at once  two: 656 bytes, 64 and 128 heads 96.9, 177.6 (115.0, 209.1); dense, 576
+//   tiles looked up at once, in F, taking turns
+//                           two: 656 bytes, 64 and 128 heads 96.9, 177.6 (115.0, 209.1); dense, 576
 //                           bytes, 64 heads 338.4 (236.0); prompts, 64 heads, keys 32768, 2274
-//                           (2304), 128 heads, keys 8192, 4321 (4154) | one, as in F: 98.2, 181.6;
-//                           355.5; 2337, 4408, taking turns
-//   two row blocks in a cluster, of 128 heads, each of which converts half of a tile for both; 656
-//                           bytes 190 without. By st.async to the other block's shared memory 216, by
-//                           st 267, by bulk copies 233; each converting every second tile 226 and, by
-//                           bulk copies, 188; dense, 576 bytes 635 without, 660 to 811. Alone, such
-//                           stores and copies reach 17 bytes a clock and multiprocessor
+//                           (2304), 128 heads, keys 8192, 4321 (4154) | one: 98.2, 181.6; 355.5;
+//                           2337, 4408
+//   two row blocks in a cluster, of 128 heads, each of which converts half of a tile for both
+//                           656 bytes 190 without. By st.async to the other block's shared memory
+//                           216, by st 267, by bulk copies 233; each converting every second tile
+//                           226 and, by bulk copies, 188; dense, 576 bytes 635 without, 660 to 811.
+//                           Alone, such stores and copies reach 17 bytes a clock and multiprocessor
 //   pieces of at least 1, 2, 4, 8 tiles   E, 64 heads of 8 requests 28.9, 24.8, 27.2, 34.1 (chosen:
 //                           27.1); elsewhere what is chosen is within 3 % of the best
 //   parts of B left out     128 heads 223, 16 heads 118: without the conversion 190, 102; without

@@ -64,4 +64,5 @@ constexpr int Q_TAIL_BLOCKS = (IS_FP8 ? 3 : 2) - ROTARY_IN_V;
 constexpr int SOFTMAX_REGISTERS = IS_FP8 ? 152 : 168, MATRIX_REGISTERS = 160;
 constexpr int GATHER_REGISTERS = 512 - SOFTMAX_REGISTERS - 2 * MATRIX_REGISTERS;
 constexpr float LATENT_UP = 1 << LATENT_UP_LOG2, LATENT_DOWN = 1.f / LATENT_UP;
-constexpr float ROTARY_Q_UP = ROTARY_IN_V ? 1.f : LATENT_UP;  // what the rotary columns of Q are times
+// What the rotary columns of Q are multiplied by.
+constexpr float ROTARY_Q_UP = ROTARY_IN_V ? 1.f : LATENT_UP;

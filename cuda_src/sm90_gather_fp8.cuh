@@ -67,7 +67,8 @@ struct Lane {
 struct Copy {
   const uint8_t* from;
   DEVICE void look(const Lane& lane, uint32_t tile, int chunk, int row) {
-    from = row_at(lane.walk + pointers_at(tile) + ROW_POINTERS + (chunk * CHUNK + row + lane.odd()) * 8);
+    from = row_at(lane.walk + pointers_at(tile) + ROW_POINTERS +
+                  (chunk * CHUNK + row + lane.odd()) * 8);
   }
   DEVICE void start(const Lane& lane, uint32_t tile, int chunk, int row) const {
     const uint32_t to = lane.latent + chunk * STAGED_CHUNK + row * STAGED_ROW;
@@ -77,7 +78,8 @@ struct Copy {
   }
   // Rotary columns and scales.
   DEVICE void look_rest(const Lane& lane, uint32_t tile, int chunk) {
-    from = row_at(lane.walk + pointers_at(tile) + ROW_POINTERS + (chunk * CHUNK + lane.rotary_token()) * 8);
+    from = row_at(lane.walk + pointers_at(tile) + ROW_POINTERS +
+                  (chunk * CHUNK + lane.rotary_token()) * 8);
   }
   DEVICE void start_rest(const Lane& lane, uint32_t tile, int chunk) const {
     const uint32_t to = lane.rotary() + chunk * STAGED_CHUNK;
@@ -87,7 +89,8 @@ struct Copy {
       const uint32_t scales = to - ROTARY + SCALES;
       if (TAIL_BYTES) {
         const uint32_t tail = (chunk * CHUNK + lane.rotary_token()) * 8;
-        cp_async_8(scales, row_at(lane.walk + pointers_at(tile) + TAIL_POINTERS + tail), is_there ? 8 : 0);
+        cp_async_8(scales, row_at(lane.walk + pointers_at(tile) + TAIL_POINTERS + tail),
+                   is_there ? 8 : 0);
       } else {
         copy_16(scales, from, SCALES, is_there);
       }
