@@ -227,8 +227,8 @@ def flash_mla_sparse_fwd(
 ) -> tuple[Any, Any, Any]:
     """Sparse MLA attention of a prompt; `reference_sparse` holds the definition.
 
-    q            [s_q, h_q, d_qk] bfloat16 or float16; d_qk is 576, or 512 where the rotary columns
-                 are among those of V
+    q            [s_q, h_q, d_qk] bfloat16 or float16, with s_q below 2**20; d_qk is 576, or 512
+                 where the rotary columns are among those of V
     kv           [s_kv, 1, d_qk] of q's dtype; V is its first 512 columns. Or a paged cache
                  [num_pages, page_size, 1, width], FP8 too, as flash_mla_with_kvcache() takes with
                  indices, and q, descale_q, descale_k and wide_fp8 as there

@@ -200,7 +200,7 @@ def _decode_op(config: Config) -> Callable[..., tuple[Any, Any]]:
                 raise OptionError(
                     name,
                     "one pool that all mapped requests share",
-                    f"a {name} that jax.vmap maps over",
+                    "one that jax.vmap maps over",
                     f"Pass in_axes=None for {name}: map q, block_table and cache_seqlens, and keep"
                     " the pages of all requests in one pool.",
                 )

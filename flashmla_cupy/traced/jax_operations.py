@@ -130,7 +130,7 @@ def _op(config: _Config) -> Callable[..., tuple[Any, ...]]:
                 raise OptionError(
                     name,
                     f"one {name} for all mapped requests",
-                    f"a {name} that jax.vmap maps over",
+                    "one that jax.vmap maps over",
                     f"Pass in_axes=None for {name}: map what has the batch in its first axis.",
                     table.function,
                 )
