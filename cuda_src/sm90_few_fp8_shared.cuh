@@ -105,7 +105,7 @@ DEVICE uint32_t row_block_address() { return shared_base() + ROW_BLOCK; }
 //   barrier        who arrives                      who waits     what it means
 //   full           load, 4 warps, and bytes         score, value  the slot is loaded
 //   p_ready        score, 4 warps                   value         P of the slot is written
-//   maxima_ready   score, 4 warps                   score         their maxima of S are written
+//   maxima_ready   score, 4 warps                   score, value  S is computed, and their maxima
 //   empty          score and value, 8 warps         load          the slot may be loaded again
 //   q_full         a load warp, and TMA, by bytes   score         Q is loaded
 //   q_empty        score, 4 warps                   a load warp   Q is in registers

@@ -19,12 +19,14 @@ constexpr int WARP_GROUPS = GROUPS == 8 ? 2 : 1, GROUP_TILES = V_TILES / WARP_GR
 DEVICE int group_of(int i) { return GROUPS == 1 ? 0 : warp_in_group() * WARP_GROUPS + i; }
 
 // Zeroes the warp's columns of tokens that do not count: what lies there may be NaN, and 0 * NaN is
-// NaN.
+// NaN. Not while the score warps read it, although what they read of such tokens does not matter.
 template <bool HAS_ROTARY>
-DEVICE void clear_rows(uint32_t slot) {
+DEVICE void clear_rows(Place place) {
+  const uint32_t slot = place.slot;
   const Vector4 bits = ld_shared_v4(token_bits(slot, 0));
   const uint32_t of[4] = {bits.x, bits.y, bits.z, bits.w}, lane = lane_index();
   if (uniform((bits.x & bits.y & bits.z & bits.w & ALL_SEEN) == ALL_SEEN)) return;
+  mbarrier_wait(maxima_ready(slot), place.phase);
 #pragma unroll 1
   for (int token = lane >> 3; token < SLOT_TOKENS; token += 4) {
     const int warp = token / WARP_TOKENS;
@@ -259,7 +261,7 @@ DEVICE void value_role(const Params& params) {
 #pragma unroll 1
     for (int i = 0; i < slots; ++i) {
       mbarrier_wait(full(place.slot), place.phase);
-      clear_rows<HAS_ROTARY>(place.slot);
+      clear_rows<HAS_ROTARY>(place);
       Values v[2];  // the first are there before P is
       v[0].load<HAS_ROTARY>(place.slot, 0);
       v[1].load<HAS_ROTARY>(place.slot, 1);

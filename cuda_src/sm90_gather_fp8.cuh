@@ -52,7 +52,7 @@ struct Lane {
   DEVICE uint32_t rotary_column() const { return (index & (IS_E4M3_ROTARY ? 3 : 7)) * 16; }
   DEVICE uint32_t rotary() const {
     if (!IS_E4M3_ROTARY) return rotary_at;
-    return has_rotary() ? latent + pair() * (2 * STAGED_ROW - 128) + ROTARY : latent;
+    return latent + ROTARY + pair() * (2 * STAGED_ROW - 128);
   }
   DEVICE uint32_t rotary_to(uint32_t stage) const {
     if (!IS_E4M3_ROTARY) return stage + rotary_at_to;
@@ -208,7 +208,8 @@ DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const Te
       const Scales back(lane, chunk, 2);
       b.store(lane, stage, chunk, 0, 1, front[1]);
       copy.start(lane, next, chunk, 2);
-      const Vector4 rotary = ld_shared_v4(lane.rotary() + chunk * STAGED_CHUNK);
+      Vector4 rotary = {0, 0, 0, 0};
+      if (lane.has_rotary()) rotary = ld_shared_v4(lane.rotary() + chunk * STAGED_CHUNK);
       c.store(lane, stage, chunk, 2, 0, back[0]);
       copy.look_rest(lane, next, chunk);
       d.store(lane, stage, chunk, 2, 1, back[1]);

@@ -36,7 +36,7 @@ DENSE_DECODE = Kernel(
     dtypes=("bfloat16", "float16"),
     page_sizes=(64, 32, 16),
     registers=168,  # 384 threads of a block; setmaxnreg shares them out anew by role
-    spill_bytes=56,
+    spill_bytes=64,
     mma_loops=2,  # Q K^T with softmax, and P V
 )
 

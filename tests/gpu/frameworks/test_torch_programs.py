@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import subprocess
@@ -17,11 +18,11 @@ from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
 pytestmark = pytest.mark.gpu
 
 
-def in_another_process(code, *paths):
+def in_another_process(code, *paths, **environment):
     """What a program prints that finds the tests' helpers, and the paths as sys.argv[1:]."""
     code = f"import sys; sys.path[:0] = {sys.path!r}\n{code}"
     command = [sys.executable, "-X", "faulthandler", "-c", code, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, f"{done.stdout}{done.stderr[-3000:]}"
     return done.stdout.split()[-1]
 
@@ -133,28 +134,6 @@ def package(torch, program, path):
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
 
 
-PLAIN = """
-import torch
-program = torch._inductor.aoti_load_package(sys.argv[1])
-print(program(torch.ones(8, device="cuda"))[0].sum().item())
-"""
-
-
-def plain_package_runs(torch, folder):
-    """Whether a package that has nothing of ours runs in another process."""
-
-    class Plain(torch.nn.Module):
-        def forward(self, x):
-            return (x * 2 + 1,)
-
-    program = torch.export.export(Plain(), (torch.ones(8, device="cuda"),))
-    package(torch, program, folder / "plain.pt2")
-    try:
-        return float(in_another_process(PLAIN, folder / "plain.pt2")) == 24
-    except AssertionError:
-        return False
-
-
 @pytest.mark.parametrize("kind", ["export", "aoti"])
 def test_a_saved_program_in_another_process(torch, tmp_path, kind):
     if kind == "aoti" and shutil.which("g++") is None:
@@ -173,10 +152,12 @@ def test_a_saved_program_in_another_process(torch, tmp_path, kind):
     else:
         package(torch, program, path)
     torch.save([x.cpu() for x in arrays], inputs)
+    code = RUN.format(loaded=LOADED[kind])
     try:
-        found = in_another_process(RUN.format(loaded=LOADED[kind]), inputs, path)
+        found = in_another_process(code, inputs, path)
     except AssertionError:
-        if kind == "aoti" and not plain_package_runs(torch, tmp_path):
-            pytest.xfail("PyTorch cannot load packages here, not even one without our operators")
-        raise
+        if kind != "aoti":
+            raise
+        # Some installations load no package otherwise: docs/frameworks/pytorch.md.
+        found = in_another_process(code, inputs, path, LD_PRELOAD="libstdc++.so.6")
     assert float(found) == expected.float().sum().item()
