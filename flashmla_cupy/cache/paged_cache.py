@@ -125,11 +125,10 @@ class PagedKVCache(SequenceCache):
 
     @classmethod
     def from_storage(cls, storage: Any, **options: Any) -> PagedKVCache:
-        """A cache over `storage`, an array of NumPy, CuPy or PyTorch [num_pages, page_size, h_kv,
-        576] of bfloat16 or float16, or of bytes as the class takes them: one layer of a larger
-        pool, say. It may be strided. Nothing is copied; what it holds is overwritten as pages are
-        taken. The options num_layers, layer_axis, max_seqs and max_pages_per_seq are those of the
-        class. Raises an ArgumentError for an array that the kernels cannot read."""
+        """A cache over `storage`, an array as the class takes it: one layer of a larger pool, say.
+        It may be strided. Nothing is copied; what it holds is overwritten as pages are taken. The
+        options num_layers, layer_axis, max_seqs and max_pages_per_seq are those of the class.
+        Raises an ArgumentError for an array that the kernels cannot read."""
         cache = cls.__new__(cls)
         layers = options.pop("num_layers", 1), options.pop("layer_axis", LAYER_AXIS)
         limits = options.pop("max_seqs", None), options.pop("max_pages_per_seq", None)
@@ -251,11 +250,9 @@ class PagedKVCache(SequenceCache):
         causal: bool = True,
     ) -> tuple[Any, Any]:
         """flash_mla_with_kvcache() of q [batch, s_q, h_q, 576] over the sequences, by default all,
-        in one layer.
-
-        q[i] holds the queries of the last s_q tokens of seqs[i]: append their rows first.
-        softmax_scale and causal are as there, but causal is True unless False is passed. Returns
-        out [batch, s_q, h_q, 512] and lse [batch, h_q, s_q], of q's framework. Raises
+        in one layer; q[i] holds the queries of the last s_q tokens of seqs[i]: append their rows
+        first. softmax_scale and causal are as there, but causal is True unless False is passed.
+        Returns out [batch, s_q, h_q, 512] and lse [batch, h_q, s_q], of q's framework. Raises
         SequenceError, and what flash_mla_with_kvcache() raises."""
         function, core = "PagedKVCache.attend", self._core
         layer = core.layer(layer, function)
