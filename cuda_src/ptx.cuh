@@ -168,6 +168,14 @@ DEVICE void cp_async_bulk_tensor_5d(uint32_t to, const TensorMap& map, uint32_t 
       : "memory");
 }
 
+// One box into the L2 cache.
+DEVICE void prefetch_bulk_tensor_5d(const TensorMap& map, int c0, int c1, int c2, int c3, int c4) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(
+                   &map),
+               "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
+               : "memory");
+}
+
 // cp.async.bulk (9.7.9.25): contiguous bytes from global to shared memory.
 DEVICE void cp_async_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile(

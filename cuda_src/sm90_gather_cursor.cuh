@@ -106,8 +106,7 @@ struct Walk {
     return !IsPlain && params.extra_topk > 0 && token >= second_list();
   }
   // Starts the copy of the entry of the lane's token.
-  DEVICE void fetch_entry(const Params& params) const {
-    uint32_t column = token();
+  DEVICE void fetch_entry(const Params& params, uint32_t column) const {
     if (!has_token(column)) return;
     const int* from = list;
     if (params.topk == 0) {
@@ -203,7 +202,7 @@ struct Walk {
       (tile & SECOND_FOLLOWS ? second : tile) |= NEXT_BEGINS;
     }
     if (lane == 0) st_shared_u32(at + SECOND_TILE, second);
-    fetch_entry(params);
+    fetch_entry(params, token());
     store();
     __syncwarp();
     return tile;
@@ -217,7 +216,7 @@ DEVICE uint32_t begin_walk(const Params& params, uint32_t at, uint32_t lane) {
   if (lane == 0) st_shared_u32(at + REQUEST, part_of(params).first_request - 1);
   __syncwarp();
   walk.next_piece(params);
-  walk.fetch_entry(params);
+  walk.fetch_entry(params, walk.token());
   walk.store();
   return walk.begin < walk.end ? NEXT_BEGINS : 0;
 }
@@ -226,25 +225,4 @@ DEVICE uint32_t look_up(const Params& params, uint32_t at, uint32_t lane, uint32
   if (before & SECOND_FOLLOWS) return ld_shared_u32(at + SECOND_TILE);
   if (RARELY(!is_plain(params))) return Walk<false>(at, lane).look_up(params, before);
   return Walk<true>(at, lane).look_up(params, before);
-}
-
-// Loads the rows of Q for a request into the next two stages, as they become empty. Rows of e4m3 the
-// softmax warpgroup takes itself.
-DEVICE void load_q(const Params& params, const TensorMap& q_map_0, const TensorMap& q_map_1,
-                   int request, Place& place) {
-#pragma unroll 1
-  for (int i = 0; i < Q_STAGES; ++i) {
-    mbarrier_wait(empty(place.stage), place.phase ^ 1);
-    if (!QUERY_IS_E4M3 && uniform(warp_in_group()) == 0 && elect_sync()) {
-      const QRows at(params, request);
-      const int blocks = i ? COLUMN_BLOCKS - Q_FIRST_BLOCKS : Q_FIRST_BLOCKS;
-      mbarrier_expect_tx(full(place.stage), blocks * Q_BLOCK_BYTES);
-      cp_async_bulk_tensor_5d(stage_address(place.stage), i ? q_map_1 : q_map_0, full(place.stage),
-                              0, at.first, i * Q_FIRST_BLOCKS, at.position, at.of_call,
-                              createpolicy_evict_first());
-    }
-    __syncwarp();
-    if (arrives()) mbarrier_arrive(full(place.stage));
-    place.advance();
-  }
 }

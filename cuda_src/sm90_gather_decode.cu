@@ -9,7 +9,7 @@
 //   sm90_gather_softmax.cuh     S [64, 48] = Q K^T, then P
 //   sm90_gather_accumulate.cuh  O[:, :256] += P V[:, :256], and in another warpgroup the rest
 //   sm90_gather_fp8.cuh         copies rows and converts them to float16 in the ring; or
-//   sm90_gather_16bit.cuh       copies rows into the ring
+//   sm90_gather_16bit.cuh       copies rows into the ring; sm90_gather_q_16bit.cuh loads Q
 //
 // The schedule counts in tiles of 64 tokens, so pieces begin at multiples of 64. A query token with
 // a list of its own is a request of its own.
@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
   const int warpgroup = __shfl_sync(~0u, thread_index() >> 7, 0);
   if (warpgroup == 0) {
     setmaxnreg_inc<SOFTMAX_REGISTERS>();
-    softmax_role(params);
+    softmax_role(params, q_map_0, q_map_1);
     if (thread_index() >> 5 == 1) check_part_row(params);
   } else if (warpgroup == 3) {
     setmaxnreg_dec<GATHER_REGISTERS>();
@@ -154,6 +154,47 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 //   looking up as in F      taking turns with E, 128 heads 3803 for 3986 (3743); 64 heads, keys
 //                           32768, 2004 for 2149 (2073)
 //   with 24 steps of Q in registers instead of 28: 128 heads 3896, 64 heads 2125
+// States of the gather role over 16-bit rows after F, taking turns with it. In both, Q has room of
+// its own. In H a warp fills a stage of its own with whole tiles, and the fourth warp loads Q. In
+// I, the present state, two pairs of warps take turns, the softmax warpgroup loads Q, and its chain
+// is shorter: no shuffles where no maximum is raised, and what can be is asked before S is there.
+//   64 heads, keys 8192, 32768                    I 2092, 2268 | F 2149, 2285 | H 2079, 2240
+//                                                 (2140, 2292)
+//   128 heads, 2048 tokens, keys 8192, 32768      I 2114, 2183 | F 2180, 2234 | H 2086, 2194
+//                                                 (2092, 2217)
+//   128 heads, 512 tokens, keys 32768             I 559 | F 567 | H 562 (567)
+//   64 heads, 8192 tokens, lists of 512           I 1327 | F 1339 | H 1293 (1273)
+//   16 heads, keys 32768                          I 1997 | F 2034 | H 1977
+//   512 columns, 128 heads, lists of 1024, in runs of their own, of the wheel's time
+//                                                 I 1.050 | F 1.066 | H 1.006
+//                           So a warp for Q alone is worth a try in I
+//   clocks of a tile        F 2530, of which S and P V are 1632 of the tensor cores; with marks,
+//                           its gather warps never waited. H 2330, with marks of some 40 each: a
+//                           warp starts a copy in 16 clocks, so a tile of one warp takes 1900 to
+//                           ask for, and each third one is late. I 2250, with the same marks: K is
+//                           there 1200 ahead of S; S 1160, softmax 860 beside P V and 570 alone, to
+//                           the next S 180, P V 1030
+//   power                   F is at the limit of 700 W, at 1536 MHz of 64 heads and 1589 of 128;
+//                           with zeros for q and keys at 1811 and 1815, where a tile takes as many
+//                           clocks and the wheel's ratio is 1.00 and 1.01. H and I take 7 and 11 %
+//                           fewer clocks a tile than F, with their marks, but up to 4 % less time,
+//                           and H once 1 % more
+//   parts of F left out     of its time, 64 heads, keys 32768 | 128 heads, keys 8192: without copies
+//                           0.86 | 0.90, without P V 0.78 | 0.79, with 8 of 36 steps of S 0.78 |
+//                           0.77, without exponentials 1.00 | 1.02, without copies and P V 0.67 |
+//                           0.71, without copies and those steps 0.62 | 0.64
+//   length of a list        F, as many tokens in all, 64 heads, lists of 512 to 8192: 2616, 2438,
+//                           2158, 2104, 2029 (2489, 2298, 2160, 2169, 2073)
+//   room for Q alone        in F 2179 for 2191, 2264 for 2287 | and most of it taken ahead of the
+//                           last softmax of a piece, 2222, 2336; in H 2121 for 2136, 2317 for 2294
+//   P V is released         in F, 4, 12, 20 steps before the end of S for 8: within 2 %; in H, 12
+//                           and 20: within 1 %; as soon as P is written 1.08 to 1.13
+//   out stored evict-first  in F, 64 heads, keys 65536, 2405 for 2449 (2470); in F and H elsewhere
+//                           within 1.5 %, either way
+//   keys evict-last         in F 1.00 to 1.03; L2 prefetch of 256 bytes 1.01 to 1.07, of none 1.01
+//                           to 1.06
+//   around the kernel       list_lengths and schedule 0.8 and 4 for 512 tokens of 128 heads, 0.9
+//                           and 13 for 4096 of 64, ahead of 499 and 1976
 // Decoding, 16 heads 83 (3.7 TB/s), 64 heads 87, 128 heads and s_q 2 273 (24 steps).
 //
 // Of ptxas (NVRTC 12.9), with 512 threads: m64n256 wants 154 registers at launch, where there are

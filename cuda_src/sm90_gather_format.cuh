@@ -45,10 +45,10 @@ constexpr int TAIL_BYTES = 8, COLUMN_BLOCKS = 8, SCALE_UP_LOG2 = 3;
 constexpr int ROW_BYTES = 576, STAGED_ROW = 576, LAUNCH_SHARED_BYTES = 221008;
 constexpr int TAIL_BYTES = 0, COLUMN_BLOCKS = 9, SCALE_UP_LOG2 = 0;
 #elif defined(FORMAT_16BIT_512)
-constexpr int ROW_BYTES = 1024, STAGED_ROW = 0, LAUNCH_SHARED_BYTES = 176976;  // no staging
+constexpr int ROW_BYTES = 1024, STAGED_ROW = 0, LAUNCH_SHARED_BYTES = 226160;  // no staging
 constexpr int TAIL_BYTES = 0, COLUMN_BLOCKS = 8, SCALE_UP_LOG2 = 0;
 #else
-constexpr int ROW_BYTES = 1152, STAGED_ROW = 0, LAUNCH_SHARED_BYTES = 185168;  // no staging
+constexpr int ROW_BYTES = 1152, STAGED_ROW = 0, LAUNCH_SHARED_BYTES = 226160;  // no staging
 constexpr int TAIL_BYTES = 0, COLUMN_BLOCKS = 9, SCALE_UP_LOG2 = 0;
 #endif
 #if defined(WIDE_PRODUCTS)

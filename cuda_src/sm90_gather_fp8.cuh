@@ -164,6 +164,27 @@ DEVICE void copy_tile(const Lane& lane, uint32_t tile) {
   }
 }
 
+// Loads the rows of Q for a request into the next two stages, as they become empty. Rows of e4m3 the
+// softmax warpgroup takes itself.
+DEVICE void load_q(const Params& params, const TensorMap& q_map_0, const TensorMap& q_map_1,
+                   int request, Place& place) {
+#pragma unroll 1
+  for (int i = 0; i < Q_STAGES; ++i) {
+    mbarrier_wait(empty(place.stage), place.phase ^ 1);
+    if (!QUERY_IS_E4M3 && uniform(warp_in_group()) == 0 && elect_sync()) {
+      const QRows at(params, request);
+      const int blocks = i ? COLUMN_BLOCKS - Q_FIRST_BLOCKS : Q_FIRST_BLOCKS;
+      mbarrier_expect_tx(full(place.stage), blocks * Q_BLOCK_BYTES);
+      cp_async_bulk_tensor_5d(stage_address(place.stage), i ? q_map_1 : q_map_0, full(place.stage),
+                              0, at.first, i * Q_FIRST_BLOCKS, at.position, at.of_call,
+                              createpolicy_evict_first());
+    }
+    __syncwarp();
+    if (arrives()) mbarrier_arrive(full(place.stage));
+    place.advance();
+  }
+}
+
 DEVICE void gather_role(const Params& params, const TensorMap& q_map_0, const TensorMap& q_map_1) {
   Lane lane;
   Place place;

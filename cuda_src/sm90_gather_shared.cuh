@@ -2,8 +2,9 @@
 //
 // Most of it is a ring of stages. A stage holds one tile of K, 48 tokens in the 16-bit type of the
 // products: column blocks of 48 rows x 128 bytes, swizzled. P of the tile is written to the ninth,
-// over the rotary columns where they are no part of V. Ahead of the tiles of each piece, two stages
-// hold the block's rows of Q, column blocks 0 to 3 and from 4 on, of 64 rows each.
+// over the rotary columns where they are no part of V. Over an FP8 cache, two stages ahead of the
+// tiles of each piece hold the block's rows of Q, column blocks 0 to 3 and from 4 on, of 64 rows
+// each; over 16-bit rows Q has room of its own.
 //
 // Rows of an FP8 cache wait in `staging` as they are, until they are converted into the ring: as
 // many as a tile has. Each warp of the gather warpgroup has its own part of it, where no other warp
@@ -16,13 +17,19 @@ constexpr int ROWS = 64;    // query rows of a thread block
 constexpr int TOKENS = 64;  // tokens of a tile of the schedule, at which pieces begin
 constexpr int TILE = 48;    // tokens of a tile here
 constexpr int STAGES = 3;  // of the ring
-constexpr int Q_STAGES = 2;
+// Over 16-bit rows there is room for Q beside the ring; over FP8 it comes by way of two stages.
+constexpr bool Q_HAS_ROOM = !IS_FP8;
+constexpr int Q_STAGES = Q_HAS_ROOM ? 0 : 2;
 
 constexpr int BLOCK_BYTES = TILE * 128;
 constexpr int P_BLOCK = 8;  // where P is, in column blocks
 constexpr int STAGE_BYTES = (P_BLOCK + 1) * BLOCK_BYTES;
 constexpr int Q_BLOCK_BYTES = ROWS * 128;
-constexpr int Q_FIRST_BLOCKS = 4;  // column blocks of Q in the first of its stages
+// Column blocks of Q that are loaded first: into the first of its stages, or, while the piece before
+// is computed, into its room.
+constexpr int Q_FIRST_BLOCKS = Q_HAS_ROOM ? COLUMN_BLOCKS - 2 * Q_TAIL_BLOCKS : 4;
+constexpr int STEPS = 4 * COLUMN_BLOCKS;            // of Q, 16 columns each
+constexpr int Q_STEPS = STEPS - 4 * Q_TAIL_BLOCKS;  // of them, kept in registers
 static_assert((COLUMN_BLOCKS - Q_FIRST_BLOCKS) * Q_BLOCK_BYTES <= STAGE_BYTES, "Q in two stages");
 constexpr int P_STEP_BYTES = ROWS * 32;  // 16 columns of P, core matrices
 static_assert(TILE / 16 * P_STEP_BYTES == BLOCK_BYTES, "P takes the place of a column block");
@@ -35,11 +42,16 @@ DEVICE uint32_t thread_in_group() { return thread_index() & (GROUP_THREADS - 1);
 // c of warp w is tokens 16 c + 4 w to 16 c + 4 w + 3 of the tile. So a chunk lies in one page.
 constexpr int CHUNK = 4, TILE_CHUNKS = TILE / (CHUNK * GROUP_WARPS);
 constexpr int WARP_TOKENS = CHUNK * TILE_CHUNKS;  // of a tile
+// Over 16-bit rows two pairs of warps take turns, and a warp has half of a tile.
+constexpr int FILLING_WARPS = IS_FP8 ? GROUP_WARPS : 2;  // of a tile
 
 // ---- the memory map -------------------------------------------------------------------------
 // Byte offsets, and what lies there.
 
-constexpr int Q_TAIL = STAGES * STAGE_BYTES;  // the last column blocks of Q
+constexpr int Q_ROOM = STAGES * STAGE_BYTES;  // column blocks of Q
+constexpr int Q_TAIL = Q_ROOM + Q_HAS_ROOM * Q_FIRST_BLOCKS * Q_BLOCK_BYTES;  // the last ones of Q
+// Where those behind the first ones go: the tail, and ahead of it what goes to registers.
+constexpr int Q_REST = Q_TAIL - Q_TAIL_BLOCKS * Q_BLOCK_BYTES;
 constexpr int STAGING = Q_TAIL + Q_TAIL_BLOCKS * Q_BLOCK_BYTES;  // [4 warps][12] rows
 constexpr int WALKS = STAGING + GROUP_WARPS * WARP_TOKENS * STAGED_ROW;  // [4 warps]; of each, in
 constexpr int TILE_POINTERS = WARP_TOKENS * 8;                     // it: for two tiles
@@ -60,7 +72,8 @@ constexpr int ROW_BLOCK = PART_ROW + 32;                // int32 [3], a RowBlock
 constexpr int RESULT = ROW_BLOCK + 12;                  // int32: where the piece's results go
 constexpr int RESCALE = RESULT + 4;                     // uint32 [STAGES][4], of each softmax warp
 constexpr int LIVE = RESCALE + STAGES * 16;  // uint16 [STAGES][4]: bit 4 c + i of warp w is token i
-                                             // of its chunk c, and set if that counts
+                                             // of its chunk c, and set if that counts; over 16-bit
+                                             // rows uint32 [STAGES][2], 24 tokens each
 constexpr int BARRIERS = LIVE + STAGES * 8;  // uint64 [MBARRIERS]
 
 extern __shared__ __align__(1024) uint8_t shared[];
@@ -74,14 +87,20 @@ DEVICE uint32_t live_tokens(uint32_t stage) { return shared_base() + LIVE + stag
 // ---- mbarriers ------------------------------------------------------------------------------
 //
 //   barrier          who arrives               who waits            what it means
-//   full             gather, 4 warps, and TMA  softmax              K of the tile, or Q, is there
+//   full             gather, and TMA           softmax              K of the tile, or Q, is there
 //   p_ready          softmax, 4 warps          matrix, both halves  P of the tile is written
 //   empty            matrix, 8 warps           gather               the stage may be filled again
 //   results_ready    softmax, 4 warps          matrix, both halves  INVERSE_L, RESULT are written
 //   results_free     matrix, 8 warps           softmax              they have been read
 //
+//   q_full           TMA                       softmax              the first blocks of Q are there
+//   q_first_taken    softmax, 4 warps          softmax, warp 0      and in registers, S is complete
+//   q_rest_full      TMA                       softmax              the rest of Q is there
+//   q_taken          softmax, 4 warps          softmax, warp 0      the first may be loaded again
+//
 // The first three are there once for each stage. Of a stage with Q only the softmax warpgroup takes
 // note: it waits for full, meets itself at p_ready, and arrives at empty for the matrix warpgroups.
+// Those of Q are there over 16-bit rows only, where no stage has Q.
 
 enum MbarrierIndex {
   FULL = 0,
@@ -89,7 +108,8 @@ enum MbarrierIndex {
   P_READY = EMPTY + STAGES,
   RESULTS_FREE = P_READY + STAGES,
   RESULTS_READY,
-  MBARRIERS
+  Q_BARRIERS,
+  MBARRIERS = Q_BARRIERS + (Q_HAS_ROOM ? 4 : 0)
 };
 constexpr int SHARED_BYTES = BARRIERS + MBARRIERS * 8;
 static_assert(NEXT_TILE % 16 == 0 && WALK_BYTES % 16 == 0 && FACTORS % 16 == 0, "aligned");
@@ -102,15 +122,25 @@ DEVICE uint32_t empty(uint32_t stage) { return mbarrier(EMPTY + stage); }
 DEVICE uint32_t p_ready(uint32_t stage) { return mbarrier(P_READY + stage); }
 DEVICE uint32_t results_free() { return mbarrier(RESULTS_FREE); }
 DEVICE uint32_t results_ready() { return mbarrier(RESULTS_READY); }
+DEVICE uint32_t q_full() { return mbarrier(Q_BARRIERS); }
+DEVICE uint32_t q_rest_full() { return mbarrier(Q_BARRIERS + 1); }
+DEVICE uint32_t q_first_taken() { return mbarrier(Q_BARRIERS + 2); }
+DEVICE uint32_t q_taken() { return mbarrier(Q_BARRIERS + 3); }
 
 DEVICE void init_mbarriers() {
   for (int stage = 0; stage < STAGES; ++stage) {
-    mbarrier_init(full(stage), 4 * ARRIVALS);
+    mbarrier_init(full(stage), FILLING_WARPS * ARRIVALS);
     mbarrier_init(empty(stage), 8 * ARRIVALS);
     mbarrier_init(p_ready(stage), 4 * ARRIVALS);
   }
   mbarrier_init(results_free(), 8 * ARRIVALS);
   mbarrier_init(results_ready(), 4 * ARRIVALS);
+  if (Q_HAS_ROOM) {
+    mbarrier_init(q_full(), 1);
+    mbarrier_init(q_rest_full(), 1);
+    mbarrier_init(q_first_taken(), 4 * ARRIVALS);
+    mbarrier_init(q_taken(), 4 * ARRIVALS);
+  }
   fence_mbarrier_init();
 }
 
@@ -127,4 +157,10 @@ struct Place {
   DEVICE void advance() {
     if (++stage == STAGES) stage = 0, phase ^= 1;
   }
+  DEVICE Place next() const {
+    Place behind = *this;
+    behind.advance();
+    return behind;
+  }
 };
+DEVICE bool is_full(Place place) { return mbarrier_test_wait(full(place.stage), place.phase); }

@@ -2,7 +2,9 @@
 // running sum l of each row, and lse.
 //
 // Most of Q stays in registers, 24 or 28 of its 32 or 36 steps in K; the others come from shared
-// memory. P of a tile goes to the stage of the tile.
+// memory. P of a tile goes to the stage of the tile. Between S of two tiles the tensor cores have
+// but P V to do, so what can be asked early is: which tokens count, and whether the next tile is
+// there.
 //
 // Over an FP8 cache, the products are of float16. So each row of Q is scaled by the power of two
 // that brings its largest value to [2^13, 2^14), which is exact for all values that matter, and the
@@ -11,9 +13,10 @@
 #include "sm90_gather_cursor.cuh"
 #include "sm90_no_tiles.cuh"
 #include "sm90_results.cuh"
+#if !defined(FORMAT_FP8)
+#include "sm90_gather_q_16bit.cuh"
+#endif
 
-constexpr int STEPS = 4 * COLUMN_BLOCKS;                // of Q, 16 columns each
-constexpr int Q_STEPS = STEPS - 4 * Q_TAIL_BLOCKS;      // of them, kept in registers
 constexpr int LAST_STEPS = 8;  // of S, still to be issued when P V of the tile before is released
 constexpr int SCORES = TILE / 2;  // of a thread: two rows by a quarter of the tokens
 
@@ -56,6 +59,7 @@ DEVICE RowScale row_scale(float largest) {
 }
 #endif
 
+#if defined(FORMAT_FP8)
 // Takes the rows of Q [64, d_qk] out of their stages, and frees these: most steps go to registers,
 // the other column blocks to shared memory of their own. Returns in `scale` what the scores of the
 // thread's two rows are to be multiplied by, given softmax_scale * log2(e).
@@ -131,6 +135,8 @@ DEVICE void take_q(const Params& params, int request, uint32_t (&q)[4 * Q_STEPS]
   }
 }
 
+#endif
+
 // ---- scores ---------------------------------------------------------------------------------
 
 // Issues S [64, 48] = Q [64, d_qk] K^T for the tile at `place`. `to_release` is p_ready of the tile
@@ -143,7 +149,7 @@ DEVICE void issue_scores(float (&s)[SCORES], const uint32_t (&q)[4 * Q_STEPS], P
   auto columns = [&](int step) {
     return k_tile + (step >> 2) * (BLOCK_BYTES >> 4) + (step & 3) * 2;
   };
-  mbarrier_wait(full(place.stage), place.phase);
+  if (IS_FP8 || !to_release) mbarrier_wait(full(place.stage), place.phase);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < Q_STEPS - LAST_STEPS; ++k) {
@@ -164,20 +170,31 @@ DEVICE void issue_scores(float (&s)[SCORES], const uint32_t (&q)[4 * Q_STEPS], P
   wgmma_commit_group();
 }
 
-constexpr uint32_t ALL_LIVE = 0x0fff0fff;  // of two warps
+// Whether all tokens of a stage are to be seen.
+DEVICE bool all_live(uint32_t stage) {
+  const uint32_t x = ld_shared_u32(live_tokens(stage)), y = ld_shared_u32(live_tokens(stage) + 4);
+  return (x & y) == (IS_FP8 ? 0x0fff0fff : 0x00ffffff);
+}
 
 // Makes S -inf for tokens that are not to be seen, and for those from `seen` on of each row. A live
 // token that a row does not see but whose score is not finite makes the row NaN instead (x - x is 0
 // or NaN). So a bad row of the cache reaches every row of its request.
 DEVICE void mask(float (&s)[SCORES], uint32_t stage, const int (&seen)[2]) {
+#if defined(FORMAT_FP8)
   const uint32_t lane = lane_index() & 3, from = live_tokens(stage) + (lane >> 1) * 2;
   const uint32_t live[2] = {(uint32_t)ld_shared_u16(from) >> (lane & 1) * 2,
                             (uint32_t)ld_shared_u16(from + 4) >> (lane & 1) * 2};
+  auto live_token = [&](int j, int i) { return live[j & 1] >> ((j >> 1) * CHUNK + i) & 1; };
+#else
+  const uint32_t live[2] = {ld_shared_u32(live_tokens(stage)) >> column_pair(),
+                            ld_shared_u32(live_tokens(stage) + 4) >> column_pair()};
+  auto live_token = [&](int j, int i) { return live[j / 3] >> (j % 3 * 8 + i) & 1; };
+#endif
 #pragma unroll
   for (int j = 0; j < TILE / 8; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const bool is_live = live[j & 1] >> ((j >> 1) * CHUNK + i) & 1;
+      const bool is_live = live_token(j, i);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float& x = s[4 * j + 2 * h + i];
@@ -188,9 +205,15 @@ DEVICE void mask(float (&s)[SCORES], uint32_t stage, const int (&seen)[2]) {
   }
 }
 
+// The largest value of a quad's four lanes, or, where it is not asked for, that of the lane.
+template <bool Wanted>
+DEVICE float of_quad(float x) {
+  return Wanted ? quad_max(x) : x;
+}
+
 // Scores -> P in the stage, and the running maximum m and sum l of the thread's
-// two rows (l of this thread's columns only). `largest` is their largest logit; m may be less by
-// LAZY.
+// two rows. l and `largest`, the largest logit, are of this thread's columns only; m may be less
+// than that of all by LAZY.
 DEVICE void softmax_step(float (&s)[SCORES], float (&m)[2], float (&l)[2], float (&largest)[2],
                          uint32_t stage, const float (&scale)[2]) {
   float x0 = fmaxf(s[0], s[1]), x1 = fmaxf(s[2], s[3]);
@@ -202,12 +225,13 @@ DEVICE void softmax_step(float (&s)[SCORES], float (&m)[2], float (&l)[2], float
     y0 = fmaxf(y0, fmaxf(s[4 * j + 4], s[4 * j + 5]));
     y1 = fmaxf(y1, fmaxf(s[4 * j + 6], s[4 * j + 7]));
   }
-  const float top0 = quad_max(fmaxf(x0, y0)) * scale[0];
-  const float top1 = quad_max(fmaxf(x1, y1)) * scale[1];
+  float top0 = of_quad<IS_FP8>(fmaxf(x0, y0)) * scale[0];
+  float top1 = of_quad<IS_FP8>(fmaxf(x1, y1)) * scale[1];
   largest[0] = fmaxf(largest[0], top0), largest[1] = fmaxf(largest[1], top1);
-  const bool raise0 = top0 > m[0] + LAZY, raise1 = top1 > m[1] + LAZY;
-  const bool any = __any_sync(~0u, raise0 || raise1);
+  const bool any = __any_sync(~0u, top0 > m[0] + LAZY || top1 > m[1] + LAZY);
   if (any) {  // rare after the first tiles
+    top0 = of_quad<!IS_FP8>(top0), top1 = of_quad<!IS_FP8>(top1);
+    const bool raise0 = top0 > m[0] + LAZY, raise1 = top1 > m[1] + LAZY;
     const float factor0 = raise0 ? raise_maximum(m[0], l[0], top0) : 1.f;
     const float factor1 = raise1 ? raise_maximum(m[1], l[1], top1) : 1.f;
     if ((lane_index() & 3) == 0) {
@@ -248,11 +272,18 @@ DEVICE float sink_of(const Params& params, int head, float m) {
   return ex2(__ldg(params.attn_sink + head) * LOG2E - m);
 }
 
-DEVICE void softmax_role(const Params& params) {
+DEVICE void softmax_role(const Params& params, const TensorMap& q_map_0,
+                         const TensorMap& q_map_1) {
   uint32_t q[4 * Q_STEPS];
   float s[SCORES], scale[2];
   Place place;
   uint32_t results_phase = 1;
+#if !defined(FORMAT_FP8)
+  Queries queries = {q_map_0, q_map_1};
+  if (uniform(warp_in_group()) == 0) {
+    queries.ask_ahead(params, part_of(params).first_request - 1);
+  }
+#endif
 #pragma unroll 1
   for (int request = uniform(part_of(params).first_request);
        request <= uniform(part_of(params).last_request); ++request) {
@@ -269,19 +300,38 @@ DEVICE void softmax_role(const Params& params) {
         continue;
       }
     }
+#if !defined(FORMAT_FP8)
+    queries.take(params, request, q);
+    bool ask = true;
+    scale[0] = scale[1] = params.scale_log2;
+#else
     take_q(params, request, q, scale, place,
            params.scale_log2 * descale(params.descale_q) * descale(params.descale_k));
     place.advance();
+#endif
     float m[2] = {NEG_INF, NEG_INF}, l[2] = {0.f, 0.f}, largest[2] = {NEG_INF, NEG_INF};
     uint32_t to_release = 0;
 #pragma unroll 1
     for (;;) {
       issue_scores(s, q, place, to_release);
+#if !defined(FORMAT_FP8)
+      if (ask) {
+        ask = false;
+        if (uniform(warp_in_group()) == 0) {
+          mbarrier_wait(q_taken(), queries.phase);
+          queries.ask_ahead(params, request);
+        }
+        queries.phase ^= 1;
+      }
+#endif
+      bool sees_all = false;
+      if (!IS_FP8) sees_all = all_live(place.stage) && first_token + TILE <= border;
       wgmma_wait_all();
       pin(s);
-      const uint32_t all = ld_shared_u32(live_tokens(place.stage)) &
-                           ld_shared_u32(live_tokens(place.stage) + 4);
-      if (uniform(all != ALL_LIVE || first_token + TILE > border)) {
+      if (IS_FP8) sees_all = all_live(place.stage) && first_token + TILE <= border;
+      bool arrived = false;  // the next tile
+      if (!IS_FP8 && tiles_left > 1) arrived = is_full(place.next());
+      if (uniform(!sees_all)) {
         int seen[2] = {TILE, TILE};
         if (first_token + TILE > border) {  // causal
           const RowBlock block = row_block();
@@ -299,7 +349,8 @@ DEVICE void softmax_role(const Params& params) {
       first_token += TILE;
       const uint32_t p_written = p_ready(place.stage);
       place.advance();
-      const bool arrived = __all_sync(~0u, mbarrier_test_wait(full(place.stage), place.phase));
+      if (!IS_FP8) arrived = __all_sync(~0u, arrived);
+      if (!arrived) arrived = __all_sync(~0u, is_full(place));
       if (!arrived) release(p_written);  // memory-bound: P V runs while K is on its way
       to_release = arrived ? p_written : 0;
     }
@@ -312,6 +363,7 @@ DEVICE void softmax_role(const Params& params) {
     const int slot = slot_of(result);
     const float down = LATENT_DOWN * descale(params.descale_k);
     l[0] = quad_sum(l[0]), l[1] = quad_sum(l[1]);
+    largest[0] = of_quad<!IS_FP8>(largest[0]), largest[1] = of_quad<!IS_FP8>(largest[1]);
     if ((lane_index() & 3) == 0) {
       const RowBlock block = row_block();
 #pragma unroll

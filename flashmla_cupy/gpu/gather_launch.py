@@ -24,6 +24,7 @@ from .gather_kernels import (
     LIST_LENGTHS,
     PARAMETERS,
     gather_kernel,
+    q_boxes,
 )
 from .kernels import SCHEDULE, Kernel, Variant
 from .parameters import Arguments
@@ -32,7 +33,6 @@ from .schedule_launch import ScheduleAhead, ScheduleLaunch
 from .tensor_maps import COLUMN_BLOCK, Box, Maps, MapsByAddress
 
 LOG2_E = 1.4426950408889634
-Q_FIRST_BLOCKS = 4  # column blocks of q in the first of its stages (sm90_gather_shared.cuh)
 _FIRST = PARAMETERS.run(
     (
         "tile_scheduler_metadata",
@@ -69,9 +69,8 @@ def _kernel_of(g: GatherGeometry) -> Kernel:
 
 def _box_of_q(kernel: Kernel, column_blocks: int) -> Box:
     """What a kernel loads of q at once."""
-    if kernel.source == FEW_ROWS_V32.source:
-        return Box(FEW_ROWS, (column_blocks,))
-    return Box(ROWS_PER_BLOCK, (Q_FIRST_BLOCKS, column_blocks - Q_FIRST_BLOCKS))
+    few = kernel.source == FEW_ROWS_V32.source
+    return Box(FEW_ROWS if few else ROWS_PER_BLOCK, q_boxes(kernel, column_blocks))
 
 
 class GatherKernels(NamedTuple):

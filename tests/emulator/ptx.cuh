@@ -85,6 +85,7 @@ DEVICE void setmaxnreg_dec() {}
 
 DEVICE void prefetch_tensormap(const TensorMap&) {}
 DEVICE void prefetch_l2(const void*) {}
+DEVICE void prefetch_bulk_tensor_5d(const TensorMap&, int, int, int, int, int) {}
 DEVICE uint64_t createpolicy_evict_first() { return 0; }
 
 // One row of a box, 128 bytes swizzled.

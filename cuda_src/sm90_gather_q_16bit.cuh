@@ -1,0 +1,59 @@
+// Rows of Q over a cache of 16-bit rows, by the softmax warpgroup. There is room for most of them
+// beside the ring: the first column blocks of a piece are loaded while the piece before is computed,
+// and the rest as these are taken to registers, over the last of them and the tail of the piece
+// before. Warp 0 asks for both.
+#pragma once
+#include "sm90_gather_cursor.cuh"
+
+struct Queries {
+  const TensorMap &first_map, &rest_map;
+  uint32_t phase = 0;
+
+  DEVICE void ask_for_first(const Params& params, int request) const {
+    if (!elect_sync()) return;
+    const QRows at(params, request);
+    mbarrier_arrive_expect_tx(q_full(), Q_FIRST_BLOCKS * Q_BLOCK_BYTES);
+    cp_async_bulk_tensor_5d(shared_base() + Q_ROOM, first_map, q_full(), 0, at.first, 0,
+                            at.position, at.of_call, createpolicy_evict_first());
+    prefetch_bulk_tensor_5d(rest_map, 0, at.first, Q_FIRST_BLOCKS, at.position, at.of_call);
+  }
+  DEVICE void ask_for_rest(const Params& params, int request) const {
+    if (!elect_sync()) return;
+    const QRows at(params, request);
+    mbarrier_arrive_expect_tx(q_rest_full(), 2 * Q_TAIL_BLOCKS * Q_BLOCK_BYTES);
+    cp_async_bulk_tensor_5d(shared_base() + Q_REST, rest_map, q_rest_full(), 0, at.first,
+                            Q_FIRST_BLOCKS, at.position, at.of_call, createpolicy_evict_first());
+  }
+  // Asks for the first blocks of the next request that has tiles, if there is one.
+  DEVICE void ask_ahead(const Params& params, int request) const {
+    const int last = uniform(part_of(params).last_request);
+    while (++request <= last) {
+      if (uniform(piece_tiles(piece_of(params, request))) == 0) continue;
+      ask_for_first(params, request);
+      break;
+    }
+    __syncwarp();
+  }
+  // Takes the rows of Q [64, d_qk] to registers, but for the tail.
+  DEVICE void take(const Params& params, int request, uint32_t (&q)[4 * Q_STEPS]) {
+    const uint32_t from = shared_base() + Q_ROOM + fragment_offset();
+    auto load = [&](int k, uint32_t block) {
+      ldmatrix_x4(block ^ ((k & 3) << 5), q[4 * k], q[4 * k + 1], q[4 * k + 2], q[4 * k + 3]);
+    };
+    mbarrier_wait(q_full(), phase);
+#pragma unroll
+    for (int k = 0; k < 4 * Q_FIRST_BLOCKS; ++k) load(k, from + (k >> 2) * Q_BLOCK_BYTES);
+    release(q_first_taken());
+    if (uniform(warp_in_group()) == 0) {
+      mbarrier_wait(q_first_taken(), phase);
+      ask_for_rest(params, request);
+      __syncwarp();
+    }
+    mbarrier_wait(q_rest_full(), phase);
+#pragma unroll
+    for (int k = 4 * Q_FIRST_BLOCKS; k < Q_STEPS; ++k) {
+      load(k, from + ((k >> 2) - Q_TAIL_BLOCKS) * Q_BLOCK_BYTES);
+    }
+    release(q_taken());
+  }
+};
