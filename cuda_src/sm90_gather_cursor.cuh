@@ -201,6 +201,7 @@ struct Walk {
       next_piece(params);
       (tile & SECOND_FOLLOWS ? second : tile) |= NEXT_BEGINS;
     }
+    if (!IsPlain) __syncwarp();  // all have loaded the walk
     if (lane == 0) st_shared_u32(at + SECOND_TILE, second);
     fetch_entry(params, token());
     store();
