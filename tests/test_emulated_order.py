@@ -168,9 +168,11 @@ def edges(gpu, page_size: int = 16, at_end: bool = True):
         for _ in range(2):  # kernel by kernel, and as a graph
             decode_into(problem, metadata, out, lse)
         assert_within_bound(out, lse, oracle(*problem.arrays()))
-    problem.cache_seqlens[:] = -1, 2**31 - 1, 333 + page_size
-    decode_into(problem, tuple(map(hedged, metadata_of(problem))), out, lse)
-    assert np.isnan(lse).all() and refusal() == (0, "length")
+    # What cannot be; and what begins so little behind the table that no other memory is there.
+    for lengths, first in (((-1, 2**31 - 1, 333 + page_size), 0), ((0, 0, 200 * 64), 2)):
+        problem.cache_seqlens[:] = lengths
+        decode_into(problem, tuple(map(hedged, metadata_of(problem))), out, lse)
+        assert np.isnan(lse[first:]).all() and refusal() == (first, "length")
 
 
 def hedge(emulator, at_end: bool = True):

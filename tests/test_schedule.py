@@ -263,12 +263,13 @@ def test_a_copy_of_a_bound_sched_meta_is_unbound(copied):
 
 
 def test_a_sched_meta_holds_no_address():
-    """What it keeps is its configuration and the two arrays."""
+    """What it keeps is its configuration and the two arrays, and those of a trace."""
     problem = make_problem([300], h_q=4)
     made, _ = flashmla_cupy.get_mla_metadata()
     flashmla_cupy.flash_mla_with_kvcache(*problem.arrays(), 512, made)
     kept = {name: getattr(made, name) for name in SchedMeta.__slots__}
-    assert set(kept) == {"bound", "tile_scheduler_metadata", "num_splits"}
+    assert set(kept) == {"bound", "tile_scheduler_metadata", "num_splits", "of_trace"}
+    assert kept["of_trace"] == (None, None, None)
     address = made.tile_scheduler_metadata.ctypes.data
     assert address not in made.bound
 
