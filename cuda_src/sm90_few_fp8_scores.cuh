@@ -205,8 +205,6 @@ DEVICE void softmax_step(float (&s)[OCTETS][4], Rows& rows, uint32_t bits, Place
 
 // ---- results --------------------------------------------------------------------------------
 
-DEVICE float descale(const float* factor) { return factor ? __ldg(factor) : 1.f; }
-
 // The end of a piece, by warp 0: what the value warps need of its rows, and lse.
 DEVICE void finish_rows(const Params& params, int request, const Piece& piece, const Rows& rows) {
   const RowBlock block = row_block();

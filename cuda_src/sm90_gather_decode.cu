@@ -6,7 +6,7 @@
 // One thread block computes 64 query rows over one part of the schedule, in tiles of 48 tokens.
 // Four warpgroups:
 //
-//   sm90_gather_softmax.cuh     S [64, 48] = Q K^T, then P
+//   sm90_gather_softmax.cuh     S [64, 48] = Q K^T, then P; sm90_gather_q_staged.cuh takes Q
 //   sm90_gather_accumulate.cuh  O[:, :256] += P V[:, :256], and in another warpgroup the rest
 //   sm90_gather_fp8.cuh         copies rows and converts them to float16 in the ring; or
 //   sm90_gather_16bit.cuh       copies rows into the ring; sm90_gather_q_16bit.cuh loads Q

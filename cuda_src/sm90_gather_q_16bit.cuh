@@ -1,5 +1,5 @@
 // Rows of Q over a cache of 16-bit rows, by the softmax warpgroup. There is room for most of them
-// beside the ring: the first column blocks of a piece are loaded while the piece before is computed,
+// beside the ring: the first column blocks of a piece are loaded while that before is computed,
 // and the rest as these are taken to registers, over the last of them and the tail of the piece
 // before. Warp 0 asks for both.
 #pragma once
@@ -8,7 +8,12 @@
 struct Queries {
   const TensorMap &first_map, &rest_map;
   uint32_t phase = 0;
+  bool is_taken = false;  // and the next not yet asked for
 
+  // Of the part's first piece.
+  DEVICE void begin(const Params& params) const {
+    if (uniform(warp_in_group()) == 0) ask_ahead(params, part_of(params).first_request - 1);
+  }
   DEVICE void ask_for_first(const Params& params, int request) const {
     if (!elect_sync()) return;
     const QRows at(params, request);
@@ -34,8 +39,10 @@ struct Queries {
     }
     __syncwarp();
   }
-  // Takes the rows of Q [64, d_qk] to registers, but for the tail.
-  DEVICE void take(const Params& params, int request, uint32_t (&q)[4 * Q_STEPS]) {
+  // Takes the rows of Q [64, d_qk] to registers, but for the tail. Returns in `scale` what the
+  // scores of the thread's two rows are to be multiplied by.
+  DEVICE void take(const Params& params, int request, uint32_t (&q)[4 * Q_STEPS],
+                   float (&scale)[2], Place&) {
     const uint32_t from = shared_base() + Q_ROOM + fragment_offset();
     auto load = [&](int k, uint32_t block) {
       ldmatrix_x4(block ^ ((k & 3) << 5), q[4 * k], q[4 * k + 1], q[4 * k + 2], q[4 * k + 3]);
@@ -55,5 +62,17 @@ struct Queries {
       load(k, from + ((k >> 2) - Q_TAIL_BLOCKS) * Q_BLOCK_BYTES);
     }
     release(q_taken());
+    is_taken = true;
+    scale[0] = scale[1] = params.scale_log2;
+  }
+  // Of the tile that was just asked for, while the tensor cores compute them.
+  DEVICE void scores_are_issued(const Params& params, int request) {
+    if (!is_taken) return;
+    is_taken = false;
+    if (uniform(warp_in_group()) == 0) {
+      mbarrier_wait(q_taken(), phase);
+      ask_ahead(params, request);
+    }
+    phase ^= 1;
   }
 };

@@ -124,6 +124,7 @@ DEVICE List list_of_length(const Params& params, int request) {
   return params.outside_is_none ? PREFILL_LIST : FIRST_LIST;
 }
 DEVICE int lse_group(const Params& params) { return params.lse_group; }
+DEVICE float descale(const float* factor) { return factor ? __ldg(factor) : 1.f; }
 #else
 DEVICE int request_length(const Params& params, int request) {
   return __ldg(params.cache_seqlens + request);
