@@ -220,6 +220,12 @@ DEVICE void add_halves(float (&o)[8], float weight, const Vector4& halves) {
     o[2 * i + 1] = fmaf(weight, x.y, o[2 * i + 1]);
   }
 }
+// o[:4] += weight * four floats
+DEVICE void add_floats(float* o, float weight, const Vector4& floats) {
+  const uint32_t v[4] = {floats.x, floats.y, floats.z, floats.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) o[i] = fmaf(weight, __uint_as_float(v[i]), o[i]);
+}
 // Eight columns for each lane, of the splits that are in flight. Floats lie in groups of 16
 // columns, but a lane of a quad has the same eight as with halves.
 template <bool HALVES>
@@ -243,18 +249,11 @@ struct Columns {
     for (int u = 0; u < IN_FLIGHT; ++u) {
       const float weight = first + u * teams < splits ? weights[first + u * teams] : 0.f;
       if (weight == 0.f) continue;  // a piece without a key of this row: out_i may be NaN from V
-      if (HALVES) {
+      if constexpr (HALVES) {
         add_halves(o, weight, loaded[u][0]);
-        continue;
-      }
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const Vector4& w = loaded[u][HALVES ? 0 : k];
-        const uint32_t v[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          o[4 * k + i] = fmaf(weight, __uint_as_float(v[i]), o[4 * k + i]);
-        }
+      } else {
+        add_floats(o, weight, loaded[u][0]);
+        add_floats(o + 4, weight, loaded[u][1]);
       }
     }
   }

@@ -1,9 +1,9 @@
 // Which rows of the cache a warp of the gather warpgroup copies next.
 //
 // Rows come from a list of token indices (sparse) or from the pages of block_table (dense); that is
-// all the difference there is. Two tiles of a piece are looked up at once: lane i < 12 of a warp
-// looks after token i of the warp's 12 in the first of them, lane 12 + i of those in the second. Its
-// entry of the list or the table is copied two tiles ahead.
+// all the difference there is. Each of 24 lanes of a warp looks after a token of its own, whose
+// entry of the list or the table is copied ahead. Which tokens those are, each gather role says for
+// itself (sm90_gather_walk_fp8.cuh, sm90_gather_16bit.cuh).
 //
 // A request may have a second list, of tokens of another pool, behind the first one.
 //
@@ -20,29 +20,15 @@ DEVICE int piece_tiles(const Piece& piece) {
   return (end - piece.begin * TOKENS + TILE - 1) / TILE;
 }
 
-// What each warp has in shared memory, from this address on: where the rows of its tokens begin in
-// the tiles that were looked up last, null for what is not to be seen; the entries of the list or
-// table for the next two; and the walk.
+// What each warp has in shared memory, from this address on: where the rows of its tokens begin that
+// were looked up last, null for what is not to be seen; the entries of the list or table for those
+// that come next; and the walk.
 DEVICE uint32_t walk_address() { return shared_base() + WALKS + warp_in_group() * WALK_BYTES; }
 DEVICE const uint8_t* row_at(uint32_t pointer) { return (const uint8_t*)ld_shared_u64(pointer); }
 // Copies 16 bytes of a row; of one that is not there, zeros.
 DEVICE void copy_16(uint32_t to, const uint8_t* row, uint32_t offset, bool is_there) {
   cp_async_16(to, row + offset, is_there ? 16 : 0);
 }
-
-// A word about a tile that was looked up: bits of the warp's tokens that are there, and above them
-// bits of those that become NaN. 0: there is no tile.
-constexpr uint32_t TILE_IS_THERE = 1u << 31, TILE_BEGINS = 1u << 30;  // a piece
-constexpr uint32_t NEXT_BEGINS = 1 << 29;                             // the next tile does
-constexpr uint32_t IS_SECOND = 3 << 27, SECOND_FOLLOWS = 1 << 26;     // of two, looked up at once
-constexpr uint32_t TILE_TOKENS = (1 << WARP_TOKENS) - 1;
-DEVICE uint32_t bad_tokens(uint32_t tile) { return tile >> WARP_TOKENS & TILE_TOKENS; }
-DEVICE uint32_t seen_tokens(uint32_t tile) { return (tile & TILE_TOKENS) | bad_tokens(tile); }
-// Bytes from the pointers of the first of the two tiles to those of this one.
-DEVICE uint32_t pointers_at(uint32_t tile) { return tile >> 22 & TILE_POINTERS; }
-static_assert(IS_SECOND >> 22 == TILE_POINTERS, "the bits of IS_SECOND are a distance");
-// The request of the piece that was begun last by a tile that was looked up.
-DEVICE int begun_request(uint32_t walk) { return ld_shared_u32(walk + BEGUN); }
 
 #define RARELY(condition) __builtin_expect(condition, 0)
 
@@ -57,7 +43,7 @@ DEVICE bool is_plain(const Params& params) {
 template <bool IsPlain>
 struct Walk {
   uint32_t at, lane;
-  uint32_t slot;  // number of the lane's token in two tiles
+  uint32_t slot;        // number of the lane's token, of the warp's 24
   const int* list;      // of the request, or its row of block_table
   uint32_t begin, end;  // the first token of the next tile, and the end of the piece; 0: no tile
   DEVICE Walk(uint32_t walk, uint32_t of_lane) {
@@ -75,10 +61,6 @@ struct Walk {
   DEVICE uint32_t entry() const { return at + ENTRIES + slot * 4; }
   DEVICE int request() const { return ld_shared_u32(at + REQUEST); }
   DEVICE uint32_t second_list() const { return ld_shared_u32(at + SECOND_LIST_AT); }
-  DEVICE uint32_t token() const {
-    static_assert(WARP_TOKENS / CHUNK * CHUNK * GROUP_WARPS == TILE, "tiles follow each other");
-    return begin + warp_in_group() * CHUNK + slot + slot / CHUNK * (CHUNK * (GROUP_WARPS - 1));
-  }
   DEVICE bool has_token(uint32_t token) const { return lane < 2 * WARP_TOKENS && token < end; }
 
   // To the first request after this one that has something to compute.
@@ -164,66 +146,4 @@ struct Walk {
     refuse(params, request(), PAGE_ID, list << LIST_SHIFT | place);
     return true;
   }
-
-  // From the entries of the next two tiles, which have landed, to the rows of their tokens; and on
-  // to those after them. Returns a word about the first; `before` is the one about the tile before
-  // it. That about the second is kept.
-  DEVICE uint32_t look_up(const Params& params, uint32_t before) {
-    load();
-    const uint32_t of_token = ld_shared_u32(entry()), now = token();
-    if (RARELY(begin >= end)) {  // there is none
-      if (lane < WARP_TOKENS) st_shared_u64(at + ROW_POINTERS + lane * 8, 0);
-      __syncwarp();
-      return 0;
-    }
-    const Row found = row(params, now, of_token);
-    const uint32_t live = __ballot_sync(~0u, found.row != nullptr);
-    const uint32_t missing = __ballot_sync(~0u, found.is_seen && found.row == nullptr);
-    if (lane < 2 * WARP_TOKENS) {
-      st_shared_u64(at + ROW_POINTERS + lane * 8, (uint64_t)found.row);
-      if (TAIL_BYTES) st_shared_u64(at + TAIL_POINTERS + lane * 8, (uint64_t)found.tail);
-    }
-    uint32_t tile = TILE_IS_THERE | (live & TILE_TOKENS);
-    uint32_t second = TILE_IS_THERE | IS_SECOND | live >> WARP_TOKENS;
-    if (RARELY(missing != 0)) {
-      const bool is_bad_one = missing >> lane & 1 && is_bad(params, now, of_token);
-      const uint32_t bad = __ballot_sync(~0u, is_bad_one);
-      tile |= (bad & TILE_TOKENS) << WARP_TOKENS;
-      second |= bad >> WARP_TOKENS << WARP_TOKENS;
-    }
-    if (RARELY(before & NEXT_BEGINS)) {
-      tile |= TILE_BEGINS;
-      if (lane == 0) st_shared_u32(at + BEGUN, request());
-    }
-    if (begin + TILE < end) tile |= SECOND_FOLLOWS;
-    begin += 2 * TILE;
-    if (RARELY(begin >= end)) {
-      next_piece(params);
-      (tile & SECOND_FOLLOWS ? second : tile) |= NEXT_BEGINS;
-    }
-    if (!IsPlain) __syncwarp();  // all have loaded the walk
-    if (lane == 0) st_shared_u32(at + SECOND_TILE, second);
-    fetch_entry(params, token());
-    store();
-    __syncwarp();
-    return tile;
-  }
 };
-
-// Begins at the part's first tile, whose entries are copied, as part of the group that is committed
-// next. Returns what look_up() would of a tile before; 0: there is no tile.
-DEVICE uint32_t begin_walk(const Params& params, uint32_t at, uint32_t lane) {
-  Walk<false> walk(at, lane);
-  if (lane == 0) st_shared_u32(at + REQUEST, part_of(params).first_request - 1);
-  __syncwarp();
-  walk.next_piece(params);
-  walk.fetch_entry(params, walk.token());
-  walk.store();
-  return walk.begin < walk.end ? NEXT_BEGINS : 0;
-}
-// Two tiles of a piece are looked up at once, where it has them.
-DEVICE uint32_t look_up(const Params& params, uint32_t at, uint32_t lane, uint32_t before) {
-  if (before & SECOND_FOLLOWS) return ld_shared_u32(at + SECOND_TILE);
-  if (RARELY(!is_plain(params))) return Walk<false>(at, lane).look_up(params, before);
-  return Walk<true>(at, lane).look_up(params, before);
-}

@@ -7,6 +7,7 @@
 // in an instruction or two: there are 40 registers.
 #pragma once
 #include "sm90_gather_convert.cuh"
+#include "sm90_gather_walk_fp8.cuh"
 
 constexpr int STAGED_CHUNK = CHUNK * STAGED_ROW;
 constexpr int CHUNK_PITCH = CHUNK * GROUP_WARPS * 128;  // in a stage, to the next of the warp

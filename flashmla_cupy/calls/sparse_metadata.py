@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import ArgTypeError, ArgumentError, DeviceCheckError, ScalarError
+from ..errors import ArgTypeError, DeviceCheckError, ScalarError
 from ..schedule import split
 from ..schedule.lists import list_lengths
 from ..sizes import METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
 from . import fits, gathered, scalars
 from .arguments import SPARSE_METADATA
-from .operation import Operation, Output, Valid, Views
+from .operation import Operation, Output, Valid, Views, naming
 
 FUNCTION = SPARSE_METADATA.function
 
@@ -24,7 +24,7 @@ def _outputs(
     return Output((parts, METADATA_COLUMNS), "int32"), Output((batch * s_q + 1,), "int32")
 
 
-def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
+def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     rows, h_kv, h_q, topk, extra_topk = options
     integer = scalars.integer
     rows = integer("num_q_tokens_per_head_k", rows, FUNCTION, least=1)
@@ -41,16 +41,13 @@ def _validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
         raise ScalarError("num_q_tokens_per_head_k", expected, f"{rows}", remedy, FUNCTION)
     topk = integer("topk", topk, FUNCTION, least=1)
     extra_topk = integer("extra_topk", extra_topk, FUNCTION)
-    try:
-        framework, infos, sizes = fits.described(SPARSE_METADATA, arrays)
-        s_q = rows // h_q
-        fits.same_s_q(infos, s_q)
-        fits.requests("cache_seqlens", infos["cache_seqlens"], sizes["batch"] * s_q)
-        if "extra_topk_length" in infos and not extra_topk:
-            remedy = "Pass the width of extra_indices_in_kvcache."
-            raise ScalarError("extra_topk", "at least 1, with extra_topk_length", "0", remedy)
-    except ArgumentError as error:
-        raise error.of(FUNCTION) from error.__cause__
+    framework, infos, sizes = fits.described(SPARSE_METADATA, arrays)
+    s_q = rows // h_q
+    fits.same_s_q(infos, s_q)
+    fits.requests("cache_seqlens", infos["cache_seqlens"], sizes["batch"] * s_q)
+    if "extra_topk_length" in infos and not extra_topk:
+        remedy = "Pass the width of extra_indices_in_kvcache."
+        raise ScalarError("extra_topk", "at least 1, with extra_topk_length", "0", remedy)
     checked = rows, 1, h_q, topk, extra_topk
     num_sms = gathered.num_sms_of(infos["cache_seqlens"].device)
     return Valid(framework, infos, checked, _outputs(infos, checked, num_sms))
@@ -88,7 +85,7 @@ METADATA = Operation(
     name="sparse_metadata",
     table=SPARSE_METADATA,
     outputs=_outputs,
-    validate=_validate,
+    validate=naming(FUNCTION, _checked),
     refused=_refused,
     compute=_compute,
     on_gpu=_on_gpu,

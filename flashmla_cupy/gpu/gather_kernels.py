@@ -147,17 +147,6 @@ _OF_FEW_ROWS = {"v32": FEW_ROWS_V32, "v4": FEW_ROWS_V4, "e4m3": FEW_ROWS_E4M3}
 _OF_FEW_E4M3_QUERIES = {"e4m3": FEW_ROWS_E4M3_Q_E4M3}
 FEW_ROWS = 16  # query rows of their blocks
 
-# Column blocks of q that are loaded first (sm90_gather_shared.cuh).
-_Q_FIRST_BLOCKS = {GATHER_16BIT.name: 5, GATHER_16BIT_512.name: 6}
-
-
-def q_boxes(kernel: Kernel, column_blocks: int) -> tuple[int, ...]:
-    """Of how many column blocks the boxes are that a kernel loads of q."""
-    if kernel.source == FEW_ROWS_V32.source:
-        return (column_blocks,)
-    first = _Q_FIRST_BLOCKS.get(kernel.name, 4)
-    return first, column_blocks - first
-
 
 def gather_kernel(cache_format: str, q_dtype: str, slab_rows: int, *, wide_fp8: bool) -> Kernel:
     """The kernel over a cache of a format for so many query rows of a slab; wide_fp8: for values

@@ -21,10 +21,11 @@ from .gather_kernels import (
     COMBINE_GATHERED,
     FEW_ROWS,
     FEW_ROWS_V32,
+    GATHER_16BIT,
+    GATHER_16BIT_512,
     LIST_LENGTHS,
     PARAMETERS,
     gather_kernel,
-    q_boxes,
 )
 from .kernels import SCHEDULE, Kernel, Variant
 from .parameters import Arguments
@@ -33,6 +34,8 @@ from .schedule_launch import ScheduleAhead, ScheduleLaunch
 from .tensor_maps import COLUMN_BLOCK, Box, Maps, MapsByAddress
 
 LOG2_E = 1.4426950408889634
+# Column blocks of q that are loaded first (sm90_gather_shared.cuh); over FP8 caches, 4.
+_Q_FIRST_BLOCKS = {GATHER_16BIT.name: 5, GATHER_16BIT_512.name: 6}
 _FIRST = PARAMETERS.run(
     (
         "tile_scheduler_metadata",
@@ -69,8 +72,10 @@ def _kernel_of(g: GatherGeometry) -> Kernel:
 
 def _box_of_q(kernel: Kernel, column_blocks: int) -> Box:
     """What a kernel loads of q at once."""
-    few = kernel.source == FEW_ROWS_V32.source
-    return Box(FEW_ROWS if few else ROWS_PER_BLOCK, q_boxes(kernel, column_blocks))
+    if kernel.source == FEW_ROWS_V32.source:
+        return Box(FEW_ROWS, (column_blocks,))
+    first = _Q_FIRST_BLOCKS.get(kernel.name, 4)
+    return Box(ROWS_PER_BLOCK, (first, column_blocks - first))
 
 
 class GatherKernels(NamedTuple):

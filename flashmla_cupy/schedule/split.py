@@ -70,9 +70,7 @@ FEW = 16
 T_COMB = 22  # a combine kernel with work to do
 T_MOST = (1 << 28) - 1  # longer times count as this
 T_TILE_MEM = 50  # 1/256: the bytes of a tile at the memory bandwidth of the whole GPU
-T_TILE_MEM_GATHERED = (
-    32  # the same where rows are gathered: then a tile takes longer, and UNIT, too
-)
+T_TILE_MEM_GATHERED = 32  # the same where rows are gathered, for which a tile takes longer
 PARTIAL_ROWS = 36  # rows of partial out, 2048 bytes each, in the bytes of one tile
 MOST_TILES = 1 << 26  # of all requests; what is longer than its even share of them counts as that
 
