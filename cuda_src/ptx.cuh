@@ -106,12 +106,25 @@ DEVICE void mbarrier_wait(uint32_t barrier, uint32_t phase) {
 
 // Makes this thread's ordinary writes to shared memory visible to TMA and wgmma.
 DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same of what others wrote before this thread met them at a barrier.
+DEVICE void fence_proxy_async_of_others() { fence_proxy_async(); }
 // A named barrier and how many threads take part in it; bar_arrive() does not wait.
 DEVICE void bar_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 DEVICE void bar_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// Waits, and says whether any of the threads wants it.
+DEVICE bool bar_or(int barrier, int threads, bool wanted) {
+  uint32_t any;
+  asm volatile(
+      "{ .reg .pred p, q; setp.ne.u32 p, %3, 0; barrier.cta.red.or.pred.aligned q, %1, %2, p;\n"
+      "selp.u32 %0, 1, 0, q; }"
+      : "=r"(any)
+      : "r"(barrier), "r"(threads), "r"((uint32_t)wanted)
+      : "memory");
+  return any;
 }
 // The same for global memory, too: TMA may read what other threads wrote.
 DEVICE void fence_proxy_async_all() { asm volatile("fence.proxy.async;" ::: "memory"); }
@@ -198,6 +211,10 @@ DEVICE void cp_async_8(uint32_t to, const void* from, uint32_t bytes) {
 }
 DEVICE void cp_async_4(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+// When this thread's copies so far have landed, arrives at a barrier that counts it.
+DEVICE void cp_async_mbarrier_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Newest>
@@ -291,6 +308,11 @@ DEVICE float ld_global_f32(const float* p) {
   asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
   return x;
 }
+DEVICE int ld_global_s32(const int* p) {
+  int x;
+  asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
+  return x;
+}
 DEVICE float4 ld_global_v4_f32(const float* p) {
   float4 v;
   asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];"
@@ -320,6 +342,23 @@ DEVICE void st_global_v2_f32(float* p, float x, float y) {
 }
 DEVICE void st_global_v4_f32(float* p, float x, float y, float z, float w) {
   asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x), "f"(y), "f"(z), "f"(w)
+               : "memory");
+}
+DEVICE void st_global_v4_if(bool condition, void* p, Vector4 v) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"l"(p),
+      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"((uint32_t)condition)
+      : "memory");
+}
+DEVICE void st_global_v2_f32_if(bool condition, float* p, float x, float y) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %3, 0; @p st.global.v2.f32 [%0], {%1, %2}; }" ::"l"(
+                   p),
+               "f"(x), "f"(y), "r"((uint32_t)condition)
+               : "memory");
+}
+DEVICE void st_global_u32_if(bool condition, void* p, uint32_t x) {
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p st.global.b32 [%0], %1; }" ::"l"(p),
+               "r"(x), "r"((uint32_t)condition)
                : "memory");
 }
 // ldmatrix, stmatrix (9.7.14.5): four 8x8 matrices of 16-bit elements, fragments of wgmma.
@@ -419,6 +458,10 @@ DEVICE uint32_t half_x2_from_e4m3_high(uint32_t x) {
       : "=r"(y)
       : "r"(x));
   return y;
+}
+// Bytes of two registers, by the four digits of `selector`: 0 to 3 of x, 4 to 7 of y.
+DEVICE uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) {
+  return __byte_perm(x, y, selector);
 }
 DEVICE uint32_t mul_half_x2(uint32_t x, uint32_t y) {
   uint32_t z;

@@ -258,7 +258,7 @@ DEVICE void score_role(const Params& params) {
        request <= uniform(part_of(params).last_request); ++request) {
     const Piece piece = piece_of(params, request);
     const Tokens tokens = tokens_of(piece);
-    const int slots = uniform(tokens.slots);
+    const int slots = uniform(tokens.tiles);
     if (slots == 0) {
       store_no_tiles(params, request, piece);
       continue;

@@ -4,21 +4,18 @@
 #pragma once
 #include "ptx.cuh"
 #include "sm90_arrivals.cuh"
-#define FEW_ROWS_MAP  // for sm90_pieces.cuh
+#include "sm90_fp8_rows.cuh"
+#define MAP_COMES_FIRST  // for sm90_pieces.cuh
 
-// The formats, as sm90_gather_format.cuh has them. GROUPS: of columns of V in units of their own:
-// those of a scale, and the rotary columns of V4. P_VERSIONS: of P, for value warps.
+// GROUPS: of columns of V in units of their own: those of a scale, and the rotary columns of V4.
+// P_VERSIONS: of P, for value warps. SLOTS: of the ring.
 #if defined(FORMAT_V32)
-constexpr int ROW_BYTES = 656, TAIL_BYTES = 0, COLUMN_BLOCKS = 9, GROUPS = 4, P_VERSIONS = 4;
-constexpr int SLOTS = 4, LAUNCH_SHARED_BYTES = 222008;  // of the ring, and of a launch
-constexpr int SCALES = 512, ROTARY = 528;  // byte offsets in a row
+constexpr int GROUPS = 4, P_VERSIONS = 4, SLOTS = 4, LAUNCH_SHARED_BYTES = 222008;
+constexpr int SCALES = 512;  // byte offset in a row
 #elif defined(FORMAT_V4)
-constexpr int ROW_BYTES = 576, TAIL_BYTES = 8, COLUMN_BLOCKS = 8, GROUPS = 8, P_VERSIONS = 1;
-constexpr int SLOTS = 5, LAUNCH_SHARED_BYTES = 223600;
-constexpr int ROTARY = 448;
+constexpr int GROUPS = 8, P_VERSIONS = 1, SLOTS = 5, LAUNCH_SHARED_BYTES = 223600;
 #else
-constexpr int ROW_BYTES = 576, TAIL_BYTES = 0, COLUMN_BLOCKS = 9, GROUPS = 1, P_VERSIONS = 1;
-constexpr int SLOTS = 5, LAUNCH_SHARED_BYTES = 215280;
+constexpr int GROUPS = 1, P_VERSIONS = 1, SLOTS = 5, LAUNCH_SHARED_BYTES = 215280;
 #endif
 
 constexpr int ROWS = 16;         // query rows of a thread block

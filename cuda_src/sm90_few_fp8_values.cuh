@@ -255,7 +255,7 @@ DEVICE void value_role(const Params& params) {
 #pragma unroll 1
   for (int request = uniform(part_of(params).first_request);
        request <= uniform(part_of(params).last_request); ++request) {
-    const int slots = uniform(tokens_of(piece_of(params, request)).slots);
+    const int slots = uniform(tokens_of(piece_of(params, request)).tiles);
     if (slots == 0) continue;  // store_no_tiles
     Accumulators o = {};
 #pragma unroll 1

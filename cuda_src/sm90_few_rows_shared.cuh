@@ -7,7 +7,7 @@
 #pragma once
 #include "ptx.cuh"
 #include "sm90_arrivals.cuh"
-#define FEW_ROWS_MAP  // for sm90_pieces.cuh
+#define MAP_COMES_FIRST  // for sm90_pieces.cuh
 
 constexpr int ROWS = 16;         // query rows of a thread block
 constexpr int TOKENS = 64;       // tokens of a tile of the schedule

@@ -36,13 +36,13 @@ constexpr bool IS_FP8 = false;
 // STAGED_ROW: bytes from one row to the next where rows wait to be converted. It is 64 modulo 128,
 // so that lanes that read two rows at once meet different banks.
 #if defined(FORMAT_V32)
-constexpr int ROW_BYTES = 656, STAGED_ROW = 704, LAUNCH_SHARED_BYTES = 227152;
+constexpr int ROW_BYTES = 656, STAGED_ROW = 656, LAUNCH_SHARED_BYTES = 231376;
 constexpr int TAIL_BYTES = 0, COLUMN_BLOCKS = 9, SCALE_UP_LOG2 = 3;
 #elif defined(FORMAT_V4)
-constexpr int ROW_BYTES = 576, STAGED_ROW = 704, LAUNCH_SHARED_BYTES = 218960;
+constexpr int ROW_BYTES = 576, STAGED_ROW = 592, LAUNCH_SHARED_BYTES = 210896;
 constexpr int TAIL_BYTES = 8, COLUMN_BLOCKS = 8, SCALE_UP_LOG2 = 3;
 #elif defined(FORMAT_PER_TENSOR)
-constexpr int ROW_BYTES = 576, STAGED_ROW = 576, LAUNCH_SHARED_BYTES = 221008;
+constexpr int ROW_BYTES = 576, STAGED_ROW = 592, LAUNCH_SHARED_BYTES = 219088;
 constexpr int TAIL_BYTES = 0, COLUMN_BLOCKS = 9, SCALE_UP_LOG2 = 0;
 #elif defined(FORMAT_16BIT_512)
 constexpr int ROW_BYTES = 1024, STAGED_ROW = 0, LAUNCH_SHARED_BYTES = 226160;  // no staging
@@ -63,6 +63,8 @@ constexpr bool ROTARY_IN_V = COLUMN_BLOCKS == 8;
 constexpr int Q_TAIL_BLOCKS = (IS_FP8 ? 3 : 2) - ROTARY_IN_V;
 constexpr int SOFTMAX_REGISTERS = IS_FP8 ? 152 : 168, MATRIX_REGISTERS = 160;
 constexpr int GATHER_REGISTERS = 512 - SOFTMAX_REGISTERS - 2 * MATRIX_REGISTERS;
+constexpr int SCORE_REGISTERS = 136, VALUE_REGISTERS = 176;
+constexpr int LOAD_REGISTERS = 512 - SCORE_REGISTERS - 2 * VALUE_REGISTERS;
 constexpr float LATENT_UP = 1 << LATENT_UP_LOG2, LATENT_DOWN = 1.f / LATENT_UP;
 // What the rotary columns of Q are multiplied by.
 constexpr float ROTARY_Q_UP = ROTARY_IN_V ? 1.f : LATENT_UP;

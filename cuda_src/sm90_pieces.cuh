@@ -7,7 +7,7 @@
 #pragma once
 #include "merge.cuh"
 #include "metadata.cuh"
-#if defined(FEW_ROWS_MAP)  // that of a kernel for few rows comes before
+#if defined(MAP_COMES_FIRST)  // the kernel's own
 #elif defined(GATHERED)  // of sm90_gather_decode.cu
 #include "sm90_gather_shared.cuh"
 #else

@@ -13,6 +13,11 @@
 DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 DEVICE void wgmma_wait_all() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// For all groups but the newest `Newest`.
+template <int Newest>
+DEVICE void wgmma_wait_group() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Newest) : "memory");
+}
 // Pins accumulators, so that the compiler moves no use of them across a wait.
 template <int N>
 DEVICE void pin(float (&registers)[N]) {
@@ -130,4 +135,20 @@ DEVICE void wgmma_m64n128k16_rs(float* d, const uint32_t* a, uint64_t b) {
                "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
                : IN_OUT_64(d)
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+// A in registers, B [16 tokens, 64] MN-major.
+DEVICE void wgmma_m64n64k16_rs_mn(float* d, const uint32_t* a, uint64_t b) {
+  asm volatile("wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES " {" ACCUMULATORS_32
+               "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+               : IN_OUT_32(d)
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}
+// Of bfloat16, whatever the type of other products: A in registers, B [64 rows, 16] K-major.
+DEVICE void wgmma_bf16_m64n64k16_rs(float (&d)[32], const uint32_t* a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" ACCUMULATORS_32
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
+      : IN_OUT_32(d)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }

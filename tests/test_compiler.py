@@ -116,7 +116,7 @@ def test_variants():
         (
             Variant("gather_v32", "bfloat16"),
             ("-DGATHERED", "-DGATHER=gather_v32", "-DFORMAT_V32", "-DDTYPE_BF16"),
-            "sm90_gather_decode.cu",
+            "sm90_fp8_decode.cu",
         ),
         (Variant("combine_gathered", "float16"), ("-DGATHERED", "-DDTYPE_FP16"), "combine.cu"),
     ],

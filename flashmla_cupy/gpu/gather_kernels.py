@@ -22,34 +22,47 @@ PARAMETERS = Parameters(
 )
 
 
-def _gather(name: str, shared_bytes: int, *defines: str, dtypes: tuple[str, ...] = ()) -> Kernel:
-    """sm90_gather_decode.cu for the rows of one format of a cache."""
+def _gather(
+    name: str,
+    source: str,
+    shared_bytes: int,
+    *defines: str,
+    dtypes: tuple[str, ...] = ("bfloat16", "float16"),
+    spill_bytes: int = 16,
+    mma_loops: int = 3,  # Q K^T with softmax; P V of short and of long pieces
+) -> Kernel:
+    """A kernel for 64 query rows over the rows of one format of a cache."""
     return Kernel(
         name,
-        "sm90_gather_decode.cu",
+        source,
         ("sm_90a",),
         512,
         PARAMETERS,
         shared_bytes=shared_bytes,  # SHARED_BYTES
-        dtypes=dtypes or ("bfloat16", "float16"),
+        dtypes=dtypes,
         defines=("GATHERED", f"GATHER={name}", *defines),
         registers=128,  # setmaxnreg shares them out anew by role
-        spill_bytes=128,
-        mma_loops=2,  # Q K^T with softmax, and P V
+        spill_bytes=spill_bytes,
+        mma_loops=mma_loops,
     )
 
 
-GATHER_V32 = _gather("gather_v32", 227152, "FORMAT_V32")
-GATHER_V4 = _gather("gather_v4", 218960, "FORMAT_V4")
+_FP8 = "sm90_fp8_decode.cu"
 _BF16 = ("bfloat16",)
-GATHER_V32_WIDE = _gather("gather_v32_wide", 227152, "FORMAT_V32", "WIDE_PRODUCTS", dtypes=_BF16)
-GATHER_V4_WIDE = _gather("gather_v4_wide", 218960, "FORMAT_V4", "WIDE_PRODUCTS", dtypes=_BF16)
-GATHER_E4M3 = _gather("gather_e4m3", 221008, "FORMAT_PER_TENSOR")
+_V32, _V4, _PER_TENSOR = "FORMAT_V32", "FORMAT_V4", "FORMAT_PER_TENSOR"
+GATHER_V32 = _gather("gather_v32", _FP8, 231376, _V32)
+GATHER_V4 = _gather("gather_v4", _FP8, 210896, _V4)
+GATHER_V32_WIDE = _gather("gather_v32_wide", _FP8, 231376, _V32, "WIDE_PRODUCTS", dtypes=_BF16)
+GATHER_V4_WIDE = _gather("gather_v4_wide", _FP8, 210896, _V4, "WIDE_PRODUCTS", dtypes=_BF16)
+GATHER_E4M3 = _gather("gather_e4m3", _FP8, 219088, _PER_TENSOR)
 GATHER_E4M3_Q_E4M3 = _gather(
-    "gather_e4m3_q_e4m3", 221008, "FORMAT_PER_TENSOR", "QUERY_E4M3", dtypes=_BF16
+    "gather_e4m3_q_e4m3", _FP8, 219088, _PER_TENSOR, "QUERY_E4M3", dtypes=_BF16
 )
-GATHER_16BIT = _gather("gather_16bit", 226160)
-GATHER_16BIT_512 = _gather("gather_16bit_512", 226160, "FORMAT_16BIT_512")
+_16BIT = "sm90_gather_decode.cu"
+GATHER_16BIT = _gather("gather_16bit", _16BIT, 226160, spill_bytes=128, mma_loops=2)
+GATHER_16BIT_512 = _gather(
+    "gather_16bit_512", _16BIT, 226160, "FORMAT_16BIT_512", spill_bytes=128, mma_loops=2
+)
 
 
 def _few_rows(

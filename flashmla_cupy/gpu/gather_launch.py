@@ -34,7 +34,8 @@ from .schedule_launch import ScheduleAhead, ScheduleLaunch
 from .tensor_maps import COLUMN_BLOCK, Box, Maps, MapsByAddress
 
 LOG2_E = 1.4426950408889634
-# Column blocks of q that are loaded first (sm90_gather_shared.cuh); over FP8 caches, 4.
+# Column blocks of q that are loaded first (sm90_gather_shared.cuh); over FP8 caches, 4
+# (sm90_fp8_queries.cuh).
 _Q_FIRST_BLOCKS = {GATHER_16BIT.name: 5, GATHER_16BIT_512.name: 6}
 _FIRST = PARAMETERS.run(
     (

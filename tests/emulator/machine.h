@@ -29,6 +29,7 @@
 #include <signal.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -71,8 +72,10 @@ struct Thread {
   uint64_t value = 0;
   const char* waits_for = "";
   uint64_t products = 0;           // wgmmas issued
+  std::deque<uint64_t> product_groups;  // committed: how many were issued by then
   std::shared_ptr<int> copies;     // how many are open of the cp.async that are not committed
   std::deque<std::shared_ptr<int>> copy_groups;  // committed, the oldest first
+  std::vector<std::shared_ptr<int>> all_copies;  // the counts of those that may be open
   std::vector<uint32_t> unfenced;  // chunks of shared memory written since the last proxy fence
   uint32_t fenced_acquires = 0;    // acquires of its block that a proxy fence of its own follows
   std::unique_ptr<char[]> stack;
@@ -86,6 +89,7 @@ struct Product {
   int columns = 0, issued = 0;
   bool accumulate = true, a_in_registers = false, b_mn_major = false;
   uint64_t a = 0, b = 0;  // descriptors
+  float (*to_float)(uint16_t) = nullptr;  // of the type of A and B
   std::array<std::array<uint32_t, 4>, WARPGROUP> a_registers;
   std::array<float*, WARPGROUP> d;
 };
@@ -333,10 +337,25 @@ inline void fence() {
   }
   thread->unfenced.clear();
 }
+// For what all threads wrote; whether this thread has met them, it does not see.
+inline void fence_all() {
+  Thread* const own = thread;
+  for (Thread& t : block->threads) {
+    thread = &t;
+    fence();
+  }
+  thread = own;
+}
 // cp.async: an ordinary write to shared memory, but at some time before the thread waits for it.
 inline void copy_later(std::function<void()> copy, uint32_t to) {
   Thread* const owner = thread;
-  if (!owner->copies) owner->copies = std::make_shared<int>(0);
+  if (!owner->copies) {
+    owner->copies = std::make_shared<int>(0);
+    auto& all = owner->all_copies;
+    all.erase(std::remove_if(all.begin(), all.end(), [](auto& open) { return *open == 0; }),
+              all.end());
+    all.push_back(owner->copies);
+  }
   ++*owner->copies;
   block->copies.push_back([copy = std::move(copy), open = owner->copies, owner, to] {
     copy();
@@ -394,6 +413,18 @@ inline void arrive(uint32_t address, uint32_t count, uint32_t bytes = 0) {
   b.pending -= count;
   complete_phase(b);
 }
+// cp.async.mbarrier.arrive: arrives when the copies of the thread so far have landed.
+inline void arrive_when_landed(std::vector<std::shared_ptr<int>> copies, uint32_t address) {
+  block->copies.push_back([copies = std::move(copies), address] {
+    for (const auto& open : copies) {
+      if (*open) return arrive_when_landed(copies, address);
+    }
+    arrive(address, 1);
+  });
+}
+inline void arrive_after_copies(uint32_t address) {
+  arrive_when_landed(thread->all_copies, address);
+}
 inline void complete_bytes(uint32_t address, uint32_t bytes) {
   Mbarrier& b = mbarrier(address);
   b.bytes -= bytes;
@@ -410,20 +441,20 @@ inline float to_float(uint16_t x);  // the kernel's 16-bit type
 
 inline uint32_t field(uint64_t descriptor, int from) { return (descriptor >> from & 0x3fff) << 4; }
 // Element `k` of row `i` of a K-major operand.
-inline float k_major(uint64_t descriptor, int i, int k) {
+inline uint16_t k_major(uint64_t descriptor, int i, int k) {
   const uint32_t start = field(descriptor, 0), leading = field(descriptor, 16);
   const uint32_t stride = field(descriptor, 32);
   const bool swizzled = descriptor >> 62 == 1;
   const uint32_t group = start + i / 8 * stride;  // of 8 rows
   const uint32_t address = swizzled ? swizzle_128b(group + i % 8 * 128 + k * 2)
                                     : group + i % 8 * 16 + k / 8 * leading + k % 8 * 2;
-  return to_float(*(uint16_t*)at_async(address, 2));
+  return *(uint16_t*)at_async(address, 2);
 }
 // Element `k` of column `n` of an MN-major operand, 128-byte swizzle.
-inline float mn_major(uint64_t descriptor, int n, int k) {
+inline uint16_t mn_major(uint64_t descriptor, int n, int k) {
   const uint32_t address = field(descriptor, 0) + n / 64 * field(descriptor, 16) +
                            k / 8 * field(descriptor, 32) + k % 8 * 128 + n % 64 * 2;
-  return to_float(*(uint16_t*)at_async(swizzle_128b(address), 2));
+  return *(uint16_t*)at_async(swizzle_128b(address), 2);
 }
 
 inline void execute(const Product& product) {
@@ -433,16 +464,17 @@ inline void execute(const Product& product) {
     for (int r = 0; r < 4; ++r) {
       for (int i = 0; i < 2; ++i) {
         a[row + r % 2 * 8][column + r / 2 * 8 + i] =
-            to_float(product.a_registers[t][r] >> 16 * i & 0xffff);
+            product.to_float(product.a_registers[t][r] >> 16 * i & 0xffff);
       }
     }
   }
   for (int row = 0; row < 64 && !product.a_in_registers; ++row) {
-    for (int k = 0; k < 16; ++k) a[row][k] = k_major(product.a, row, k);
+    for (int k = 0; k < 16; ++k) a[row][k] = product.to_float(k_major(product.a, row, k));
   }
   for (int n = 0; n < product.columns; ++n) {
     for (int k = 0; k < 16; ++k) {
-      b[k][n] = product.b_mn_major ? mn_major(product.b, n, k) : k_major(product.b, n, k);
+      b[k][n] = product.to_float(product.b_mn_major ? mn_major(product.b, n, k)
+                                                    : k_major(product.b, n, k));
     }
   }
   for (int row = 0; row < 64; ++row) {
@@ -474,9 +506,14 @@ inline void issue(const Product& mine, const uint32_t* a_registers, float* d) {
   ++product.issued;
   maybe_yield();
 }
-inline void wait_for_products() {
+inline void commit_products() { thread->product_groups.push_back(thread->products); }
+// For all groups but the newest `newest`.
+inline void wait_for_products(size_t newest = 0) {
+  auto& groups = thread->product_groups;
+  if (groups.size() <= newest) return;
   wait_until([](const Thread& t) { return ((const Warpgroup*)t.subject)->done >= t.value; },
-             &warpgroup(), thread->products, "wgmma.wait_group");
+             &warpgroup(), groups[groups.size() - 1 - newest], "wgmma.wait_group");
+  while (groups.size() > newest) groups.pop_front();
 }
 
 // ---- the scheduler --------------------------------------------------------------------------

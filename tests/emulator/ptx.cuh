@@ -54,12 +54,16 @@ DEVICE void mbarrier_wait(uint32_t barrier, uint32_t phase) {
 // ---- ordering -------------------------------------------------------------------------------
 
 DEVICE void fence_proxy_async() { machine::fence(); }
+DEVICE void fence_proxy_async_of_others() { machine::fence_all(); }
 DEVICE void fence_proxy_async_all() {
   machine::fence();
   machine::fence_global_proxy();
 }
 DEVICE void bar_sync(int barrier, int threads) {
   machine::barrier_arrive(barrier, threads, true);
+}
+DEVICE bool bar_or(int barrier, int threads, bool wanted) {
+  return machine::barrier_arrive(barrier, threads, true, wanted) > 0;
 }
 DEVICE void bar_arrive(int barrier, int threads) {
   machine::barrier_arrive(barrier, threads, false);
@@ -149,6 +153,7 @@ DEVICE void cp_async_8(uint32_t to, const void* from, uint32_t bytes) {
   cp_async(to, from, bytes, 8);
 }
 DEVICE void cp_async_4(uint32_t to, const void* from) { cp_async(to, from, 4, 4); }
+DEVICE void cp_async_mbarrier_arrive(uint32_t barrier) { machine::arrive_after_copies(barrier); }
 DEVICE void cp_async_commit_group() { machine::commit_copies(); }
 template <int Newest>
 DEVICE void cp_async_wait_group() {
@@ -190,6 +195,7 @@ DEVICE void st_shared_u64(uint32_t a, uint64_t x) { st_shared(a, x); }
 DEVICE uint16_t ld_shared_u16(uint32_t a) { return ld_shared<uint16_t>(a); }
 DEVICE uint32_t ld_shared_u8(uint32_t a) { return ld_shared<uint8_t>(a); }
 DEVICE void st_shared_u16(uint32_t a, uint16_t x) { st_shared(a, x); }
+DEVICE int ld_global_s32(const int* p) { return *p; }
 DEVICE float ld_global_f32(const float* p) { return *p; }
 DEVICE float4 ld_global_v4_f32(const float* p) { return *(const float4*)p; }
 DEVICE Vector4 ld_global_v4(const void* p) { return *(const Vector4*)p; }
@@ -205,6 +211,16 @@ DEVICE void st_global_v2_f32(float* p, float x, float y) {
 DEVICE void st_global_v4_f32(float* p, float x, float y, float z, float w) {
   const float4 v = {x, y, z, w};
   machine::store(p, &v, sizeof(v));
+}
+
+DEVICE void st_global_v4_if(bool condition, void* p, Vector4 v) {
+  if (condition) st_global_v4(p, v);
+}
+DEVICE void st_global_v2_f32_if(bool condition, float* p, float x, float y) {
+  if (condition) st_global_v2_f32(p, x, y);
+}
+DEVICE void st_global_u32_if(bool condition, void* p, uint32_t x) {
+  if (condition) machine::store(p, &x, sizeof(x));
 }
 
 // Lane i has the address of row i % 8 of matrix i / 8; register r of a lane is two elements of row
@@ -289,6 +305,12 @@ DEVICE float from_e4m3(uint8_t x) {
 }
 DEVICE uint32_t half_x2_from_e4m3(uint32_t x) { return half_x2(from_e4m3(x), from_e4m3(x >> 8)); }
 DEVICE uint32_t half_x2_from_e4m3_high(uint32_t x) { return half_x2_from_e4m3(x >> 16); }
+DEVICE uint32_t permute_bytes(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = (uint64_t)y << 32 | x;
+  uint32_t z = 0;
+  for (int i = 0; i < 4; ++i) z |= (bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return z;
+}
 DEVICE uint32_t mul_half_x2(uint32_t x, uint32_t y) {
   return half_x2(from_half(x) * from_half(y), from_half(x >> 16) * from_half(y >> 16));
 }

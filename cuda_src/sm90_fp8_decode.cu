@@ -1,0 +1,97 @@
+// MLA attention over an FP8 cache, for SM90a: whole (dense), or the tokens of a list (sparse).
+//
+//     S = q K^T        P = 2^(scale S - m)        out = P V / sum(P)        V = K[:, :512]
+//
+// One thread block computes 64 query rows over one part of the schedule, in tiles of 64 tokens. Rows
+// of the cache lie in shared memory as they are. Both products are transposed, so that the latent is
+// their A, which wgmma takes from registers: the warps that multiply convert what they need on the
+// way there, to float16, which is exact. Four warpgroups:
+//
+//   sm90_fp8_scores.cuh  S^T [64, 64] = K Q^T of a tile, then P; sm90_fp8_queries.cuh prepares Q
+//   sm90_fp8_values.cuh  O^T [:256] += V^T [:256] P^T, and in another warpgroup the rest
+//   sm90_fp8_loader.cuh  copies rows
+//
+// sm90_fp8_convert.cuh makes numbers of the products of FP8. A query token with a list of its own is
+// a request of its own.
+#include "sm90_fp8_loader.cuh"
+#include "sm90_fp8_scores.cuh"
+#include "sm90_fp8_values.cuh"
+
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
+    GATHER(const __grid_constant__ TensorMap q_map_0, const __grid_constant__ TensorMap q_map_1,
+           const __grid_constant__ Params params) {
+  if (thread_index() == 0) {
+    if (!QUERY_IS_E4M3) {
+      prefetch_tensormap(q_map_0);
+      prefetch_tensormap(q_map_1);
+    }
+    init_mbarriers();
+  }
+  const bool begins = thread_index() >> 5 == 1;
+  if (begins) init_row_block(params);
+  griddepcontrol_wait();
+  if (begins) init_part_row(params);
+  __syncthreads();
+  const int warpgroup = __shfl_sync(~0u, thread_index() >> 7, 0);
+  if (warpgroup == 0) {
+    setmaxnreg_inc<SCORE_REGISTERS>();
+    score_role(params, q_map_0, q_map_1);
+    if (thread_index() >> 5 == 1) check_part_row(params);
+  } else if (warpgroup == 3) {
+    setmaxnreg_dec<LOAD_REGISTERS>();
+    load_role(params);
+  } else {
+    setmaxnreg_inc<VALUE_REGISTERS>();
+    value_role(params, warpgroup - 1);
+  }
+  griddepcontrol_launch_dependents();
+}
+
+// ---- lab notes ------------------------------------------------------------------------------
+// What was tried: microseconds of a call on an H200, L2 cold, in a CUDA graph; in brackets the
+// kernels in the wheel of vllm 0.33.0 in the same run. Lists of 2048 tokens of 8192 for each of 128
+// requests, unless said; dense: 576 bytes, 132 requests of 8192 tokens.
+//
+// States. G was another kernel: S = Q K^T and O = P V with the latent as B, which wgmma takes from
+// shared memory alone, so a warpgroup copied rows, converted them and stored them there again, in
+// tiles of 48 tokens. A is this one with rows copied by cp.async, B with bulk copies. In C, P V of a
+// tile is released behind S of the next, not four units ahead of its end; D has no spilled registers,
+// results that are stored without shuffles, and a vote about the maxima in one instruction. E is the
+// present one: what comes next is loaded ahead of that vote, rotary columns come first and in
+// bfloat16, the proxy fence is the reader's, and what is executed once is short.
+//   656 bytes, 64 heads      G 90.8 | A 100 | B 91.7 | C 90.8 | D 85.7 | E 83.6 (116)
+//   128 heads                G 165 | A 186 | B 169 | C 165 | D 157 | E 153 (210)
+//   64 heads, s_q 2          G 171 | D 162 | E 156 (225)
+//   64 heads, 1, 8, 32 requests   G 19.2, 25.5, 40.3 | B 28, 33.4, - | E 18.6, 24.8, 37.0
+//                                 (22.1, 27.1, 51.7)
+//   584 bytes, 64 heads      G 107 | A 99 | B 98 | C 98 | E 89.8 (120); 2 requests G 20.5 | E 20.7
+//                            (23.6)
+//   dense, 64, 128 heads     G 287, 555 | A 280, 530 | B 269, 512 | C 256, 481 | E 252, 472
+//                            (221, 423)
+//
+//   wgmma with A in registers   m64n64k16 33.9 clocks by one warpgroup, 63.6 each by two, 94 by three:
+//                            as with A in shared memory. m64n48k16 26, m64n64k32 of e4m3 34
+//   clocks of a tile, dense, 64 heads   S 2040: to the first product 370, then 70 to 90 for each of
+//                            18 units of 68, to its end 400; P 1090, beside P V, 800 over 656 bytes;
+//                            fence 140, vote 140, to the next tile 130. P V 1550 to 1800, then its
+//                            warps wait as long. So S and P of a tile, one after the other, are the
+//                            bound: of 3300 clocks the tensor cores have 2176 to do
+//   copies of rows           cp.async 3100 clocks of a tile and warp over 656 bytes, and the warp waits
+//                            for the queue; bulk copies, a row each: its warps wait for stages
+//   P V is released          behind S 256.5 | one, two, four units earlier 257.2, 259.2, 265.0 | ahead
+//                            of S 298
+//   units of S in registers  3 of 18 | 2, 4: 1.01, 1.00
+//   units of P V             of two products, 1.00; a pass for each step of 16 tokens 1.04
+//   P before the vote        256 for 280, with the fence and the vote behind it
+//   vote by sums, not maxima 1.01; in a loop with P 1.02
+//   code that is executed once   takes some 150 clocks for every 8 instructions to fetch. So short
+//                            pieces take P V in a loop (64 heads, 2 requests, 584 bytes, 20.7 for
+//                            23.1) and results are stored in two passes (24.8 for 26.7 of 8 requests)
+//   maxima as registers      of each thread: 16 of them, which then are spilled
+//   in G: bulk copies        in place of cp.async, row by row and, dense, by fours 364 for 285, 107 for
+//                            90: it had room for no more than a tile. Without copies 276, 83
+//   products of e4m3 for S   of queries in e4m3, not tried: they are summed to some 14 bits, and S here
+//                            is exact
+//
+// Of ptxas (NVRTC 12.9), with 512 threads: wgmma is serialised with 168 registers for the value
+// warpgroups, or where a loop goes round with products under way.

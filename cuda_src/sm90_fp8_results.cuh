@@ -1,0 +1,154 @@
+// The results of a row block: where O goes in the end.
+//
+// A thread has, of O^T [512 columns, 64 query rows], o[32 i + 4 k + 2 r + n]: column 64 block + 16 i +
+// 2 g + r, where g = lane / 4, and query row 8 k + 2 t + n, where t = lane % 4. So two columns that
+// are neighbours are the thread's, and eight lanes have 16 of a row.
+#pragma once
+#include "merge.cuh"
+#include "sm90_fp8_fragments.cuh"
+
+// What a thread has of two query rows, 8 k + 2 t and the next: values[n][i][r].
+struct TwoRows {
+  float values[2][4][2];
+};
+// Calls `store` for each of the eight k, four in a pass of a loop: the code for all would take longer
+// to fetch, the first time, than to execute. O is used up.
+template <class Store>
+DEVICE void store_rows(float (&o)[128], Store store) {
+#pragma unroll 1
+  for (int first = 0; first < 8; first += 4) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      TwoRows rows;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) rows.values[j & 1][i][j >> 1] = o[32 * i + 4 * k + j];
+      }
+      store(first + k, rows);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 16; ++j) o[32 * i + j] = o[32 * i + j + 16];
+    }
+  }
+}
+
+// 1 / l of the two query rows.
+DEVICE float2 inverse_l(int k) { return ld_shared_v2_f32(row_float(INVERSE_L, my_column(2 * k))); }
+// Whether the slab has row n of them.
+DEVICE bool has_row(const Params& params, const RowBlock& block, int k, int n) {
+  return block.first_row + my_column(2 * k) + n < params.slab_rows;
+}
+
+// O / l -> out.
+DEVICE void store_out(float (&o)[128], int block_of_columns, const Params& params, int request) {
+  const RowBlock block = row_block();
+  uint16_t* to = params.out +
+                 out_row(params, request, block, block.first_row + my_column(0)) * 512 +
+                 block_of_columns * 64 + (lane_index() >> 2) * 2;
+  store_rows(o, [&](int k, const TwoRows& rows) {
+    const float2 inverse = inverse_l(k);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float x = n ? inverse.y : inverse.x;
+      const bool is_there = has_row(params, block, k, n);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* t = rows.values[n][i];
+        st_global_u32_if(is_there, to + n * 512 + i * 16, cvt_x2(t[0] * x, t[1] * x));
+      }
+    }
+    to += 8 * 512;
+  });
+}
+
+// O / l -> the partial result in a slot as floats, in the order of merge.cuh.
+DEVICE void store_floats(float (&o)[128], int block_of_columns, const Params& params, int slot) {
+  const RowBlock block = row_block();
+  const uint32_t g = lane_index() >> 2;
+  float* to = params.out_partial +
+              partial_row(params, slot, block, block.first_row + my_column(0)) * 512 +
+              block_of_columns * 64 + (g & 3) * 4 + (g >> 2) * 2;
+  store_rows(o, [&](int k, const TwoRows& rows) {
+    const float2 inverse = inverse_l(k);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float x = n ? inverse.y : inverse.x;
+      const bool is_there = has_row(params, block, k, n);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float* t = rows.values[n][i];
+        st_global_v2_f32_if(is_there, to + n * 512 + i * 16, t[0] * x, t[1] * x);
+      }
+    }
+    to += 8 * 512;
+  });
+}
+
+// Each warp tells the others of its half the largest value of each query row in its 64 columns.
+DEVICE void tell_largest_values(const float (&o)[128], uint32_t of_half) {
+  float largest[16] = {};
+#pragma unroll
+  for (int c = 0; c < 16; ++c) {
+    const float* t = o + 4 * (c >> 1) + (c & 1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      largest[c] = fmaxf(largest[c], fmaxf(fabsf(t[32 * i]), fabsf(t[32 * i + 2])));
+    }
+  }
+  const int row = max_of_columns(largest);
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    st_shared_f32(row_float(of_half, (row + n) * GROUP_WARPS + warp_in_group()), largest[n]);
+  }
+}
+
+// O / l -> the partial result in a slot as scaled halves (merge.cuh), by 16 bytes a lane, and their
+// scales. Of two lanes that have eight columns of two rows, each takes one row.
+DEVICE void store_halves(float (&o)[128], int half, int block_of_columns, const Params& params,
+                         int slot) {
+  const RowBlock block = row_block();
+  const int lane = lane_index(), upper = lane >> 4;
+  const uint32_t of_half = LARGEST + half * GROUP_WARPS * ROWS * 4;
+  tell_largest_values(o, of_half);
+  bar_sync(VALUE_BARRIERS + half, GROUP_THREADS);
+  const int64_t first = partial_row(params, slot, block, block.first_row + my_column(0) + upper);
+  uint16_t* to =
+      (uint16_t*)(params.out_partial + first * 512) + block_of_columns * 64 + (lane >> 2 & 3) * 8;
+  float* scales = params.row_partial + first * 4 + 1 + half;
+  const bool stores_scale = warp_in_group() == 0 && (lane >> 2 & 3) == 0;
+  store_rows(o, [&](int k, const TwoRows& rows) {
+    const float2 inverse = inverse_l(k);
+    float x[2], down[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      const float4 v = ld_shared_v4_f32(row_float(of_half, (my_column(2 * k) + n) * GROUP_WARPS));
+      x[n] = n ? inverse.y : inverse.x;
+      const Scale scale = scale_of(fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)) * x[n]);
+      x[n] *= scale.up, down[n] = scale.down;
+    }
+    const bool is_there = has_row(params, block, k, upper);
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      uint32_t v[2][2];  // of a row, and of 16 columns
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const float* t = rows.values[n][i + j];
+          v[n][j] = half_x2(t[0] * x[n], t[1] * x[n]);
+        }
+      }
+      const uint32_t a = __shfl_xor_sync(~0u, upper ? v[0][0] : v[1][0], 16);
+      const uint32_t b = __shfl_xor_sync(~0u, upper ? v[0][1] : v[1][1], 16);
+      const Vector4 columns = {upper ? a : v[0][0], upper ? v[1][0] : a, upper ? b : v[0][1],
+                               upper ? v[1][1] : b};
+      st_global_v4_if(is_there, to + i * 16, columns);
+    }
+    if (stores_scale && is_there) *scales = upper ? down[1] : down[0];
+    to += 8 * 1024, scales += 8 * 4;
+  });
+  bar_sync(VALUE_BARRIERS + half, GROUP_THREADS);  // LARGEST may be written again
+}

@@ -1,0 +1,177 @@
+// The value role, of warpgroups 1 and 2: O^T [512 columns, 64 query rows] += V^T P^T, for one half
+// of the columns, and where O goes in the end. A warp has 64 columns, a block, whose scale in a row
+// is one; O takes 128 registers of a thread.
+#pragma once
+#include "sm90_fp8_convert.cuh"
+#include "sm90_fp8_results.cuh"
+
+// V^T is taken 16 tokens at a time, a step, in units of 16 of the warp's 64 columns: one product each.
+// As many units as IN_USE have registers: one is converted while the products take the others.
+constexpr int STEPS_OF_TILE = TOKENS / 16, UNITS_OF_STEP = 4, IN_USE = 3;
+constexpr int STEP_BYTES = 16 * STAGED_ROW, P_STEP = 16 * ROWS * 2 >> 4;  // of a descriptor
+constexpr int FEW_TILES = 4;  // of a piece: then code that was never executed counts
+
+// What a lane reads of V, of a step.
+struct ValueRows {
+  uint32_t latent;  // its row for ldmatrix
+  uint32_t row;     // the first of the tokens that it has fragments of
+  int block;
+  DEVICE ValueRows(uint32_t stage, int of_warp) {
+    const uint32_t lane = lane_index(), rows = staged_rows(stage);
+    block = of_warp;
+    latent = rows + (lane & 15) * STAGED_ROW + block * 64 + (lane >> 4) * 16;
+    row = rows + (lane & 3) * 2 * STAGED_ROW;
+  }
+  DEVICE void advance(int steps) { latent += steps * STEP_BYTES, row += steps * STEP_BYTES; }
+  DEVICE bool is_rotary() const { return ROTARY_IN_V && block == LATENT_BLOCKS; }
+  // Of a unit and the next; of rotary columns, of one unit. Units are counted from the step on where
+  // the rows are.
+  DEVICE void load(uint32_t (&x)[4], int unit) const {
+    if (is_rotary()) return load_rotary(x, unit);
+    ldmatrix_x4_trans(latent + unit / UNITS_OF_STEP * STEP_BYTES + unit % UNITS_OF_STEP * 16, x[0],
+                      x[1], x[2], x[3]);
+  }
+  // Columns 2 g and 2 g + 1 of four tokens.
+  DEVICE void load_rotary(uint32_t (&x)[4], int unit) const {
+    const uint32_t from = row + unit / UNITS_OF_STEP * STEP_BYTES + ROTARY +
+                          unit % UNITS_OF_STEP * 32 + (lane_index() >> 2) * 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      x[j] = ld_shared_u32(from + ((j >> 1) * 8 + (j & 1)) * STAGED_ROW);
+    }
+  }
+  // Of the tokens in fragments' first columns and of those eight further.
+  DEVICE void load_factors(Factors (&factors)[2], int unit) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t token = row + unit / UNITS_OF_STEP * STEP_BYTES + i * 8 * STAGED_ROW;
+      factors[i] = factors_of(scale_at(token, block), scale_at(token + STAGED_ROW, block));
+    }
+  }
+};
+struct ValueFragments {
+  uint32_t a[4];
+  // Of columns 2 g and 2 g + 1 of two tokens each.
+  DEVICE void convert(const uint32_t* x, const Factors (&factors)[2]) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const uint32_t by_column = permute_bytes(x[j], 0, 0x3120);
+      a[2 * j] = product_of(half_x2_from_e4m3(by_column), factors[j]);
+      a[2 * j + 1] = product_of(half_x2_from_e4m3_high(by_column), factors[j]);
+    }
+  }
+  DEVICE void convert_rotary(const uint32_t (&x)[4]) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      a[2 * j] = product_from_bf16(permute_bytes(x[2 * j], x[2 * j + 1], 0x5410));
+      a[2 * j + 1] = product_from_bf16(permute_bytes(x[2 * j], x[2 * j + 1], 0x7632));
+    }
+  }
+};
+
+// O^T += V^T P^T of a tile. V may be there ahead of P. A pass of the loop takes so many steps: all at
+// once are faster, and one by one is code that is fetched sooner.
+template <int STEPS_AT_ONCE, class WaitForP>
+DEVICE void accumulate(float (&o)[128], uint32_t stage, int block, WaitForP wait_for_p) {
+  ValueRows rows(stage, block);
+  uint64_t p = descriptor_mn_major(p_tile(stage));
+  ValueFragments v[IN_USE];
+  uint32_t loaded[4];
+  Factors factors[2] = {};
+  rows.load(loaded, 0);
+  constexpr bool AT_ONCE = STEPS_AT_ONCE == STEPS_OF_TILE;
+  if (!AT_ONCE) wait_for_p();
+  pin(o);
+#pragma unroll 1
+  for (int steps_left = STEPS_OF_TILE; steps_left > 0; steps_left -= STEPS_AT_ONCE) {
+    constexpr int UNITS_AT_ONCE = STEPS_AT_ONCE * UNITS_OF_STEP;
+#pragma unroll
+    for (int i = 0; i < UNITS_AT_ONCE; ++i) {
+      ValueFragments& now = v[i % IN_USE];
+      if (HAS_SCALES && i % UNITS_OF_STEP == 0 && !rows.is_rotary()) rows.load_factors(factors, i);
+      if (i >= IN_USE) wgmma_wait_group<IN_USE - 1>();
+      if (rows.is_rotary()) {
+        now.convert_rotary(loaded);
+      } else {
+        now.convert(loaded + i % 2 * 2, factors);
+      }
+      if (i + 1 == UNITS_AT_ONCE) {
+        rows.advance(STEPS_AT_ONCE);
+        if (!AT_ONCE && steps_left > STEPS_AT_ONCE) rows.load(loaded, 0);
+      } else if (i % 2 == 1 || rows.is_rotary()) {
+        rows.load(loaded, i + 1);
+      }
+      if (AT_ONCE && i == 0) wait_for_p();
+      wgmma_fence();
+      wgmma_m64n64k16_rs_mn(o + i % UNITS_OF_STEP * 32, now.a, p + i / UNITS_OF_STEP * P_STEP);
+      wgmma_commit_group();
+    }
+    p += STEPS_AT_ONCE * P_STEP;
+    wgmma_wait_group<0>();
+    pin(o);
+  }
+}
+
+// Multiplies what is summed so far by the factors of a tile.
+DEVICE void shrink(float (&o)[128], uint32_t stage) {
+#pragma unroll
+  for (int c = 0; c < 16; c += 2) {
+    const float2 factor = ld_shared_v2_f32(row_float(factors(stage), my_column(c)));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      float* t = o + 32 * j + 2 * c;
+      t[0] *= factor.x, t[1] *= factor.y, t[2] *= factor.x, t[3] *= factor.y;
+    }
+  }
+}
+
+// O^T of a piece.
+template <int STEPS_AT_ONCE>
+DEVICE void accumulate_tiles(float (&o)[128], Place& place, int tiles, int block) {
+#pragma unroll 1
+  for (int i = 0; i < tiles; ++i) {
+    mbarrier_wait(full(place.stage), place.phase);
+    accumulate<STEPS_AT_ONCE>(o, place.stage, block, [&] {
+      mbarrier_wait(p_ready(place.stage), place.phase);
+      fence_proxy_async_of_others();  // of the score warps, who have other things to do
+      if (RARELY(i > 0 && uniform(ld_shared_u32(rescale_flag(place.stage))))) {
+        shrink(o, place.stage);
+      }
+    });
+    arrive(empty(place.stage));
+    place.advance();
+  }
+}
+
+DEVICE void value_role(const Params& params, int half) {
+  float o[128];
+  Place place;
+  uint32_t results_phase = 0;
+  const int block = uniform(half * 4 + warp_in_group());
+#pragma unroll 1
+  for (int request = uniform(part_of(params).first_request);
+       request <= uniform(part_of(params).last_request); ++request) {
+    const int tiles = uniform(tokens_of(piece_of(params, request)).tiles);
+    if (tiles == 0) continue;  // the score warps store the results of no keys
+#pragma unroll
+    for (int i = 0; i < 128; ++i) o[i] = 0.f;
+    if (tiles > FEW_TILES) {
+      accumulate_tiles<STEPS_OF_TILE>(o, place, tiles, block);
+    } else {
+      accumulate_tiles<1>(o, place, tiles, block);
+    }
+    mbarrier_wait(results_ready(), results_phase);
+    results_phase ^= 1;
+    const uint32_t result = uniform(ld_shared_u32(shared_base() + RESULT));
+    const Kind kind = kind_of(result);
+    const int slot = slot_of(result);
+    if (kind == WHOLE) {
+      store_out(o, block, params, request);
+    } else if (kind == SPLIT && params.slab_rows > FEW_ROWS) {
+      store_halves(o, half, block, params, slot);
+    } else {  // also the pieces of a pair, which combine merges
+      store_floats(o, block, params, slot);
+    }
+    arrive(results_free());
+  }
+}
