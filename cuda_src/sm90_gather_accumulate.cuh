@@ -4,39 +4,22 @@
 #include "sm90_gather_cursor.cuh"
 #include "sm90_results.cuh"
 
-// O += P V. Over FP8, shared memory is what all roles wait for: P goes through registers, so that
-// it is read once, 16 tokens at a time, for which there are registers.
+// O += P V, with both in shared memory.
 DEVICE void accumulate(float (&o)[128], uint32_t stage, int half) {
   const uint64_t v_tile = descriptor_mn_major(stage + half * 4 * BLOCK_BYTES);
+  const uint64_t p_tile = descriptor_k_major_plain(stage + P_BLOCK * BLOCK_BYTES);
   constexpr int NEXT_COLUMNS = 2 * (BLOCK_BYTES >> 4);
-  if (IS_FP8) {
-    const uint32_t p_tile = stage + P_BLOCK * BLOCK_BYTES + plain_fragment_offset();
+  pin(o);
+  wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < TILE / 16; ++k) {
-      uint32_t p[4];
-      ldmatrix_x4(p_tile + k * P_STEP_BYTES, p[0], p[1], p[2], p[3]);
-      pin(o);
-      wgmma_fence();
-      wgmma_m64n128k16_rs(o, p, v_tile + k * 128);
-      wgmma_m64n128k16_rs(o + 64, p, v_tile + k * 128 + NEXT_COLUMNS);
-      wgmma_commit_group();
-      wgmma_wait_all();
-      pin(o);
-    }
-  } else {
-    const uint64_t p_tile = descriptor_k_major_plain(stage + P_BLOCK * BLOCK_BYTES);
-    pin(o);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < TILE / 16; ++k) {
-      const uint64_t p_columns = p_tile + k * (P_STEP_BYTES >> 4);
-      wgmma_m64n128k16_ss(o, p_columns, v_tile + k * 128);
-      wgmma_m64n128k16_ss(o + 64, p_columns, v_tile + k * 128 + NEXT_COLUMNS);
-    }
-    wgmma_commit_group();
-    wgmma_wait_all();
-    pin(o);
+  for (int k = 0; k < TILE / 16; ++k) {
+    const uint64_t p_columns = p_tile + k * (P_STEP_BYTES >> 4);
+    wgmma_m64n128k16_ss(o, p_columns, v_tile + k * 128);
+    wgmma_m64n128k16_ss(o + 64, p_columns, v_tile + k * 128 + NEXT_COLUMNS);
   }
+  wgmma_commit_group();
+  wgmma_wait_all();
+  pin(o);
 }
 
 DEVICE void matrix_role(const Params& params, int half) {
@@ -54,7 +37,6 @@ DEVICE void matrix_role(const Params& params, int half) {
     }
 #pragma unroll
     for (int i = 0; i < 128; ++i) o[i] = 0.f;
-    for (int i = 0; i < Q_STAGES; ++i) place.advance();
 #pragma unroll 1
     for (int i = 0; i < tiles; ++i) {
       mbarrier_wait(p_ready(place.stage), place.phase);

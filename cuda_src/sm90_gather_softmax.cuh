@@ -1,31 +1,16 @@
 // The softmax role, of warpgroup 0: S = Q K^T, P = 2^(scale S - m), the running maximum m and the
 // running sum l of each row, and lse.
 //
-// Most of Q stays in registers, 24 or 28 of its 32 or 36 steps in K; the others come from shared
-// memory. P of a tile goes to the stage of the tile. Between S of two tiles the tensor cores have
-// but P V to do, so what can be asked early is: which tokens count, and whether the next tile is
-// there.
+// Most of Q stays in registers, 28 of its 32 or 36 steps in K; the others come from shared memory.
+// P of a tile goes to the stage of the tile. Between S of two tiles the tensor cores have but P V
+// to do, so what can be asked early is: which tokens count, and whether the next tile is there.
 #pragma once
-#include "sm90_gather_cursor.cuh"
+#include "sm90_gather_queries.cuh"
 #include "sm90_no_tiles.cuh"
 #include "sm90_results.cuh"
-#if defined(FORMAT_FP8)
-#include "sm90_gather_q_staged.cuh"
-#else
-#include "sm90_gather_q_16bit.cuh"
-#endif
 
 constexpr int LAST_STEPS = 8;  // of S, still to be issued when P V of the tile before is released
 constexpr int SCORES = TILE / 2;  // of a thread: two rows by a quarter of the tokens
-
-// Two floats to one register of the type of the products.
-DEVICE uint32_t product_x2(float low, float high) {
-#if defined(PRODUCTS_IN_FP16)
-  return half_x2(low, high);
-#else
-  return cvt_x2(low, high);
-#endif
-}
 
 // ---- scores ---------------------------------------------------------------------------------
 
@@ -39,7 +24,7 @@ DEVICE void issue_scores(float (&s)[SCORES], const uint32_t (&q)[4 * Q_STEPS], P
   auto columns = [&](int step) {
     return k_tile + (step >> 2) * (BLOCK_BYTES >> 4) + (step & 3) * 2;
   };
-  if (IS_FP8 || !to_release) mbarrier_wait(full(place.stage), place.phase);
+  if (!to_release) mbarrier_wait(full(place.stage), place.phase);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < Q_STEPS - LAST_STEPS; ++k) {
@@ -63,49 +48,36 @@ DEVICE void issue_scores(float (&s)[SCORES], const uint32_t (&q)[4 * Q_STEPS], P
 // Whether all tokens of a stage are to be seen.
 DEVICE bool all_live(uint32_t stage) {
   const uint32_t x = ld_shared_u32(live_tokens(stage)), y = ld_shared_u32(live_tokens(stage) + 4);
-  return (x & y) == (IS_FP8 ? 0x0fff0fff : 0x00ffffff);
+  return (x & y) == (1u << HALF_TILE) - 1;
 }
 
 // Makes S -inf for tokens that are not to be seen, and for those from `seen` on of each row. A live
 // token that a row does not see but whose score is not finite makes the row NaN instead (x - x is 0
 // or NaN). So a bad row of the cache reaches every row of its request.
 DEVICE void mask(float (&s)[SCORES], uint32_t stage, const int (&seen)[2]) {
-#if defined(FORMAT_FP8)
-  const uint32_t lane = lane_index() & 3, from = live_tokens(stage) + (lane >> 1) * 2;
-  const uint32_t live[2] = {(uint32_t)ld_shared_u16(from) >> (lane & 1) * 2,
-                            (uint32_t)ld_shared_u16(from + 4) >> (lane & 1) * 2};
-  auto live_token = [&](int j, int i) { return live[j & 1] >> ((j >> 1) * CHUNK + i) & 1; };
-#else
   const uint32_t live[2] = {ld_shared_u32(live_tokens(stage)) >> column_pair(),
                             ld_shared_u32(live_tokens(stage) + 4) >> column_pair()};
-  auto live_token = [&](int j, int i) { return live[j / 3] >> (j % 3 * 8 + i) & 1; };
-#endif
 #pragma unroll
   for (int j = 0; j < TILE / 8; ++j) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const bool is_live = live_token(j, i);
+      const int token = 8 * j + i;  // and column_pair()
+      const bool is_live = live[token / HALF_TILE] >> token % HALF_TILE & 1;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         float& x = s[4 * j + 2 * h + i];
-        const float y = 8 * j + i >= seen[h] ? NEG_INF + (x - x) : x;
+        const float y = token >= seen[h] ? NEG_INF + (x - x) : x;
         x = is_live ? y : NEG_INF;
       }
     }
   }
 }
 
-// The largest value of a quad's four lanes, or, where it is not asked for, that of the lane.
-template <bool Wanted>
-DEVICE float of_quad(float x) {
-  return Wanted ? quad_max(x) : x;
-}
-
-// Scores -> P in the stage, and the running maximum m and sum l of the thread's
-// two rows. l and `largest`, the largest logit, are of this thread's columns only; m may be less
-// than that of all by LAZY.
+// Scores -> P in the stage, and the running maximum m and sum l of the thread's two rows. l and
+// `largest`, the largest logit, are of this thread's columns only; m may be less than that of all
+// by LAZY. `scale` is that of the softmax, for exponents of 2.
 DEVICE void softmax_step(float (&s)[SCORES], float (&m)[2], float (&l)[2], float (&largest)[2],
-                         uint32_t stage, const float (&scale)[2]) {
+                         uint32_t stage, float scale) {
   float x0 = fmaxf(s[0], s[1]), x1 = fmaxf(s[2], s[3]);
   float y0 = fmaxf(s[4], s[5]), y1 = fmaxf(s[6], s[7]);
 #pragma unroll
@@ -115,12 +87,12 @@ DEVICE void softmax_step(float (&s)[SCORES], float (&m)[2], float (&l)[2], float
     y0 = fmaxf(y0, fmaxf(s[4 * j + 4], s[4 * j + 5]));
     y1 = fmaxf(y1, fmaxf(s[4 * j + 6], s[4 * j + 7]));
   }
-  float top0 = of_quad<IS_FP8>(fmaxf(x0, y0)) * scale[0];
-  float top1 = of_quad<IS_FP8>(fmaxf(x1, y1)) * scale[1];
+  float top0 = fmaxf(x0, y0) * scale;
+  float top1 = fmaxf(x1, y1) * scale;
   largest[0] = fmaxf(largest[0], top0), largest[1] = fmaxf(largest[1], top1);
   const bool any = __any_sync(~0u, top0 > m[0] + LAZY || top1 > m[1] + LAZY);
   if (any) {  // rare after the first tiles
-    top0 = of_quad<!IS_FP8>(top0), top1 = of_quad<!IS_FP8>(top1);
+    top0 = quad_max(top0), top1 = quad_max(top1);
     const bool raise0 = top0 > m[0] + LAZY, raise1 = top1 > m[1] + LAZY;
     const float factor0 = raise0 ? raise_maximum(m[0], l[0], top0) : 1.f;
     const float factor1 = raise1 ? raise_maximum(m[1], l[1], top1) : 1.f;
@@ -139,10 +111,10 @@ DEVICE void softmax_step(float (&s)[SCORES], float (&m)[2], float (&l)[2], float
     float* t = s + 8 * k;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      t[i] = ex2(i & 2 ? fmaf(t[i], scale[1], minus_m1) : fmaf(t[i], scale[0], minus_m0));
+      t[i] = ex2(fmaf(t[i], scale, i & 2 ? minus_m1 : minus_m0));
     }
-    stmatrix_x4(p_tile + k * P_STEP_BYTES, product_x2(t[0], t[1]), product_x2(t[2], t[3]),
-                product_x2(t[4], t[5]), product_x2(t[6], t[7]));
+    stmatrix_x4(p_tile + k * P_STEP_BYTES, cvt_x2(t[0], t[1]), cvt_x2(t[2], t[3]),
+                cvt_x2(t[4], t[5]), cvt_x2(t[6], t[7]));
     a0 += t[0] + t[1], a1 += t[2] + t[3];
     b0 += t[4] + t[5], b1 += t[6] + t[7];
   }
@@ -160,10 +132,9 @@ DEVICE float sink_of(const Params& params, int head, float m) {
   return ex2(__ldg(params.attn_sink + head) * LOG2E - m);
 }
 
-DEVICE void softmax_role(const Params& params, const TensorMap& q_map_0,
-                         const TensorMap& q_map_1) {
+DEVICE void softmax_role(const Params& params, const TensorMap& q_map_0, const TensorMap& q_map_1) {
   uint32_t q[4 * Q_STEPS];
-  float s[SCORES], scale[2];
+  float s[SCORES];
   Place place;
   uint32_t results_phase = 1;
   Queries queries = {q_map_0, q_map_1};
@@ -184,20 +155,18 @@ DEVICE void softmax_role(const Params& params, const TensorMap& q_map_0,
         continue;
       }
     }
-    queries.take(params, request, q, scale, place);
+    queries.take(params, request, q);
     float m[2] = {NEG_INF, NEG_INF}, l[2] = {0.f, 0.f}, largest[2] = {NEG_INF, NEG_INF};
     uint32_t to_release = 0;
 #pragma unroll 1
     for (;;) {
       issue_scores(s, q, place, to_release);
       queries.scores_are_issued(params, request);
-      bool sees_all = false;
-      if (!IS_FP8) sees_all = all_live(place.stage) && first_token + TILE <= border;
+      const bool sees_all = all_live(place.stage) && first_token + TILE <= border;
       wgmma_wait_all();
       pin(s);
-      if (IS_FP8) sees_all = all_live(place.stage) && first_token + TILE <= border;
       bool arrived = false;  // the next tile
-      if (!IS_FP8 && tiles_left > 1) arrived = is_full(place.next());
+      if (tiles_left > 1) arrived = is_full(place.next());
       if (uniform(!sees_all)) {
         int seen[2] = {TILE, TILE};
         if (first_token + TILE > border) {  // causal
@@ -211,12 +180,12 @@ DEVICE void softmax_role(const Params& params, const TensorMap& q_map_0,
         }
         mask(s, place.stage, seen);
       }
-      softmax_step(s, m, l, largest, place.stage, scale);
+      softmax_step(s, m, l, largest, place.stage, params.scale_log2);
       if (--tiles_left == 0) break;
       first_token += TILE;
       const uint32_t p_written = p_ready(place.stage);
       place.advance();
-      if (!IS_FP8) arrived = __all_sync(~0u, arrived);
+      arrived = __all_sync(~0u, arrived);
       if (!arrived) arrived = __all_sync(~0u, is_full(place));
       if (!arrived) release(p_written);  // memory-bound: P V runs while K is on its way
       to_release = arrived ? p_written : 0;
@@ -228,9 +197,9 @@ DEVICE void softmax_role(const Params& params, const TensorMap& q_map_0,
     results_phase ^= 1;
     const Kind kind = kind_of(result);
     const int slot = slot_of(result);
-    const float down = LATENT_DOWN * descale(params.descale_k);
+    const float down = descale(params.descale_k);
     l[0] = quad_sum(l[0]), l[1] = quad_sum(l[1]);
-    largest[0] = of_quad<!IS_FP8>(largest[0]), largest[1] = of_quad<!IS_FP8>(largest[1]);
+    largest[0] = quad_max(largest[0]), largest[1] = quad_max(largest[1]);
     if ((lane_index() & 3) == 0) {
       const RowBlock block = row_block();
 #pragma unroll

@@ -129,13 +129,6 @@ DEVICE void wgmma_m64n256k16_ss(float (&d)[128], uint64_t a, uint64_t b) {
                : IN_OUT_128(d)
                : "l"(a), "l"(b));
 }
-// A in registers, B [16 tokens, 128] MN-major.
-DEVICE void wgmma_m64n128k16_rs(float* d, const uint32_t* a, uint64_t b) {
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16." WGMMA_TYPES " {" ACCUMULATORS_64
-               "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"
-               : IN_OUT_64(d)
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}
 // A in registers, B [16 tokens, 64] MN-major.
 DEVICE void wgmma_m64n64k16_rs_mn(float* d, const uint32_t* a, uint64_t b) {
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES " {" ACCUMULATORS_32

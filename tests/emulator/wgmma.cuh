@@ -39,9 +39,6 @@ DEVICE void wgmma_m64n128k16_ss(float* d, uint64_t a, uint64_t b) {
 DEVICE void wgmma_m64n256k16_ss(float (&d)[128], uint64_t a, uint64_t b) {
   issue(d, nullptr, a, b, 256, true, true);
 }
-DEVICE void wgmma_m64n128k16_rs(float* d, const uint32_t* a, uint64_t b) {
-  issue(d, a, 0, b, 128, true, true);
-}
 DEVICE void wgmma_m64n64k16_rs_mn(float* d, const uint32_t* a, uint64_t b) {
   issue(d, a, 0, b, 64, true, true);
 }

@@ -1,9 +1,20 @@
-// Rows of Q over a cache of 16-bit rows, by the softmax warpgroup. There is room for most of them
-// beside the ring: the first column blocks of a piece are loaded while that before is computed,
-// and the rest as these are taken to registers, over the last of them and the tail of the piece
-// before. Warp 0 asks for both.
+// Rows of Q, by the softmax warpgroup. There is room for most of them beside the ring: the first
+// column blocks of a piece are loaded while that before is computed, and the rest as these are
+// taken to registers, over the last of them and the tail of the piece before. Warp 0 asks for both.
 #pragma once
 #include "sm90_gather_cursor.cuh"
+
+// Where the block's rows are in q: those of a query token that is a request of its own are at a
+// position of a request of the call.
+struct QRows {
+  int first, position, of_call;
+  DEVICE QRows(const Params& params, int request) {
+    const RowBlock block = row_block();
+    first = block.first_head + block.first_row;
+    of_call = request / params.lse_group;
+    position = block.slab + request - of_call * params.lse_group;
+  }
+};
 
 struct Queries {
   const TensorMap &first_map, &rest_map;
@@ -39,10 +50,8 @@ struct Queries {
     }
     __syncwarp();
   }
-  // Takes the rows of Q [64, d_qk] to registers, but for the tail. Returns in `scale` what the
-  // scores of the thread's two rows are to be multiplied by.
-  DEVICE void take(const Params& params, int request, uint32_t (&q)[4 * Q_STEPS],
-                   float (&scale)[2], Place&) {
+  // Takes the rows of Q [64, d_qk] to registers, but for the tail.
+  DEVICE void take(const Params& params, int request, uint32_t (&q)[4 * Q_STEPS]) {
     const uint32_t from = shared_base() + Q_ROOM + fragment_offset();
     auto load = [&](int k, uint32_t block) {
       ldmatrix_x4(block ^ ((k & 3) << 5), q[4 * k], q[4 * k + 1], q[4 * k + 2], q[4 * k + 3]);
@@ -63,7 +72,6 @@ struct Queries {
     }
     release(q_taken());
     is_taken = true;
-    scale[0] = scale[1] = params.scale_log2;
   }
   // Of the tile that was just asked for, while the tensor cores compute them.
   DEVICE void scores_are_issued(const Params& params, int request) {
