@@ -35,7 +35,7 @@ struct Arrays {
   uint16_t* out;             // [batch, s_q, h_q, 512]
   float* lse;                // [batch, h_q, s_q]
   int s_q, h_q, group;
-#if defined(GATHERED)  // behind sm90_gather_decode.cu
+#if defined(GATHERED)  // behind the kernels over rows that are gathered one by one
   const float* attn_sink;  // [h_q], natural logarithms, or null
   float* max_logits;       // [batch, h_q], or null; row_partial has those of the pieces, in log2
   int lse_group;           // lse_index

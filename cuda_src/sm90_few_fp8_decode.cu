@@ -14,7 +14,7 @@
 //
 // sm90_few_fp8_queries.cuh and sm90_few_fp8_scales.cuh have what their names say, and
 // sm90_few_fp8_shared.cuh the memory map and the barriers that keep the warps in step. Parameters,
-// lists, metadata and partial results are those of sm90_gather_decode.cu.
+// lists, metadata and partial results are those of sm90_fp8_decode.cu.
 #include "sm90_few_fp8_scores.cuh"
 #include "sm90_few_fp8_values.cuh"
 

@@ -1,10 +1,8 @@
 // The load role, of four warps: as soon as a slot is empty, the rows of its 64 tokens are copied
 // there, a quarter by each warp.
 //
-// Rows come from a list of token indices (sparse) or from the pages of block_table (dense), by the
-// rules of sm90_gather_cursor.cuh. A token that does not count is not copied, and neither is one
-// that cannot be: bits tell the score warps of both. What is in their rows then does not matter,
-// since the value warps clear V there.
+// A token that does not count is not copied, and neither is one that cannot be: bits tell the score
+// warps of both. What is in their rows then does not matter, since the value warps clear V there.
 #pragma once
 #include "sm90_few_fp8_shared.cuh"
 #include "sm90_gathered_tokens.cuh"

@@ -1,7 +1,12 @@
 // Where the tokens of a request lie, one by one, for load roles in which a lane has one.
 //
-// Rows come from a list of token indices (sparse) or from the pages of block_table (dense), by the
-// rules of sm90_gather_cursor.cuh.
+// Rows come from a list of token indices (sparse) or from the pages of block_table (dense); that is
+// all the difference there is. A request may have a second list, of tokens of another pool, behind
+// the first one.
+//
+// In a list, -1 is no token. Any other index, and any page id, outside of the pool is never
+// followed: it is refused, and its row becomes NaN, which reaches every row of the request's out;
+// or, if the call says so, it is no token either.
 #pragma once
 #include "sm90_pieces.cuh"
 
