@@ -52,7 +52,7 @@ DEVICE void load_role(const Params& params, const TensorMap& q_map) {
 #endif
     q_phase ^= 1;
     // Lanes look up several slots at once, a part of the warp each.
-    Token token = {request,
+    Token<false> token = {request,
                    tokens.begin + lane / WARP_TOKENS * SLOT_TOKENS + warp * WARP_TOKENS +
                        lane % WARP_TOKENS,
                    tokens.end,

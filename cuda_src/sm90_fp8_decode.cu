@@ -39,7 +39,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     if (thread_index() >> 5 == 1) check_part_row(params);
   } else if (warpgroup == 3) {
     setmaxnreg_dec<LOAD_REGISTERS>();
-    load_role(params);
+    if (is_plain(params)) {
+      load_role<true>(params);  // so that less code is fetched before the first row
+    } else {
+      load_role<false>(params);
+    }
   } else {
     setmaxnreg_inc<VALUE_REGISTERS>();
     value_role(params, warpgroup - 1);

@@ -22,6 +22,7 @@ DEVICE void clear_rows(uint32_t rows, uint32_t missing, uint32_t bad) {
   fence_proxy_async();  // the next copy to these rows must not come before
 }
 
+template <bool IsPlain>
 DEVICE void load_role(const Params& params) {
   const int lane = lane_index(), warp = uniform(warp_in_group());
   const int last = uniform(part_of(params).last_request);
@@ -31,10 +32,10 @@ DEVICE void load_role(const Params& params) {
     const Tokens tokens = tokens_of(piece_of(params, request));
     const int tiles = uniform(tokens.tiles);
     if (tiles == 0) continue;
-    Token token = {
+    Token<IsPlain> token = {
         request,
         tokens.begin + lane / WARP_TOKENS * TOKENS + warp * WARP_TOKENS + lane % WARP_TOKENS,
-        tokens.end, params.extra_topk > 0 ? second_begin(params, request) : 0x7fffffff};
+        tokens.end, !IsPlain && params.extra_topk > 0 ? second_begin(params, request) : 0x7fffffff};
     int entry = token.entry(params);
 #pragma unroll 1
     for (int i = 0; i < tiles; i += TILES_AT_ONCE) {

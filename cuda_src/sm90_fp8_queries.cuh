@@ -59,22 +59,23 @@ DEVICE uint32_t rotary_product_of_q(uint32_t x, float factor) {
 struct Queries {
   const TensorMap &first_map, &rest_map;
   uint32_t phase = 0;
+  int asked_for = -1;  // the request whose rows are on their way, or -1
 
-  bool is_asked_for = false;
-
+  // Of the part's first request, before anything is known of it.
+  DEVICE void begin(const Params& params) { load(params, part_of(params).first_request); }
   // Asks for the rows of the next request that has tiles, if there is one, once Q is free.
   DEVICE void ask_ahead(const Params& params, int request) {
-    is_asked_for = false;
-    if (QUERY_IS_E4M3 || uniform(warp_in_group()) != 0) return;
     const int last = uniform(part_of(params).last_request);
-    while (!is_asked_for && ++request <= last) {
+    while (++request <= last) {
       if (uniform(tokens_of(piece_of(params, request)).tiles) == 0) continue;
       load(params, request);
-      is_asked_for = true;
+      break;
     }
   }
-  DEVICE void load(const Params& params, int request) const {
-    if (!elect_sync()) return;
+  DEVICE void load(const Params& params, int request) {
+    if (QUERY_IS_E4M3 || request > part_of(params).last_request) return;
+    asked_for = request;
+    if (uniform(warp_in_group()) != 0 || !elect_sync()) return;
     constexpr int FIRST_BLOCKS = 4;  // of the first map, gpu/gather_launch.py
     const RowBlock block = row_block();
     // A query token that is a request of its own is a position of a request of the call.
@@ -96,14 +97,23 @@ struct Queries {
 #if defined(QUERY_E4M3)
     convert(params, request, scale_log2);
 #else
-    if (!is_asked_for && uniform(warp_in_group()) == 0) load(params, request);
-    __syncwarp();
-    mbarrier_wait(q_full(), phase);
-    phase ^= 1;
+    if (RARELY(asked_for != request)) {  // the part's first request has no tiles
+      wait_for_rows();
+      bar_sync(SCORE_BARRIER, GROUP_THREADS);
+      load(params, request);
+    }
+    wait_for_rows();
     scale(scale_log2);
 #endif
     fence_proxy_async();
     bar_sync(SCORE_BARRIER, GROUP_THREADS);
+  }
+  // Before the next load() all warps must have met.
+  DEVICE void wait_for_rows() {
+    if (asked_for < 0) return;
+    mbarrier_wait(q_full(), phase);
+    phase ^= 1;
+    asked_for = -1;
   }
   // A lane has two rows of the warp's 16, and 16 columns of each block.
   DEVICE static int my_row(int h) { return warp_in_group() * 16 + h * 8 + (lane_index() >> 2); }

@@ -187,6 +187,7 @@ DEVICE void score_role(const Params& params, const TensorMap& q_map_0, const Ten
   Place place;
   uint32_t results_phase = 1;
   Queries queries = {q_map_0, q_map_1};
+  queries.begin(params);
   if (params.causal) init_positions(params);
 #pragma unroll 1
   for (int request = uniform(part_of(params).first_request);
@@ -259,4 +260,5 @@ DEVICE void score_role(const Params& params, const TensorMap& q_map_0, const Ten
     results_phase ^= 1;
     __syncwarp();
   }
+  queries.wait_for_rows();  // which nobody takes if no request has tiles
 }

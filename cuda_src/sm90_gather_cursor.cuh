@@ -26,11 +26,6 @@ DEVICE uint32_t walk_address() { return shared_base() + WALKS + warp_in_group() 
 
 #define RARELY(condition) __builtin_expect(condition, 0)
 
-// Whether there is one pool, of pages whose size is a power of two, less than 4 GB apart.
-DEVICE bool is_plain(const Params& params) {
-  return params.page_shift >= 0 && params.extra_topk == 0 && params.page_bytes >> 32 == 0;
-}
-
 // The walk of a warp over its halves of the pair's tiles: lane i < 24 has their token i. Between
 // tiles it lies in shared memory, since the role has 24 registers a thread.
 template <bool IsPlain>

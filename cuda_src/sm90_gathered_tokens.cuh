@@ -21,15 +21,17 @@ DEVICE Tokens tokens_of(const Piece& piece) {
   return {begin, end, (end - begin - 1) / TOKENS + 1};
 }
 
-// One lane's token of a request, and where it lies.
+// One lane's token of a request, and where it lies. IsPlain: is_plain(params) says so.
+template <bool IsPlain>
 struct Token {
   int request, index;  // of the request's tokens
   int end;             // of the piece; from there on there is no token
   int second;          // where the second list begins
 
   DEVICE static uint32_t page_of(int page_size, int shift, uint32_t token) {
-    return shift >= 0 ? token >> shift : token / (uint32_t)page_size;
+    return IsPlain || shift >= 0 ? token >> shift : token / (uint32_t)page_size;
   }
+  DEVICE bool is_second() const { return !IsPlain && index >= second; }
   // Its entry of the list, or of the table.
   DEVICE int entry(const Params& params) const {
     if (index >= end) return -1;
@@ -37,9 +39,9 @@ struct Token {
     const int* list = params.block_table + request * params.table_stride;
     if (params.topk == 0) {
       column = page_of(params.page_size, params.page_shift, column);
-    } else if (column >= second) {
+    } else if (is_second()) {
       column -= second, list = params.extra_indices + request * params.extra_stride;
-    } else if (params.extra_topk > 0) {
+    } else if (!IsPlain && params.extra_topk > 0) {
       column = min(column, params.topk - 1);  // what lies between the lists, row() ignores
     }
     return ld_global_s32(list + column);
@@ -49,29 +51,33 @@ struct Token {
                             bool& is_bad) const {
     is_bad = false;
     if (index >= end) return nullptr;
-    const bool is_second = index >= second, is_listed = params.topk > 0;
-    if (params.extra_topk > 0 && !is_second && index >= first_length(params, request)) {
+    const bool of_second = is_second(), is_listed = params.topk > 0;
+    if (!IsPlain && params.extra_topk > 0 && !of_second && index >= first_length(params, request)) {
       return nullptr;
     }
-    const uint32_t page_size = is_second ? params.extra_page_size : params.page_size;
-    const uint32_t pages = is_second ? params.extra_num_pages : params.num_pages;
-    const int shift = is_second ? params.extra_page_shift : params.page_shift;
+    const uint32_t page_size = of_second ? params.extra_page_size : params.page_size;
+    const uint32_t pages = of_second ? params.extra_num_pages : params.num_pages;
+    const int shift = of_second ? params.extra_page_shift : params.page_shift;
     const uint32_t of_pool = is_listed ? entry : index;
     const uint32_t page = page_of(page_size, shift, of_pool);
     const uint32_t in_pool = is_listed ? page : entry;
     if (in_pool >= pages || entry < 0) {
       is_bad = !(is_listed && (entry == -1 || params.outside_is_none));
       if (is_bad) {
-        const List list = !is_listed ? TABLE : is_second ? SECOND_LIST : FIRST_LIST;
-        const int place = !is_listed ? page : is_second ? index - second : index;
+        const List list = !is_listed ? TABLE : of_second ? SECOND_LIST : FIRST_LIST;
+        const int place = !is_listed ? page : of_second ? index - second : index;
         refuse(params, request, PAGE_ID, list << LIST_SHIFT | place);
       }
       return nullptr;
     }
-    const uint8_t* page_begin = (is_second ? params.extra_cache : params.cache) +
-                                in_pool * (is_second ? params.extra_page_bytes : params.page_bytes);
-    const int64_t in_page = of_pool - page * page_size;
-    tail = page_begin + (int64_t)page_size * ROW_BYTES + in_page * TAIL_BYTES;
-    return page_begin + in_page * ROW_BYTES;
+    const uint8_t* page_begin = of_second ? params.extra_cache : params.cache;
+    if (IsPlain) {
+      page_begin += (uint64_t)in_pool * (uint32_t)params.page_bytes;
+    } else {
+      page_begin += in_pool * (of_second ? params.extra_page_bytes : params.page_bytes);
+    }
+    const uint32_t in_page = IsPlain ? of_pool & (page_size - 1) : of_pool - page * page_size;
+    tail = page_begin + (uint64_t)page_size * ROW_BYTES + (uint64_t)in_page * TAIL_BYTES;
+    return page_begin + (uint64_t)in_page * ROW_BYTES;
   }
 };

@@ -123,6 +123,10 @@ DEVICE List list_of_length(const Params& params, int request) {
   if (first_length(params, request) >= 0) return SECOND_LIST;
   return params.outside_is_none ? PREFILL_LIST : FIRST_LIST;
 }
+// Whether there is one pool, of pages whose size is a power of two, less than 4 GB apart.
+DEVICE bool is_plain(const Params& params) {
+  return params.page_shift >= 0 && params.extra_topk == 0 && params.page_bytes >> 32 == 0;
+}
 DEVICE int lse_group(const Params& params) { return params.lse_group; }
 DEVICE float descale(const float* factor) { return factor ? __ldg(factor) : 1.f; }
 #else
