@@ -87,7 +87,8 @@ DEVICE void store_floats(float (&o)[128], int block_of_columns, const Params& pa
   });
 }
 
-// Each warp tells the others of its half the largest value of each query row in its 64 columns.
+// Each warp tells the others of its half the largest value of each query row in its 64 columns. They
+// have read those of the piece before: its results are stored before those of this one are ready.
 DEVICE void tell_largest_values(const float (&o)[128], uint32_t of_half) {
   float largest[16] = {};
 #pragma unroll
@@ -150,5 +151,4 @@ DEVICE void store_halves(float (&o)[128], int half, int block_of_columns, const 
     if (stores_scale && is_there) *scales = upper ? down[1] : down[0];
     to += 8 * 1024, scales += 8 * 4;
   });
-  bar_sync(VALUE_BARRIERS + half, GROUP_THREADS);  // LARGEST may be written again
 }

@@ -37,7 +37,8 @@ DEVICE void mask(float (&s)[SCORES], uint32_t bits, int first_token, int border)
     }
   }
 }
-// What mask() needs of the rows. Those past the slab see what the first one sees.
+// What mask() needs of the rows, after the warps have met, as they do when Q is ready. Rows past the
+// slab see what the first one sees.
 DEVICE void init_positions(const Params& params) {
   const int of_block = thread_in_group();
   if (of_block < ROWS) {
@@ -46,7 +47,6 @@ DEVICE void init_positions(const Params& params) {
     st_shared_u32(row_float(POSITIONS, of_block),
                   block.slab + (row < params.slab_rows ? row / params.group : 0));
   }
-  bar_sync(SCORE_BARRIER, GROUP_THREADS);
 }
 
 // ---- maxima and sums ------------------------------------------------------------------------
