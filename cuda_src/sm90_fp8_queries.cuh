@@ -48,13 +48,13 @@ DEVICE uint32_t product_of_q(uint32_t x, float factor) {
 #endif
 }
 
-constexpr float LEAST_MAXIMUM = -3.402823466e38f;  // where maxima start
-
 DEVICE uint32_t rotary_product_of_q(uint32_t x, float factor) {
   if (!ROTARY_IN_BF16) return product_of_q(x, factor);
   const float2 v = q_pair(x);
   return bfloat_x2(v.x * factor, v.y * factor);
 }
+
+constexpr float LEAST_MAXIMUM = -3.402823466e38f;  // where maxima start: below any score
 
 struct Queries {
   const TensorMap &first_map, &rest_map;

@@ -220,8 +220,9 @@ DEVICE void score_role(const Params& params, const TensorMap& q_map_0, const Ten
       RowStates states;
       uint32_t bits;
       keys.compute(s, states, bits, place.stage, to_release);
-      if (RARELY(bits != ALL_TOKENS || first_token + TOKENS > border))
+      if (RARELY(bits != ALL_TOKENS || first_token + TOKENS > border)) {
         mask(s, bits, first_token, border);
+      }
       if (RARELY(params.max_logits != nullptr)) tell_largest(s, states, LARGEST_LOGITS, is_first);
       // P is computed before all warps know whether a maximum rises, which is rare after the first
       // tile: then once more.
