@@ -256,21 +256,26 @@ def test_random():
     assert not failures, f"{len(failures)} of {CASES}:\n" + "\n".join(failures[:5])
 
 
+# Of either kernel over FP8: those for few query rows, and for more.
+BOTH_SIZES = pytest.mark.parametrize("h_q", [16, 64])
+
+
+@BOTH_SIZES
 @pytest.mark.parametrize("format", FORMATS)
-def test_needles(format):
+def test_needles(format, h_q):
     """A key like the query, far from all others: all the weight of its head is its."""
     need(format)
     d_qk = FORMATS[format].d_qk
     rng = np.random.default_rng(5)
     problem = make_sparse_problem(
-        format, batch=3, topk=300, s_k=700, page_size=16, h_q=16, sink=False, varlen=False
+        format, batch=3, topk=300, s_k=700, page_size=16, h_q=h_q, sink=False, varlen=False
     )
     problem.softmax_scale = 1.0
     if problem.descale_k is not None:
         problem.descale_k = np.array([2.0**-8], np.float32)
     for trial in range(3 if DRY else 40):
         query = np.sign(rng.standard_normal(d_qk)) * 0.5  # e4m3 has it exactly
-        b, head = int(rng.integers(3)), int(rng.integers(16))
+        b, head = int(rng.integers(3)), int(rng.integers(h_q))
         edges = (0, 1, 11, 12, 47, 48, 63, 64, 127, 128, 255, 256, 298, 299)
         position = edges[trial % len(edges)]
         problem.q[b, 0, head] = query
@@ -290,13 +295,14 @@ def test_needles(format):
 # --- memory ------------------------------------------------------------------------------------
 
 
+@BOTH_SIZES
 @pytest.mark.parametrize("format", FORMATS)
-def test_bytes_of_tokens_that_are_not_selected_change_no_bit(format):
+def test_bytes_of_tokens_that_are_not_selected_change_no_bit(format, h_q):
     need(format)
     results = []
     for fill in (0xFF, 0x7F, 0x00):
         problem = make_sparse_problem(
-            format, batch=3, s_q=2, topk=130, s_k=400, page_size=16, h_q=16, lengths="query"
+            format, batch=3, s_q=2, topk=130, s_k=400, page_size=16, h_q=h_q, lengths="query"
         )
         slots = np.arange(problem.pool.k_cache.shape[0] * 16)
         length = problem.pool.topk_length[..., None]
@@ -309,12 +315,13 @@ def test_bytes_of_tokens_that_are_not_selected_change_no_bit(format):
         assert all(same_on_device(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@BOTH_SIZES
 @pytest.mark.parametrize("format", FORMATS)
-def test_corrupt_lists(format):
+def test_corrupt_lists(format, h_q):
     """A bad index or length: NaN in the rows of its query token, no bit changed elsewhere."""
     need(format)
     rng = np.random.default_rng(3)
-    problem = make_sparse_problem(format, batch=5, s_q=2, topk=200, s_k=300, h_q=16, varlen=False)
+    problem = make_sparse_problem(format, batch=5, s_q=2, topk=200, s_k=300, h_q=h_q, varlen=False)
     problem.pool = problem.pool._replace(topk_length=np.full((5, 2), 150, np.int32))
     before = results_of(problem)
     slots = problem.pool.k_cache.shape[0] * problem.pool.k_cache.shape[1]
