@@ -28,7 +28,7 @@ def _gather(
     shared_bytes: int,
     *defines: str,
     dtypes: tuple[str, ...] = ("bfloat16", "float16"),
-    spill_bytes: int = 16,
+    spill_bytes: int = 64,
     mma_loops: int = 3,  # Q K^T with softmax; P V of short and of long pieces
 ) -> Kernel:
     """A kernel for 64 query rows over the rows of one format of a cache."""
