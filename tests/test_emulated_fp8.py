@@ -102,6 +102,20 @@ BROKEN = {  # file, text, what takes its place, scenario
         races,
         "v4",
     ),
+    "fragments of K are overwritten while wgmma reads them": (
+        "keys",
+        "if (n >= UNITS_IN_USE) wgmma_wait_group<UNITS_IN_USE - 1>();",
+        "",
+        races,
+        "v32",
+    ),
+    "fragments of V are overwritten while wgmma reads them": (
+        "values",
+        "if (i >= IN_USE) wgmma_wait_group<IN_USE - 1>();",
+        "",
+        rises,
+        "e4m3",
+    ),
     "missing rows are not cleared": (
         "loader",
         "clear_rows(rows, ~mine & ALL_TOKENS, bads);",

@@ -90,7 +90,9 @@ struct Product {
   bool accumulate = true, a_in_registers = false, b_mn_major = false;
   uint64_t a = 0, b = 0;  // descriptors
   float (*to_float)(uint16_t) = nullptr;  // of the type of A and B
-  std::array<std::array<uint32_t, 4>, WARPGROUP> a_registers;
+  // Where the threads have A, if it is in registers: what is there when the product is computed counts,
+  // so one that is overwritten too early is wrong.
+  std::array<const uint32_t*, WARPGROUP> a_registers;
   std::array<float*, WARPGROUP> d;
 };
 struct Warpgroup {
@@ -501,7 +503,7 @@ inline void issue(const Product& mine, const uint32_t* a_registers, float* d) {
     fail("the threads of a warpgroup do not agree on a wgmma");
   }
   const uint32_t t = thread->index % WARPGROUP;
-  for (int i = 0; a_registers && i < 4; ++i) product.a_registers[t][i] = a_registers[i];
+  product.a_registers[t] = a_registers;
   product.d[t] = d;
   ++product.issued;
   maybe_yield();
