@@ -198,23 +198,15 @@ DEVICE void cp_async_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_
       : "memory");
 }
 
-// cp.async (9.7.9.25): 16 or 8 bytes from global to shared memory, zeros if `bytes` is 0; 4 bytes.
+// cp.async (9.7.9.25): 16 bytes from global to shared memory, zeros if `bytes` is 0; 4 bytes.
 // Copies since the last commit are a group; the wait is for all groups but the newest `Newest`.
 DEVICE void cp_async_16(uint32_t to, const void* from, uint32_t bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                "r"(bytes)
                : "memory");
 }
-DEVICE void cp_async_8(uint32_t to, const void* from, uint32_t bytes) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(bytes)
-               : "memory");
-}
 DEVICE void cp_async_4(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
-}
-// When this thread's copies so far have landed, arrives at a barrier that counts it.
-DEVICE void cp_async_mbarrier_arrive(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int Newest>
@@ -242,12 +234,6 @@ DEVICE void st_shared_v4(uint32_t a, Vector4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)
                : "memory");
-}
-DEVICE void st_shared_v4_if(bool condition, uint32_t a, Vector4 v) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.u32 p, %5, 0; @p st.shared.v4.b32 [%0], {%1, %2, %3, %4}; }" ::"r"(a),
-      "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"((uint32_t)condition)
-      : "memory");
 }
 DEVICE void st_shared_v2(uint32_t a, uint32_t x, uint32_t y) {
   asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(a), "r"(x), "r"(y) : "memory");

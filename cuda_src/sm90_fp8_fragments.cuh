@@ -2,19 +2,11 @@
 // latent is A: query rows are the columns of S^T and O^T.
 #pragma once
 #include "sm90_gathered_tokens.cuh"
+#include "sm90_swizzle.cuh"
 #include "wgmma.cuh"
 
-// ---- descriptors ("PTX ISA", 9.7.15.5.1) ----------------------------------------------------
-// From addresses in the shared window, with a 128-byte swizzle. Distances are in units of 16 bytes.
-
-// K-major: groups of 8 rows of 128 bytes, 1024 bytes apart.
-DEVICE uint64_t descriptor_k_major(uint32_t a) {
-  return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
-}
-// MN-major, of 64 columns: the next 8 tokens lie 1024 bytes on.
+// Of P^T, MN-major with 64 columns: the next 8 tokens lie 1024 bytes on, as rows do K-major.
 DEVICE uint64_t descriptor_mn_major(uint32_t a) { return descriptor_k_major(a); }
-
-// ---- fragments ------------------------------------------------------------------------------
 
 // The thread's columns: c 0 to 15, in pairs of neighbours, eight columns apart.
 DEVICE int my_column(int c) { return (c >> 1) * 8 + (lane_index() & 3) * 2 + (c & 1); }
@@ -44,9 +36,4 @@ DEVICE int max_of_columns(float (&v)[16]) {
 }
 DEVICE int sum_of_columns(float (&v)[16]) {
   return reduce_columns(v, [](float x, float y) { return x + y; });
-}
-// Byte offset in a swizzled tile of 64 rows for stmatrix; ^ (i << 5) for columns 16 i and on.
-DEVICE uint32_t fragment_offset() {
-  const uint32_t lane = lane_index(), row = warp_in_group() * 16 + (lane & 15);
-  return row * 128 + ((((lane >> 4) ^ row) & 7) << 4);
 }

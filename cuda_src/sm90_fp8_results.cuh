@@ -42,12 +42,11 @@ DEVICE bool has_row(const Params& params, const RowBlock& block, int k, int n) {
   return block.first_row + my_column(2 * k) + n < params.slab_rows;
 }
 
-// O / l -> out.
-DEVICE void store_out(float (&o)[128], int block_of_columns, const Params& params, int request) {
-  const RowBlock block = row_block();
-  uint16_t* to = params.out +
-                 out_row(params, request, block, block.first_row + my_column(0)) * 512 +
-                 block_of_columns * 64 + (lane_index() >> 2) * 2;
+// O / l, by pairs of columns: `to` is where the thread's first pair goes, and store(is_there, to, x, y)
+// stores one.
+template <class T, class Store>
+DEVICE void store_pairs(float (&o)[128], const Params& params, const RowBlock& block, T* to,
+                        Store store) {
   store_rows(o, [&](int k, const TwoRows& rows) {
     const float2 inverse = inverse_l(k);
 #pragma unroll
@@ -57,10 +56,21 @@ DEVICE void store_out(float (&o)[128], int block_of_columns, const Params& param
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* t = rows.values[n][i];
-        st_global_u32_if(is_there, to + n * 512 + i * 16, cvt_x2(t[0] * x, t[1] * x));
+        store(is_there, to + n * 512 + i * 16, t[0] * x, t[1] * x);
       }
     }
     to += 8 * 512;
+  });
+}
+
+// O / l -> out.
+DEVICE void store_out(float (&o)[128], int block_of_columns, const Params& params, int request) {
+  const RowBlock block = row_block();
+  uint16_t* to = params.out +
+                 out_row(params, request, block, block.first_row + my_column(0)) * 512 +
+                 block_of_columns * 64 + (lane_index() >> 2) * 2;
+  store_pairs(o, params, block, to, [](bool is_there, uint16_t* at, float x, float y) {
+    st_global_u32_if(is_there, at, cvt_x2(x, y));
   });
 }
 
@@ -71,19 +81,8 @@ DEVICE void store_floats(float (&o)[128], int block_of_columns, const Params& pa
   float* to = params.out_partial +
               partial_row(params, slot, block, block.first_row + my_column(0)) * 512 +
               block_of_columns * 64 + (g & 3) * 4 + (g >> 2) * 2;
-  store_rows(o, [&](int k, const TwoRows& rows) {
-    const float2 inverse = inverse_l(k);
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      const float x = n ? inverse.y : inverse.x;
-      const bool is_there = has_row(params, block, k, n);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* t = rows.values[n][i];
-        st_global_v2_f32_if(is_there, to + n * 512 + i * 16, t[0] * x, t[1] * x);
-      }
-    }
-    to += 8 * 512;
+  store_pairs(o, params, block, to, [](bool is_there, float* at, float x, float y) {
+    st_global_v2_f32_if(is_there, at, x, y);
   });
 }
 

@@ -8,8 +8,6 @@
 #include "sm90_arrivals.cuh"
 #define MAP_COMES_FIRST  // for sm90_pieces.cuh
 
-#define RARELY(condition) __builtin_expect(condition, 0)
-
 constexpr int ROWS = 64;    // query rows of a thread block
 constexpr int TOKENS = 64;  // of a tile, of the schedule and of a stage
 constexpr int STAGES = 3;   // of the ring
@@ -116,6 +114,7 @@ DEVICE void arrive(uint32_t barrier) {
   __syncwarp();
   if (arrives()) mbarrier_arrive(barrier);
 }
+
 // Where a role is in the ring: the stage, and the parity of how often it went round.
 struct Place {
   uint32_t stage = 0, phase = 0;

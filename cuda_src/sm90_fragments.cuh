@@ -6,15 +6,12 @@
 #pragma once
 #include "row_statistics.cuh"
 #include "sm90_pieces.cuh"
+#include "sm90_swizzle.cuh"
 #include "wgmma.cuh"
 
 // ---- descriptors ("PTX ISA", 9.7.15.5.1) ----------------------------------------------------
 // From addresses in the shared window. Distances are in units of 16 bytes.
 
-// K-major, 128-byte swizzle: groups of 8 rows of 128 bytes, 1024 bytes apart.
-DEVICE uint64_t descriptor_k_major(uint32_t a) {
-  return (uint64_t)((a >> 4) & 0x3FFF) | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
-}
 // MN-major, 128-byte swizzle: the next 64 columns lie a column block on, the next 8 tokens 1024
 // bytes.
 DEVICE uint64_t descriptor_mn_major(uint32_t a) {
@@ -30,12 +27,6 @@ DEVICE uint64_t descriptor_k_major_plain(uint32_t a) {
 
 DEVICE int row_in_block() { return warp_in_group() * 16 + (lane_index() >> 2); }
 DEVICE int column_pair() { return (lane_index() & 3) * 2; }
-// Byte offset in a swizzled column block for ldmatrix and stmatrix; ^ (step << 5) for step 1..3.
-DEVICE uint32_t fragment_offset() {
-  const uint32_t lane = lane_index(), row = warp_in_group() * 16 + (lane & 15);
-  return row * 128 + ((((lane >> 4) ^ row) & 7) << 4);
-}
-
 // Byte offset for stmatrix in 16 columns without a swizzle: core matrices of 8 rows by 16 bytes.
 DEVICE uint32_t plain_fragment_offset() {
   const uint32_t lane = lane_index(), row = warp_in_group() * 16 + (lane & 15);

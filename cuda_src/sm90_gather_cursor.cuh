@@ -24,8 +24,6 @@ DEVICE int piece_tiles(const Piece& piece) {
 // those that come next; and the walk.
 DEVICE uint32_t walk_address() { return shared_base() + WALKS + warp_in_group() * WALK_BYTES; }
 
-#define RARELY(condition) __builtin_expect(condition, 0)
-
 // The walk of a warp over its halves of the pair's tiles: lane i < 24 has their token i. Between
 // tiles it lies in shared memory, since the role has 24 registers a thread.
 template <bool IsPlain>

@@ -66,6 +66,8 @@ struct Params {
 
 enum Reason { FOREIGN_METADATA, LENGTH, STALE_METADATA, PAGE_ID };  // gpu/reports.py names them
 #if defined(GATHERED)
+#define RARELY(condition) __builtin_expect(condition, 0)
+
 // What a column says of a length or an index of a list: which one, in the upper bits, and its
 // place.
 constexpr int LIST_SHIFT = 28;

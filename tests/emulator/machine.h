@@ -75,7 +75,6 @@ struct Thread {
   std::deque<uint64_t> product_groups;  // committed: how many were issued by then
   std::shared_ptr<int> copies;     // how many are open of the cp.async that are not committed
   std::deque<std::shared_ptr<int>> copy_groups;  // committed, the oldest first
-  std::vector<std::shared_ptr<int>> all_copies;  // the counts of those that may be open
   std::vector<uint32_t> unfenced;  // chunks of shared memory written since the last proxy fence
   uint32_t fenced_acquires = 0;    // acquires of its block that a proxy fence of its own follows
   std::unique_ptr<char[]> stack;
@@ -351,13 +350,7 @@ inline void fence_all() {
 // cp.async: an ordinary write to shared memory, but at some time before the thread waits for it.
 inline void copy_later(std::function<void()> copy, uint32_t to) {
   Thread* const owner = thread;
-  if (!owner->copies) {
-    owner->copies = std::make_shared<int>(0);
-    auto& all = owner->all_copies;
-    all.erase(std::remove_if(all.begin(), all.end(), [](auto& open) { return *open == 0; }),
-              all.end());
-    all.push_back(owner->copies);
-  }
+  if (!owner->copies) owner->copies = std::make_shared<int>(0);
   ++*owner->copies;
   block->copies.push_back([copy = std::move(copy), open = owner->copies, owner, to] {
     copy();
@@ -414,18 +407,6 @@ inline void arrive(uint32_t address, uint32_t count, uint32_t bytes = 0) {
   b.bytes += bytes;
   b.pending -= count;
   complete_phase(b);
-}
-// cp.async.mbarrier.arrive: arrives when the copies of the thread so far have landed.
-inline void arrive_when_landed(std::vector<std::shared_ptr<int>> copies, uint32_t address) {
-  block->copies.push_back([copies = std::move(copies), address] {
-    for (const auto& open : copies) {
-      if (*open) return arrive_when_landed(copies, address);
-    }
-    arrive(address, 1);
-  });
-}
-inline void arrive_after_copies(uint32_t address) {
-  arrive_when_landed(thread->all_copies, address);
 }
 inline void complete_bytes(uint32_t address, uint32_t bytes) {
   Mbarrier& b = mbarrier(address);

@@ -149,11 +149,7 @@ DEVICE void cp_async(uint32_t to, const void* from, uint32_t bytes, uint32_t of)
 DEVICE void cp_async_16(uint32_t to, const void* from, uint32_t bytes) {
   cp_async(to, from, bytes, 16);
 }
-DEVICE void cp_async_8(uint32_t to, const void* from, uint32_t bytes) {
-  cp_async(to, from, bytes, 8);
-}
 DEVICE void cp_async_4(uint32_t to, const void* from) { cp_async(to, from, 4, 4); }
-DEVICE void cp_async_mbarrier_arrive(uint32_t barrier) { machine::arrive_after_copies(barrier); }
 DEVICE void cp_async_commit_group() { machine::commit_copies(); }
 template <int Newest>
 DEVICE void cp_async_wait_group() {
@@ -177,9 +173,6 @@ struct Vector4 {
 };
 DEVICE Vector4 ld_shared_v4(uint32_t a) { return ld_shared<Vector4>(a); }
 DEVICE void st_shared_v4(uint32_t a, Vector4 v) { st_shared(a, v); }
-DEVICE void st_shared_v4_if(bool condition, uint32_t a, Vector4 v) {
-  if (condition) st_shared(a, v);
-}
 struct Vector2 {
   uint32_t x, y;
 };
