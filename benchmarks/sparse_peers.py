@@ -11,8 +11,7 @@ The peer is FlashMLA in the wheel of vLLM 0.33.0, the last one with kernels for 
     prefill   flash_mla_sparse_fwd over bfloat16
 
 Lists have 2048 tokens of `s_kv`, chosen at random. FlashMLA decodes 64 or 128 heads: for 16 it gets
-64 of which 48 are zeros, as its users do it. Over 576 bytes it takes q in e4m3, ours bfloat16; it
-gets the same values.
+64 of which 48 are zeros, as its users do it. Over 576 bytes both get q in e4m3.
 
 A time counts only if the results of both agree. What is timed and how is as in peers.py: calls in a
 CUDA graph, the implementations in turns under sustained load, metadata made before. Calls rotate

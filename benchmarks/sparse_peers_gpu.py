@@ -111,15 +111,14 @@ def _e4m3(case: Case) -> list[tuple[Call, Call]]:
         parts = [_normal(pages, PAGE_SIZE, 1, HEAD_DIM).to(torch.float8_e4m3fn) for _ in lengths]
         pool = torch.cat([part.view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
         table = torch.randperm(len(pool), device="cuda").int().view(case.batch, pages)
-        q8 = _normal(case.batch, 1, case.h_q, HEAD_DIM).to(torch.float8_e4m3fn)
-        q = q8.to(torch.bfloat16)
+        q = _normal(case.batch, 1, case.h_q, HEAD_DIM).to(torch.float8_e4m3fn)
 
         def ours() -> torch.Tensor:
             arrays = (q, pool, table, lengths, HEAD_DIM_V, meta, splits, SCALE)
             return flash_mla_with_kvcache(*arrays, is_fp8_kvcache=True)[0]
 
         def peer() -> torch.Tensor:
-            arrays = (q8, pool, HEAD_DIM_V, lengths, table, SCALE, False, *plan, one, one)
+            arrays = (q, pool, HEAD_DIM_V, lengths, table, SCALE, False, *plan, one, one)
             return ops.fwd_kvcache_mla_fp8(*arrays)[0]
 
         return ours, peer

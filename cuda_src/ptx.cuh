@@ -429,6 +429,17 @@ DEVICE uint32_t max_abs_x2(uint32_t x, uint32_t y) {
 #endif
   return z;
 }
+// The larger numbers of two pairs. NaN counts for nothing.
+DEVICE uint32_t max_half_x2(uint32_t x, uint32_t y) {
+  uint32_t z;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
+DEVICE uint32_t max_bfloat_x2(uint32_t x, uint32_t y) {
+  uint32_t z;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
 // Two e4m3, in the low half of x, to two float16; exact.
 DEVICE uint32_t half_x2_from_e4m3(uint32_t x) {
   uint32_t y;

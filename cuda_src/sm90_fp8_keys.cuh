@@ -1,10 +1,8 @@
 // S^T [64 tokens, 64 query rows] = K Q^T of a tile, by the score warps: K is A, of which a warp has 16
-// tokens.
+// tokens, converted to 16 bits on the way to registers.
 #pragma once
 #include "sm90_fp8_convert.cuh"
-#include "sm90_fp8_fragments.cuh"
-
-constexpr int SCORES = ROWS / 2;  // of a thread: two tokens by a quarter of the query rows
+#include "sm90_fp8_key_rows.cuh"
 
 // K is taken in units of 32 columns, two steps of wgmma each: rotary columns first, if they need no
 // conversion from FP8. UNITS_IN_USE of them have registers: one is converted while the products take
@@ -12,33 +10,14 @@ constexpr int SCORES = ROWS / 2;  // of a thread: two tokens by a quarter of the
 constexpr int UNITS = COLUMN_BLOCKS * 2, E4M3_UNITS = LATENT_BLOCKS * 2;
 constexpr int ROTARY_UNITS = UNITS - E4M3_UNITS, UNITS_IN_USE = 3;
 
-// The 16 tokens of a warp in a stage, as a lane reads them.
-struct KeyRows {
-  uint32_t latent;  // its row for ldmatrix
-  uint32_t row;     // the first of the two rows that it has fragments of
-  DEVICE KeyRows(uint32_t stage) {
-    const uint32_t lane = lane_index();
-    const uint32_t rows = staged_rows(stage) + warp_in_group() * WARP_TOKENS * STAGED_ROW;
-    latent = rows + (lane & 15) * STAGED_ROW + (lane >> 4) * 16;
-    row = rows + (lane >> 2) * STAGED_ROW;
-  }
-};
-
-// {scale, m} of the thread's query rows, loaded together.
-struct RowStates {
-  float4 of_pair[8];
-  DEVICE void load() {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) of_pair[i] = ld_shared_v4_f32(row_state(my_column(2 * i)));
-  }
-};
-
 struct Keys {
   uint32_t fragments[UNITS_IN_USE][8];
-  uint32_t loaded[4];  // 32 columns of e4m3
+  uint32_t loaded[2][4];  // units of e4m3 on their way
+  float scales[2];        // the same of the next block
 
   DEVICE void load(const KeyRows& rows, int unit) {
-    ldmatrix_x4(rows.latent + unit * 32, loaded[0], loaded[1], loaded[2], loaded[3]);
+    uint32_t (&x)[4] = loaded[unit & 1];
+    ldmatrix_x4(rows.latent + unit * 32, x[0], x[1], x[2], x[3]);
   }
   DEVICE void load_rotary(const KeyRows& rows, int unit) {
 #pragma unroll
@@ -46,6 +25,10 @@ struct Keys {
       uint32_t* x = fragments[unit] + 4 * i;
       ldmatrix_x4(rows.latent + ROTARY + (unit * 2 + i) * 32, x[0], x[1], x[2], x[3]);
     }
+  }
+  DEVICE void load_scales(const KeyRows& rows, int block) {
+    if (!HAS_SCALES) return;
+    scales[0] = scale_at(rows.row, block), scales[1] = scale_at(rows.row + 8 * STAGED_ROW, block);
   }
   DEVICE static void convert(uint32_t (&to)[8], const uint32_t (&x)[4],
                              const Factors (&factors)[2]) {
@@ -60,11 +43,10 @@ struct Keys {
   // Loads what the first products of the tile in a stage take.
   DEVICE void begin(uint32_t stage) {
     const KeyRows rows(stage);
-    if (ROTARY_UNITS) {
-      load_rotary(rows, 0);
-    } else {
-      load(rows, 0);
-    }
+    if (ROTARY_UNITS) load_rotary(rows, 0);
+    load_scales(rows, 0);
+    load(rows, 0);
+    if (!ROTARY_UNITS) load(rows, 1);
   }
   // Computes S^T for the tile in a stage, after begin(). `to_release` is p_ready of the tile before,
   // if it is yet to be released, or 0. Loads what comes into play then: `states`, and `bits` of the
@@ -73,17 +55,8 @@ struct Keys {
                       uint32_t to_release) {
     const KeyRows rows(stage);
     const uint64_t q = descriptor_k_major(shared_base());
-    float scales[2];
     Factors factors[2] = {};
-    auto load_scales = [&](int block) {
-      if (!HAS_SCALES) return;
-      scales[0] = scale_at(rows.row, block), scales[1] = scale_at(rows.row + 8 * STAGED_ROW, block);
-    };
-    if (ROTARY_UNITS) {
-      load_rotary(rows, 1);
-      load(rows, 0);
-    }
-    load_scales(0);
+    if (ROTARY_UNITS) load_rotary(rows, 1), load(rows, 1);
 #pragma unroll
     for (int n = 0; n < UNITS; ++n) {
       const int unit = n - ROTARY_UNITS, step = (n & 1) * 2;
@@ -99,11 +72,11 @@ struct Keys {
         if (HAS_SCALES && (unit & 1) == 0) {
           factors[0] = factors_of(scales[0], scales[0]);
           factors[1] = factors_of(scales[1], scales[1]);
-          if (block + 1 < LATENT_BLOCKS) load_scales(block + 1);
+          if (block + 1 < LATENT_BLOCKS) load_scales(rows, block + 1);
         }
         if (n >= UNITS_IN_USE) wgmma_wait_group<UNITS_IN_USE - 1>();
-        convert(now, loaded, factors);
-        if (unit + 1 < E4M3_UNITS) load(rows, unit + 1);
+        convert(now, loaded[unit & 1], factors);
+        if (unit + 2 < E4M3_UNITS) load(rows, unit + 2);
       }
       wgmma_fence();
       if (n < ROTARY_UNITS && ROTARY_IN_BF16) {

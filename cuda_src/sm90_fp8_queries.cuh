@@ -4,20 +4,17 @@
 // The products are of float16. So each row of Q is scaled by the power of two that brings its
 // largest value to [2^13, 2^14), which is exact for all values that matter, and the row's softmax
 // scale takes that back. Columns that meet e4m3 are permuted as the fragments of K are: of every 16,
-// pairs 0 2 4 6 1 3 5 7. Rows of e4m3 (QUERY_E4M3) are read from global memory.
+// pairs 0 2 4 6 1 3 5 7.
+//
+// Rows of e4m3 (QUERY_E4M3) are copied from global memory as they are.
 #pragma once
 #include "row_statistics.cuh"
 #include "sm90_fp8_convert.cuh"
 #include "sm90_gathered_tokens.cuh"
 
-#if defined(QUERY_E4M3)
-constexpr bool QUERY_IS_E4M3 = true;
-#else
-constexpr bool QUERY_IS_E4M3 = false;
-#endif
-
+#if !defined(QUERY_E4M3)
 DEVICE float2 q_pair(uint32_t x) {
-#if defined(DTYPE_FP16) || defined(QUERY_E4M3)
+#if defined(DTYPE_FP16)
   return from_half_x2(x);
 #else
   return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000)};
@@ -53,6 +50,7 @@ DEVICE uint32_t rotary_product_of_q(uint32_t x, float factor) {
   const float2 v = q_pair(x);
   return bfloat_x2(v.x * factor, v.y * factor);
 }
+#endif
 
 constexpr float LEAST_MAXIMUM = -3.402823466e38f;  // where maxima start: below any score
 
@@ -95,7 +93,7 @@ struct Queries {
     const float scale_log2 =
         params.scale_log2 * descale(params.descale_q) * descale(params.descale_k);
 #if defined(QUERY_E4M3)
-    convert(params, request, scale_log2);
+    copy(params, request, scale_log2);
 #else
     if (RARELY(asked_for != request)) {  // the part's first request has no tiles
       wait_for_rows();
@@ -117,9 +115,6 @@ struct Queries {
   }
   // A lane has two rows of the warp's 16, and 16 columns of each block.
   DEVICE static int my_row(int h) { return warp_in_group() * 16 + h * 8 + (lane_index() >> 2); }
-  DEVICE static uint32_t my_columns(int row) {
-    return shared_base() + row * 128 + ((((lane_index() & 3) * 2) ^ (row & 7)) << 4);
-  }
   DEVICE static void begin_row(int row, float scale) {
     if ((lane_index() & 3) == 0) {
       st_shared_f32(row_state(row), scale);
@@ -127,17 +122,17 @@ struct Queries {
     }
   }
 #if defined(QUERY_E4M3)
-  DEVICE static void convert(const Params& params, int request, float scale_log2) {
+  // Copies rows, two 64 columns of a row to a row of 128 bytes.
+  DEVICE static void copy(const Params& params, int request, float scale_log2) {
     const RowBlock block = row_block();
-    const int of_call = request / params.lse_group;
+    const int of_call = request / params.lse_group, lane = lane_index() & 3;
     const int position = block.slab + request - of_call * params.lse_group;
     const uint8_t* from = params.q + of_call * params.q_batch_stride +
-                          position * params.q_position_stride + (lane_index() & 3) * 16;
+                          position * params.q_position_stride + lane * 16;
 #pragma unroll 1
     for (int h = 0; h < 2; ++h) {
       const int row = my_row(h);
       const bool is_there = block.first_row + row < params.slab_rows;
-      const uint32_t to = my_columns(row);
       const uint8_t* from_row =
           from + (block.first_head + block.first_row + row) * params.q_head_stride;
       Vector4 v[COLUMN_BLOCKS];
@@ -148,17 +143,17 @@ struct Queries {
       }
 #pragma unroll
       for (int i = 0; i < COLUMN_BLOCKS; ++i) {
-        st_shared_v4(to + i * Q_BLOCK_BYTES,
-                     {half_x2_from_e4m3(v[i].x), half_x2_from_e4m3(v[i].y),
-                      half_x2_from_e4m3(v[i].z), half_x2_from_e4m3(v[i].w)});
-        st_shared_v4((to ^ 16) + i * Q_BLOCK_BYTES,
-                     {half_x2_from_e4m3_high(v[i].x), half_x2_from_e4m3_high(v[i].y),
-                      half_x2_from_e4m3_high(v[i].z), half_x2_from_e4m3_high(v[i].w)});
+        st_shared_v4(shared_base() + (i >> 1) * Q_BLOCK_BYTES + row * 128 +
+                         ((((i & 1) * 4 + lane) ^ (row & 7)) << 4),
+                     v[i]);
       }
       begin_row(row, scale_log2);
     }
   }
 #else
+  DEVICE static uint32_t my_columns(int row) {
+    return shared_base() + row * 128 + ((((lane_index() & 3) * 2) ^ (row & 7)) << 4);
+  }
   // 16 columns of a row and of a block.
   DEVICE static void store_block(uint32_t row_at, int block, const Vector4& a, const Vector4& b,
                                  float up) {

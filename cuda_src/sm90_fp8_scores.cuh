@@ -5,7 +5,11 @@
 // lazy (row_statistics.cuh): only where one rises do the warps tell one another theirs, and sums
 // wait for the end of a piece. In each tile they agree whether one rises.
 #pragma once
+#if defined(QUERY_E4M3)
+#include "sm90_fp8_e4m3_keys.cuh"
+#else
 #include "sm90_fp8_keys.cuh"
+#endif
 #include "sm90_fp8_queries.cuh"
 #include "sm90_no_tiles.cuh"
 
@@ -20,14 +24,15 @@ DEVICE uint32_t product_x2(float low, float high) {
 
 // Makes S^T -inf for tokens that are not to be seen. A live token that a row does not see but whose
 // score is not finite makes the row NaN instead (x - x is 0 or NaN). So a bad row of the cache
-// reaches every row of its request.
-DEVICE void mask(float (&s)[SCORES], uint32_t bits, int first_token, int border) {
+// reaches every row of its request. `to_border`: tokens of the tile up to the first one that some row
+// does not see because of a causal mask.
+DEVICE void mask(float (&s)[SCORES], uint32_t bits, int to_border) {
   const int of_warp = lane_index() >> 2, token = warp_in_group() * WARP_TOKENS + of_warp;
 #pragma unroll
   for (int c = 0; c < 16; ++c) {
-    int seen = 0x7fffffff;                // the first token that the row does not see
-    if (first_token + TOKENS > border) {  // causal
-      seen = border + (int)ld_shared_u32(row_float(POSITIONS, my_column(c))) - first_token;
+    int seen = 0x7fffffff;  // the first token that the row does not see
+    if (to_border < TOKENS) {
+      seen = to_border + (int)ld_shared_u32(row_float(POSITIONS, my_column(c)));
     }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -105,32 +110,48 @@ DEVICE void raise_maxima(const float (&s)[SCORES], float (&l)[16], RowStates& st
   states.load();
 }
 
+// Of P, as products take it, by pairs: the larger numbers, and whether one is beyond 2^LAZY.
+DEVICE uint32_t larger_p(uint32_t x, uint32_t y) {
+#if defined(PRODUCTS_IN_FP16)
+  return max_half_x2(x, y);
+#else
+  return max_bfloat_x2(x, y);
+#endif
+}
+DEVICE bool is_beyond_lazy(uint32_t pair) {
+#if defined(PRODUCTS_IN_FP16)
+  constexpr uint32_t MOST = (15 + (int)LAZY) << 10;
+#else
+  constexpr uint32_t MOST = (127 + (int)LAZY) << 7;
+#endif
+  return (pair & 0xffff) > MOST || pair >> 16 > MOST;
+}
 // P^T of scores, in the stage, and its sums over the thread's tokens. Returns whether a score
 // exceeds the maximum of its row by more than LAZY.
 DEVICE bool store_p(const float (&s)[SCORES], float (&sums)[16], const RowStates& states,
                     uint32_t stage) {
   const uint32_t to = p_tile(stage) + fragment_offset();
-  float top = NEG_INF;
+  uint32_t largest = 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    float x[8];
+    uint32_t p[4];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int c = 4 * i + 2 * j;
       const float4 state = states.of_pair[c >> 1];
       const float* t = s + 2 * c;
-      float* y = x + 4 * j;
+      float y[4];
       y[0] = fmaf(t[0], state.x, -state.y), y[2] = fmaf(t[2], state.x, -state.y);
       y[1] = fmaf(t[1], state.z, -state.w), y[3] = fmaf(t[3], state.z, -state.w);
-      top = fmaxf(fmaxf(top, fmaxf(y[0], y[1])), fmaxf(y[2], y[3]));
 #pragma unroll
       for (int n = 0; n < 4; ++n) y[n] = ex2(y[n]);
       sums[c] = y[0] + y[2], sums[c + 1] = y[1] + y[3];
+      p[2 * j] = product_x2(y[0], y[1]), p[2 * j + 1] = product_x2(y[2], y[3]);
+      largest = larger_p(largest, larger_p(p[2 * j], p[2 * j + 1]));
     }
-    stmatrix_x4(to ^ (i << 5), product_x2(x[0], x[1]), product_x2(x[2], x[3]),
-                product_x2(x[4], x[5]), product_x2(x[6], x[7]));
+    stmatrix_x4(to ^ (i << 5), p[0], p[1], p[2], p[3]);
   }
-  return top > LAZY;
+  return is_beyond_lazy(largest);
 }
 
 // ---- the role -------------------------------------------------------------------------------
@@ -192,13 +213,16 @@ DEVICE void score_role(const Params& params, const TensorMap& q_map_0, const Ten
 #pragma unroll 1
   for (int request = uniform(part_of(params).first_request);
        request <= uniform(part_of(params).last_request); ++request) {
-    int tiles_left, border;  // border: the token from which on some row does not see all
+    // Tokens from the border of a causal mask on to the end of the last tile, if there is one.
+    int tiles_left, behind_border = 0;
     uint32_t result;
-    int first_token;
     {
       const Piece piece = piece_of(params, request);
-      tiles_left = uniform(tokens_of(piece).tiles), first_token = piece.begin * TOKENS;
-      border = uniform(params.causal ? piece.length - params.s_q + 1 : 0x7fffffff);
+      tiles_left = uniform(tokens_of(piece).tiles);
+      if (params.causal) {
+        behind_border =
+            uniform((piece.begin + tiles_left) * TOKENS - (piece.length - params.s_q + 1));
+      }
       result = uniform(result_word(piece.kind, piece.slot));
       if (tiles_left == 0) {
         store_no_tiles(params, request, piece);
@@ -220,13 +244,17 @@ DEVICE void score_role(const Params& params, const TensorMap& q_map_0, const Ten
       RowStates states;
       uint32_t bits;
       keys.compute(s, states, bits, place.stage, to_release);
-      if (RARELY(bits != ALL_TOKENS || first_token + TOKENS > border)) {
-        mask(s, bits, first_token, border);
+      // What is rare lies together, behind one branch: code that is jumped over costs a fetch, too.
+      const int to_border = tiles_left * TOKENS - behind_border;
+      const bool masks = bits != ALL_TOKENS || to_border < TOKENS;
+      if (RARELY(masks || is_first || params.max_logits)) {
+        if (masks) mask(s, bits, to_border);
+        states.load();  // once more, so that they need no registers in mask()
+        if (params.max_logits) tell_largest(s, states, LARGEST_LOGITS, is_first);
+        // P is computed before all warps know whether a maximum rises, which is rare after the first
+        // tile: then once more.
+        if (is_first) raise_maxima(s, l, states, place.stage);
       }
-      if (RARELY(params.max_logits != nullptr)) tell_largest(s, states, LARGEST_LOGITS, is_first);
-      // P is computed before all warps know whether a maximum rises, which is rare after the first
-      // tile: then once more.
-      if (RARELY(is_first)) raise_maxima(s, l, states, place.stage);
       float sums[16];
       const bool exceeds = store_p(s, sums, states, place.stage);
       const Place behind = place.next();
@@ -246,7 +274,6 @@ DEVICE void score_role(const Params& params, const TensorMap& q_map_0, const Ten
 #pragma unroll
       for (int c = 0; c < 16; ++c) l[c] += sums[c];
       if (--tiles_left == 0) break;
-      first_token += TOKENS;
       to_release = p_ready(place.stage);
       if (!arrived) {  // memory-bound: P V runs while K is on its way
         arrive(to_release);

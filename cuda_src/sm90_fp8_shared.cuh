@@ -1,6 +1,6 @@
 // Shared memory of sm90_fp8_decode.cu: where everything lies, and which barriers order it.
 //
-// Most of it is Q, as 16-bit numbers, and a ring of stages. A stage holds the rows of a tile of 64
+// Most of it is Q, as 16-bit numbers or e4m3, and a ring of stages. A stage holds the rows of a tile of 64
 // tokens as they lie in the cache, in FP8, and P of the tile.
 #pragma once
 #include "sm90_fp8_format.cuh"
@@ -22,7 +22,8 @@ DEVICE uint32_t thread_in_group() { return thread_index() & (GROUP_THREADS - 1);
 // Byte offsets, and what lies there.
 
 constexpr int Q_BLOCK_BYTES = ROWS * 128;
-constexpr int Q_BYTES = COLUMN_BLOCKS * Q_BLOCK_BYTES;  // at 0: column blocks of Q, swizzled
+// At 0: blocks of Q, of 64 columns of 16 bits or of 128 of e4m3, swizzled.
+constexpr int Q_BYTES = (QUERY_IS_E4M3 ? (COLUMN_BLOCKS + 1) / 2 : COLUMN_BLOCKS) * Q_BLOCK_BYTES;
 constexpr int P_BYTES = TOKENS * ROWS * 2;
 constexpr int P_TILES = Q_BYTES;                  // [STAGES][token][query row], swizzled
 constexpr int RING = P_TILES + STAGES * P_BYTES;  // [STAGES][64] rows

@@ -9,6 +9,13 @@
 // As many units as IN_USE have registers: one is converted while the products take the others.
 constexpr int STEPS_OF_TILE = TOKENS / 16, UNITS_OF_STEP = 4, IN_USE = 3;
 constexpr int STEP_BYTES = 16 * STAGED_ROW, P_STEP = 16 * ROWS * 2 >> 4;  // of a descriptor
+// Loads from V that are on their way together. Over V32 there are no registers for a second one, without
+// which ptxas has wgmma wait.
+#if defined(FORMAT_V32)
+constexpr int LOADS_AT_ONCE = 1;
+#else
+constexpr int LOADS_AT_ONCE = 2;
+#endif
 constexpr int FEW_TILES = 4;  // of a piece: then code that was never executed counts
 
 // What a lane reads of V, of a step.
@@ -24,17 +31,22 @@ struct ValueRows {
   }
   DEVICE void advance(int steps) { latent += steps * STEP_BYTES, row += steps * STEP_BYTES; }
   DEVICE bool is_rotary() const { return ROTARY_IN_V && block == LATENT_BLOCKS; }
-  // Of a unit and the next; of rotary columns, of one unit. Units are counted from the step on where
-  // the rows are.
-  DEVICE void load(uint32_t (&x)[4], int unit) const {
-    if (is_rotary()) return load_rotary(x, unit);
-    ldmatrix_x4_trans(latent + unit / UNITS_OF_STEP * STEP_BYTES + unit % UNITS_OF_STEP * 16, x[0],
-                      x[1], x[2], x[3]);
+  // A load has two units, or one of rotary columns. Both are counted from the step on where the rows
+  // are.
+  DEVICE void load(uint32_t (&x)[4], int n) const {
+    if (is_rotary()) {
+      load_rotary(x, n);
+    } else {
+      load_latent(x, n);
+    }
+  }
+  DEVICE void load_latent(uint32_t (&x)[4], int n) const {
+    ldmatrix_x4_trans(latent + n / 2 * STEP_BYTES + n % 2 * 32, x[0], x[1], x[2], x[3]);
   }
   // Columns 2 g and 2 g + 1 of four tokens.
-  DEVICE void load_rotary(uint32_t (&x)[4], int unit) const {
-    const uint32_t from = row + unit / UNITS_OF_STEP * STEP_BYTES + ROTARY +
-                          unit % UNITS_OF_STEP * 32 + (lane_index() >> 2) * 4;
+  DEVICE void load_rotary(uint32_t (&x)[4], int n) const {
+    const uint32_t from = row + n / UNITS_OF_STEP * STEP_BYTES + ROTARY + n % UNITS_OF_STEP * 32 +
+                          (lane_index() >> 2) * 4;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       x[j] = ld_shared_u32(from + ((j >> 1) * 8 + (j & 1)) * STAGED_ROW);
@@ -73,33 +85,39 @@ struct ValueFragments {
 // once are faster, and one by one is code that is fetched sooner.
 template <int STEPS_AT_ONCE, class WaitForP>
 DEVICE void accumulate(float (&o)[128], uint32_t stage, int block, WaitForP wait_for_p) {
+  constexpr bool AT_ONCE = STEPS_AT_ONCE == STEPS_OF_TILE;
+  constexpr int UNITS_AT_ONCE = STEPS_AT_ONCE * UNITS_OF_STEP, LOADS = AT_ONCE ? LOADS_AT_ONCE : 1;
   ValueRows rows(stage, block);
   uint64_t p = descriptor_mn_major(p_tile(stage));
   ValueFragments v[IN_USE];
-  uint32_t loaded[4];
+  uint32_t loaded[LOADS][4];
   Factors factors[2] = {};
-  rows.load(loaded, 0);
-  constexpr bool AT_ONCE = STEPS_AT_ONCE == STEPS_OF_TILE;
+  auto begin = [&] {
+#pragma unroll
+    for (int n = 0; n < LOADS; ++n) rows.load(loaded[n], n);
+  };
+  begin();
   if (!AT_ONCE) wait_for_p();
   pin(o);
 #pragma unroll 1
   for (int steps_left = STEPS_OF_TILE; steps_left > 0; steps_left -= STEPS_AT_ONCE) {
-    constexpr int UNITS_AT_ONCE = STEPS_AT_ONCE * UNITS_OF_STEP;
 #pragma unroll
     for (int i = 0; i < UNITS_AT_ONCE; ++i) {
       ValueFragments& now = v[i % IN_USE];
       if (HAS_SCALES && i % UNITS_OF_STEP == 0 && !rows.is_rotary()) rows.load_factors(factors, i);
       if (i >= IN_USE) wgmma_wait_group<IN_USE - 1>();
       if (rows.is_rotary()) {
-        now.convert_rotary(loaded);
+        uint32_t (&x)[4] = loaded[i % LOADS];
+        now.convert_rotary(x);
+        if (i + LOADS < UNITS_AT_ONCE) rows.load_rotary(x, i + LOADS);
       } else {
-        now.convert(loaded + i % 2 * 2, factors);
+        uint32_t (&x)[4] = loaded[i / 2 % LOADS];
+        now.convert(x + i % 2 * 2, factors);
+        if (i % 2 == 1 && i / 2 + LOADS < UNITS_AT_ONCE / 2) rows.load_latent(x, i / 2 + LOADS);
       }
       if (i + 1 == UNITS_AT_ONCE) {
         rows.advance(STEPS_AT_ONCE);
-        if (!AT_ONCE && steps_left > STEPS_AT_ONCE) rows.load(loaded, 0);
-      } else if (i % 2 == 1 || rows.is_rotary()) {
-        rows.load(loaded, i + 1);
+        if (steps_left > STEPS_AT_ONCE) begin();
       }
       if (AT_ONCE && i == 0) wait_for_p();
       wgmma_fence();

@@ -145,3 +145,12 @@ DEVICE void wgmma_bf16_m64n64k16_rs(float (&d)[32], const uint32_t* a, uint64_t 
       : IN_OUT_32(d)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
+// Of e4m3: A [64, 32] in registers, B [64 rows, 32] K-major.
+DEVICE void wgmma_e4m3_m64n64k32_rs(float (&d)[32], const uint32_t* a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{ .reg .pred p; setp.ne.b32 p, %37, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" ACCUMULATORS_32
+      "}, {%32, %33, %34, %35}, %36, p, 1, 1; }"
+      : IN_OUT_32(d)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}

@@ -54,6 +54,27 @@ BROKEN = {  # file, text, what takes its place, scenario
         "v4",
     ),
     "S is read before it is computed": ("keys", "wgmma_wait_group<0>();", "", races, "e4m3"),
+    "sums of e4m3 are added before they are computed": (
+        "e4m3_keys",
+        "      wgmma_wait_group<0>();\n",
+        "",
+        races,
+        "e4m3_q",
+    ),
+    "fragments of K in e4m3 are overwritten while wgmma reads them": (
+        "e4m3_keys",
+        "      wgmma_commit_group();\n",
+        "      wgmma_commit_group();\n      if (chunk + 1 < CHUNKS) load(rows, chunk + 1);\n",
+        races,
+        "e4m3_q",
+    ),
+    "chunks of K in e4m3 all meet the first columns of Q": (
+        "e4m3_keys",
+        " + chunk * (Q_BLOCK_BYTES >> 4)",
+        "",
+        dense,
+        "e4m3_q",
+    ),
     "V is read before it is there": (
         "values",
         "mbarrier_wait(full(place.stage), place.phase);",
@@ -226,8 +247,8 @@ BROKEN = {  # file, text, what takes its place, scenario
     ),
     "rows see what the first position sees": (
         "scores",
-        "border + (int)ld_shared_u32(row_float(POSITIONS, my_column(c))) - first_token",
-        "border - first_token",
+        "to_border + (int)ld_shared_u32(row_float(POSITIONS, my_column(c)))",
+        "to_border",
         dense,
         "e4m3",
     ),

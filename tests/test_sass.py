@@ -1,9 +1,9 @@
 """What ptxas makes of every variant, read without a GPU: its log, and the machine code (SASS).
 
-A tile loop is an innermost loop that contains HGMMA or HMMA, the matrix instructions of a warpgroup
-or a warp. A spill in it (LDL, STL) or a serialised wgmma (ptxas warnings C75xx) would leave every
-result right and the kernel slow, so only a look at the code finds it. Each detector has a planted
-kernel that it must find, at the end of this file.
+A tile loop is an innermost loop that contains HGMMA, QGMMA or HMMA, the matrix instructions of a
+warpgroup or a warp. A spill in it (LDL, STL) or a serialised wgmma (ptxas warnings C75xx) would
+leave every result right and the kernel slow, so only a look at the code finds it. Each detector has
+a planted kernel that it must find, at the end of this file.
 """
 
 from __future__ import annotations
@@ -187,12 +187,12 @@ def count(loop: list[str], opcode: str) -> int:
 
 
 def tile_loops(code: list[Instruction]) -> list[list[str]]:
-    """The opcodes of each innermost loop that contains HGMMA or HMMA."""
+    """The opcodes of each innermost loop that contains HGMMA, QGMMA or HMMA."""
     blocks = basic_blocks(code)
     with_mma = [
         loop
         for loop in loops(blocks)
-        if any(name.startswith(("HGMMA", "HMMA")) for name in opcodes(blocks, loop))
+        if any(name.startswith(("HGMMA", "QGMMA", "HMMA")) for name in opcodes(blocks, loop))
     ]
     innermost = [loop for loop in with_mma if not any(other < loop for other in with_mma)]
     return [opcodes(blocks, loop) for loop in innermost]

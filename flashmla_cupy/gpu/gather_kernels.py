@@ -56,7 +56,7 @@ GATHER_V32_WIDE = _gather("gather_v32_wide", _FP8, 231376, _V32, "WIDE_PRODUCTS"
 GATHER_V4_WIDE = _gather("gather_v4_wide", _FP8, 210896, _V4, "WIDE_PRODUCTS", dtypes=_BF16)
 GATHER_E4M3 = _gather("gather_e4m3", _FP8, 219088, _PER_TENSOR)
 GATHER_E4M3_Q_E4M3 = _gather(
-    "gather_e4m3_q_e4m3", _FP8, 219088, _PER_TENSOR, "QUERY_E4M3", dtypes=_BF16
+    "gather_e4m3_q_e4m3", _FP8, 186320, _PER_TENSOR, "QUERY_E4M3", dtypes=_BF16
 )
 _16BIT = "sm90_gather_decode.cu"
 GATHER_16BIT = _gather("gather_16bit", _16BIT, 226160, spill_bytes=128, mma_loops=2)

@@ -324,6 +324,16 @@ DEVICE uint32_t max_abs_x2(uint32_t x, uint32_t y) {
   return larger(x, y) | larger(x >> 16, y >> 16) << 16;
 }
 
+DEVICE uint32_t max_half_x2(uint32_t x, uint32_t y) {
+  return half_x2(fmaxf(from_half(x), from_half(y)), fmaxf(from_half(x >> 16), from_half(y >> 16)));
+}
+DEVICE uint32_t max_bfloat_x2(uint32_t x, uint32_t y) {
+  auto larger = [](uint32_t a, uint32_t b) {
+    return fmaxf(same_bits<float>(a << 16), same_bits<float>(b << 16));
+  };
+  return bfloat_x2(larger(x, y), larger(x >> 16, y >> 16));
+}
+
 template <class T>
 DEVICE void pin(T*&) {}
 DEVICE void pin(uint32_t&) {}

@@ -21,6 +21,12 @@ DEVICE void issue(float* d, const uint32_t* a_registers, uint64_t a, uint64_t b,
   product.to_float = to_float;
   machine::issue(product, a_registers, d);
 }
+DEVICE void wgmma_e4m3_m64n64k32_rs(float (&d)[32], const uint32_t* a, uint64_t b, int accumulate) {
+  machine::Product product;
+  product.columns = 64, product.accumulate = accumulate, product.a_in_registers = true;
+  product.b = b, product.of_bytes = from_e4m3;
+  machine::issue(product, a, d);
+}
 DEVICE void wgmma_m64n48k16_rs(float (&d)[24], const uint32_t* a, uint64_t b, int accumulate) {
   issue(d, a, 0, b, 48, accumulate, false);
 }
