@@ -161,57 +161,35 @@ DEVICE void accumulate_tiles(float (&o)[128], Place& place, int tiles, int block
   }
 }
 
-// Stores the results of a piece, of so many rows of the slab.
-DEVICE void store_results(float (&o)[128], int half, int block, const Params& params, int request,
-                          uint32_t result, int rows_of_slab) {
-  const Kind kind = kind_of(result);
-  const int slot = slot_of(result);
-  if (kind == WHOLE) {
-    store_out(o, block, params, request, rows_of_slab);
-  } else if (kind == SPLIT && params.slab_rows > FEW_ROWS) {
-    store_halves(o, half, block, params, slot, rows_of_slab);
-  } else {  // also the pieces of a pair, which combine merges
-    store_floats(o, block, params, slot, rows_of_slab);
-  }
-}
-
 DEVICE void value_role(const Params& params, int half) {
   float o[128];
   Place place;
   uint32_t results_phase = 0;
   const int block = uniform(half * 4 + warp_in_group());
-  const int first = uniform(part_of(params).first_request);
-  const int last = uniform(part_of(params).last_request);
-  bool has_walked = first < last;
 #pragma unroll 1
-  for (int request = first; request <= last;) {
-    const Piece piece = piece_of(params, request);
-    const int tiles = uniform(tokens_of(piece).tiles);
-    if (tiles == 0) {  // the score warps store the results of no keys
-      ++request;
-      continue;
-    }
+  for (int request = uniform(part_of(params).first_request);
+       request <= uniform(part_of(params).last_request); ++request) {
+    const int tiles = uniform(tokens_of(piece_of(params, request)).tiles);
+    if (tiles == 0) continue;  // the score warps store the results of no keys
 #pragma unroll
     for (int i = 0; i < 128; ++i) o[i] = 0.f;
-    // Ahead of a short piece that is all there is to do, while its rows are on their way, the code
-    // that stores results is walked through without a row to store: to fetch it takes longer than to
-    // execute it.
-    const bool walks = !has_walked && tiles <= FEW_TILES;
-    has_walked = true;
-    uint32_t result = uniform(result_word(piece.kind, 0));
-    if (!walks) {
-      if (tiles > FEW_TILES) {
-        accumulate_tiles<STEPS_OF_TILE>(o, place, tiles, block);
-      } else {
-        accumulate_tiles<1>(o, place, tiles, block);
-      }
-      mbarrier_wait(results_ready(), results_phase);
-      results_phase ^= 1;
-      result = uniform(ld_shared_u32(shared_base() + RESULT));
+    if (tiles > FEW_TILES) {
+      accumulate_tiles<STEPS_OF_TILE>(o, place, tiles, block);
+    } else {
+      accumulate_tiles<1>(o, place, tiles, block);
     }
-    store_results(o, half, block, params, request, result, walks ? 0 : params.slab_rows);
-    if (walks) continue;
+    mbarrier_wait(results_ready(), results_phase);
+    results_phase ^= 1;
+    const uint32_t result = uniform(ld_shared_u32(shared_base() + RESULT));
+    const Kind kind = kind_of(result);
+    const int slot = slot_of(result);
+    if (kind == WHOLE) {
+      store_out(o, block, params, request);
+    } else if (kind == SPLIT && params.slab_rows > FEW_ROWS) {
+      store_halves(o, half, block, params, slot);
+    } else {  // also the pieces of a pair, which combine merges
+      store_floats(o, block, params, slot);
+    }
     arrive(results_free());
-    ++request;
   }
 }
