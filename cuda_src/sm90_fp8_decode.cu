@@ -8,6 +8,8 @@
 // way there, to float16, which is exact. Four warpgroups:
 //
 //   sm90_fp8_scores.cuh  S^T [64, 64] = K Q^T of a tile, then P; sm90_fp8_queries.cuh prepares Q
+//                        (of queries in e4m3, which are multiplied as they are:
+//                        sm90_fp8_e4m3_keys.cuh; else sm90_fp8_keys.cuh)
 //   sm90_fp8_values.cuh  O^T [:256] += V^T [:256] P^T, and in another warpgroup the rest
 //   sm90_fp8_loader.cuh  copies rows
 //
@@ -62,17 +64,20 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 // tile is released behind S of the next, not four units ahead of its end; D has no spilled registers,
 // results that are stored without shuffles, and a vote about the maxima in one instruction. In E what
 // comes next is loaded ahead of that vote, rotary columns come first and in bfloat16, the proxy fence
-// is the reader's, and what is executed once is short. F is the present one: rows of a plain pool are
-// found in less code, and Q is asked for first of all.
-//   656 bytes, 64 heads      G 90.8 | A 100 | B 91.7 | C 90.8 | D 85.7 | E 83 | F 82 (116)
-//   128 heads                G 165 | A 186 | B 169 | C 165 | D 157 | E, F 154 (210)
-//   64 heads, s_q 2          G 171 | D 162 | E 160 | F 159 (227)
+// is the reader's, and what is executed once is short. In F rows of a plain pool are found in less
+// code, and Q is asked for first of all. H is the present one: ldmatrix is two units ahead of the
+// conversion of K, and two loads ahead of that of V, the vote is about halves of P, and what is rare
+// lies behind one branch; S of queries in e4m3 is a product of e4m3.
+//   656 bytes, 64 heads      G 90.8 | A 100 | B 91.7 | C 90.8 | D 85.7 | E 83 | F 82 | H 79.7 (116)
+//   128 heads                G 165 | A 186 | B 169 | C 165 | D 157 | E, F 154 | H 149 (211)
+//   64 heads, s_q 2          G 171 | D 162 | E 160 | F 159 | H 153 (226)
 //   64 heads, 1, 8, 32 requests   G 19.2, 25.5, 40.3 | B 28, 33.4, - | E 17.5, 23.4, 36.3 | F 18.3,
-//                                 23.1, 35.4 (21.0, 26.3, 50.5)
-//   584 bytes, 64 heads      G 107 | A 99 | B 98 | C 98 | E 91.4 | F 88.5 (121); 2 requests G 20.5 |
-//                            E 21.7 | F 20.4 (24.0)
+//                                 23.1, 35.4 | H 17.7, 23.9, 36.1 (22.1, 26.9, 52.5)
+//   584 bytes, 64 heads      G 107 | A 99 | B 98 | C 98 | E 91.4 | F 88.5 | H 84.5 (121); 128 heads F
+//                            163 | H 154 (201); 2 requests G 20.5 | E 21.7 | F 20.4 | H 20.0 (23.9)
 //   dense, 64, 128 heads     G 287, 555 | A 280, 530 | B 269, 512 | C 256, 481 | E 252, 472
-//                            (221, 423)
+//                            (221, 423); of queries in e4m3 F 247, 462 | H, S in float16, 239, 455;
+//                            in e4m3 222, 411 (217, 418)
 //
 //   wgmma with A in registers   m64n64k16 33.9 clocks by one warpgroup, 63.6 each by two, 94 by three:
 //                            as with A in shared memory. m64n48k16 26, m64n64k32 of e4m3 34
@@ -100,8 +105,40 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 //   in G: value warps convert   and store, in the shadow of P V 101 for 91, by bulk copies 107
 //   Accuracy                 over 656 bytes, of the wheel's root mean square error: results in float16
 //                            0.15, in bfloat16 0.89; with scales that are no powers of two 0.14, 0.56
-//   products of e4m3 for S   of queries in e4m3, not tried: they are summed to some 14 bits, and S here
-//                            is exact
+//   products of e4m3 for S   of queries in e4m3: added up in float32 by 128 columns, dense 229.5; by 192,
+//                            230.6; by 288, 239.6, with spills; by halves of the query rows, one of
+//                            which is added up while the other is multiplied, 227.6, and 235 with what
+//                            is rare behind one branch, since it spills. Root mean square error of out
+//                            1.65e-3 as before, 1.77e-3 for 1.65e-3 with scores up to 40 (FlashMLA's
+//                            7e-3 to 1.1e-2); of lse 5e-5, then 5e-3
+//   the same of queries in bfloat16, each the sum of two e4m3: no conversion of K then, and scales come
+//                            in with the sums of their 128 columns. S 1763 clocks for 1890, but P
+//                            1550 for 1000: 656 bytes 82.5 for 82.8, 128 heads under lasting load 164
+//                            for 160, dense 256.8 for 249.4
+//   P of a tile beside S of the next, unit by unit or in one piece after the first, second, fifth unit,
+//                            656 bytes 87 to 90 for 82, dense 253 to 266 for 249: S with P takes as long
+//                            as one after the other, and a tile must be there earlier, for which three
+//                            stages are too few. S takes its units in a loop in short pieces: 19.7 for
+//                            18.7 of one request
+//   ldmatrix ahead of K      one unit 82.0, two units 80.1; of more at once, with the scales, 82.0,
+//                            spilled. Of V, one load more: 584 bytes 83.1 for 85.9, dense 243.5 for
+//                            242.6; over 656 bytes there are no registers for it
+//   P V released earlier     now 81.5, 82.5 for 80.7, four and nine units before the end of S; of e4m3
+//                            products 237 to 246 for 229.5
+//   Q before other rows      the second tile is asked for when Q is there: 80.7 for 80.4
+//   what is rare             behind one branch 149.2 for 151.1, dense 239.6 for 240.8; whether the next
+//                            tile is there, asked ahead of P: dense 251.0 for 243.8
+//   the code that stores results   walked through by idle warps ahead of a piece of 4 tiles or fewer:
+//                            1, 8 requests of 64 heads 16.1 for 18.4, 23.1 for 25.1, of 128 heads 17.8 for
+//                            20.2; but where code is in the caches, as between calls of benchmarks, 15.0 for
+//                            14.6, 19.2 for 18.7, 15.7 for 15.0. By one warp of each half, and only where
+//                            clearing O took more than 500 clocks: 14.6, 19.0, 15.6
+//   stalls, of ncu, of F     in S a warp waits for ldmatrix 28 % of its time, for wgmma never; P is 206
+//                            instructions in 1240 clocks, of which what issues takes 18 %, and code that is
+//                            jumped over costs a fetch each time
+//   lasting load             700 W. 128 heads over 656 bytes then run at 1740 to 1800 MHz, and FlashMLA, with
+//                            205 us, at 1980: what takes fewer clocks runs slower by as much, F and H
+//                            both 157 to 162 us. Dense 1640 for 1760 MHz
 //
 // Of ptxas (NVRTC 12.9), with 512 threads: wgmma is serialised with 168 registers for the value
 // warpgroups, or where a loop goes round with products under way.

@@ -88,8 +88,9 @@ struct Product {
   int columns = 0, issued = 0;
   bool accumulate = true, a_in_registers = false, b_mn_major = false;
   uint64_t a = 0, b = 0;  // descriptors
+  void* code = nullptr;   // that issues it: the four warps must execute the same instruction
   float (*to_float)(uint16_t) = nullptr;  // of the type of A and B
-  float (*of_bytes)(uint8_t) = nullptr;    // the same of 8-bit types, of which a product takes 32
+  float (*of_bytes)(uint8_t) = nullptr;   // the same of 8-bit types, of which a product takes 32
   // Where the threads have A, if it is in registers: what is there when the product is computed counts,
   // so one that is overwritten too early is wrong.
   std::array<const uint32_t*, WARPGROUP> a_registers;
@@ -502,13 +503,14 @@ inline void execute(const Product& product) {
 }
 
 inline Warpgroup& warpgroup() { return block->warpgroups[thread->index / WARPGROUP]; }
-inline void issue(const Product& mine, const uint32_t* a_registers, float* d) {
+__attribute__((noinline)) inline void issue(Product mine, const uint32_t* a_registers, float* d) {
+  mine.code = __builtin_return_address(0);
   Warpgroup& group = warpgroup();
   const uint64_t place = thread->products++ - group.done;
   if (place == group.products.size()) group.products.push_back(mine);
   Product& product = group.products[place];
   if (product.a != mine.a || product.b != mine.b || product.columns != mine.columns ||
-      product.accumulate != mine.accumulate) {
+      product.accumulate != mine.accumulate || product.code != mine.code) {
     fail("the threads of a warpgroup do not agree on a wgmma");
   }
   const uint32_t t = thread->index % WARPGROUP;

@@ -2,7 +2,9 @@
 #pragma once
 #include "cuda.h"
 
-#define DEVICE inline
+// As on a GPU, where each place that calls a function has its own copy: machine::issue() tells places
+// apart.
+#define DEVICE inline __attribute__((always_inline))
 
 // device.py encodes these 128 bytes, dimensions innermost first.
 struct alignas(128) TensorMap {
