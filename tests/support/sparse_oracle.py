@@ -11,6 +11,8 @@ The bound is that of `oracle`, for fp32 accumulation and any split, with one mor
         products: the tensor cores sum those of e4m3 to some 14 bits
     delta     = (d_qk * 2^-23 + k + s) * scale * max_j sum_c |q_c k_jc|        scores; exp amplifies
     out_bound = u |o| + (p + k + 2 delta + n_blk 2^-23 + 2^-20) sum_j w_j |v_j| + tiny
+                + 2^-24 sum_j |v_j| over an FP8 cache, of all j with w_j < 2^-13 max w: P is
+                float16 there, and what is small against the largest is subnormal or lost
     lse_bound = delta + 2^-20 max(1, |lse|) + n_blk 2^-23
 """
 
@@ -108,6 +110,11 @@ def sparse_oracle(
         relative = p + k + 2 * delta + sums + 2.0**-20
         out[b, i] = mean * share[:, None]
         out_bound[b, i] = u * np.abs(out[b, i]) + relative[:, None] * spread + tiny
+        if problem.format in ("v32", "v4", "e4m3"):
+            once = weight / count[seen]
+            small = once < 2.0**-13 * once.max(axis=1, keepdims=True)
+            lost = np.matmul(2.0**-24 * small * count[seen], np.abs(keys[:, :512]))
+            out_bound[b, i] += lost * share[:, None]
         lse[b, :, i] = total
         lse_bound[b, :, i] = delta + 2.0**-20 * np.maximum(1, np.abs(total)) + sums
     return Oracle(out, lse, out_bound, lse_bound)
