@@ -194,6 +194,17 @@ def test_compiled_bad_shapes_name_the_argument():
         torch.compile(step, fullgraph=True, backend="aot_eager")(q[..., :512], *rest)
 
 
+@pytest.mark.parametrize("place", [0, 1])  # of q and of the cache
+def test_negative_views_are_refused(place):
+    arrays = tensors(make_problem([70, 5], s_q=2, h_q=4))
+    arrays[place] = torch._neg_view(arrays[place])
+    with pytest.raises(OptionError, match="negative bit") as caught:
+        step(*arrays)
+    assert caught.value.argument == ("q", "k_cache")[place]
+    arrays[place] = arrays[place].resolve_neg()
+    step(*arrays)
+
+
 def test_gradients_of_the_outputs_are_refused():
     arrays = tensors(make_problem([70, 5], s_q=2, h_q=4))
     out = torch.zeros(2, 2, 4, 512, dtype=torch.bfloat16, requires_grad=True)

@@ -63,6 +63,8 @@ class Torch(Adapter):
             if dtype is not self._int32:
                 self._refuse_gradient(x, argument)
             ptr = x.data_ptr() or self._null(x, argument)
+            if x.is_neg():
+                raise _negated(argument)
             if x.is_cuda:
                 return ArrayInfo(ptr, x.shape, x.stride(), name, x.get_device())
             if x.is_cpu:
@@ -109,6 +111,8 @@ class Torch(Adapter):
                 if self._grad_enabled():
                     raise needs_gradient("a tensor")
                 complete = False  # a guard is blind to the mode
+            if x.is_neg():
+                raise _negated("a tensor")
             facts += (x.shape, x.stride(), x.dtype, x.get_device())
             pointers.append(x.data_ptr() or self._no_address())
         found = Facts(facts)
@@ -189,6 +193,16 @@ def needs_gradient(argument: str, got: str = "one with requires_grad=True") -> A
         "a tensor that needs no gradient, since decoding has no backward pass",
         got,
         f"Call it under torch.no_grad() or torch.inference_mode(), or pass {argument}.detach().",
+    )
+
+
+def _negated(argument: str) -> ArgumentError:
+    """For a view such as the imaginary part of a conjugate: its memory has the opposite values."""
+    return OptionError(
+        argument,
+        "a tensor whose memory holds its values",
+        "one with the negative bit set",
+        f"Pass {argument}.resolve_neg().",
     )
 
 
