@@ -125,7 +125,8 @@ def results_of(problem) -> tuple[np.ndarray, np.ndarray]:
 
 def outputs_of(problem) -> dict:
     batch, s_q, h_q, _ = problem.q.shape
-    out = from_float(xp.zeros((batch, s_q, h_q, 512), "float32"), problem.q.dtype.name)
+    dtype = problem.q.dtype.name if problem.q.dtype.itemsize > 1 else "bfloat16"
+    out = from_float(xp.zeros((batch, s_q, h_q, 512), "float32"), dtype)
     return {"out": out, "lse": xp.zeros((batch, h_q, s_q), "float32")}
 
 
@@ -265,19 +266,24 @@ def test_random():
 
 # Of either kernel over FP8: those for few query rows, and for more.
 BOTH_SIZES = pytest.mark.parametrize("h_q", [16, 64])
+# The queries of 16-bit formats have the dtype of the cache, whatever is said here.
+ALL_QUERIES = pytest.mark.parametrize(
+    ("format", "q_dtype"), [*((name, "bfloat16") for name in FORMATS), ("e4m3", "float8_e4m3fn")]
+)
 
 
 @BOTH_SIZES
-@pytest.mark.parametrize("format", FORMATS)
-def test_needles(format, h_q):
+@ALL_QUERIES
+def test_needles(format, q_dtype, h_q):
     """A key like the query, far from all others: all the weight of its head is its."""
     need(format)
     d_qk = FORMATS[format].d_qk
     rng = np.random.default_rng(5)
     problem = make_sparse_problem(
-        format, batch=3, topk=300, s_k=700, page_size=16, h_q=h_q, sink=False, varlen=False
-    )
-    problem.softmax_scale = 1.0
+        format, batch=3, topk=300, s_k=700, page_size=16, h_q=h_q, sink=False, varlen=False,
+        q_dtype=q_dtype,
+    )  # fmt: skip
+    problem.softmax_scale, problem.descale_q = 1.0, None
     if problem.descale_k is not None:
         problem.descale_k = np.array([2.0**-8], np.float32)
     for trial in range(3 if DRY else 40):
@@ -303,14 +309,15 @@ def test_needles(format, h_q):
 
 
 @BOTH_SIZES
-@pytest.mark.parametrize("format", FORMATS)
-def test_bytes_of_tokens_that_are_not_selected_change_no_bit(format, h_q):
+@ALL_QUERIES
+def test_bytes_of_tokens_that_are_not_selected_change_no_bit(format, q_dtype, h_q):
     need(format)
     results = []
     for fill in (0xFF, 0x7F, 0x00):
         problem = make_sparse_problem(
-            format, batch=3, s_q=2, topk=130, s_k=400, page_size=16, h_q=h_q, lengths="query"
-        )
+            format, batch=3, s_q=2, topk=130, s_k=400, page_size=16, h_q=h_q, lengths="query",
+            q_dtype=q_dtype,
+        )  # fmt: skip
         slots = np.arange(problem.pool.k_cache.shape[0] * 16)
         length = problem.pool.topk_length[..., None]
         seen = problem.pool.indices[np.arange(130) < length]
@@ -323,12 +330,14 @@ def test_bytes_of_tokens_that_are_not_selected_change_no_bit(format, h_q):
 
 
 @BOTH_SIZES
-@pytest.mark.parametrize("format", FORMATS)
-def test_corrupt_lists(format, h_q):
+@ALL_QUERIES
+def test_corrupt_lists(format, q_dtype, h_q):
     """A bad index or length: NaN in the rows of its query token, no bit changed elsewhere."""
     need(format)
     rng = np.random.default_rng(3)
-    problem = make_sparse_problem(format, batch=5, s_q=2, topk=200, s_k=300, h_q=h_q, varlen=False)
+    problem = make_sparse_problem(
+        format, batch=5, s_q=2, topk=200, s_k=300, h_q=h_q, varlen=False, q_dtype=q_dtype
+    )
     problem.pool = problem.pool._replace(topk_length=np.full((5, 2), 150, np.int32))
     before = results_of(problem)
     slots = problem.pool.k_cache.shape[0] * problem.pool.k_cache.shape[1]
@@ -372,13 +381,13 @@ def test_corrupt_lists(format, h_q):
 # --- repetition --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@ALL_QUERIES
 @pytest.mark.parametrize(("batch", "h_q"), [(1, 16), (7, 64), (80, 16), (80, 64)])
-def test_runs_are_bit_identical(format, batch, h_q):
+def test_runs_are_bit_identical(format, q_dtype, batch, h_q):
     need(format)
     problem = make_sparse_problem(
         format, batch=2 if DRY else batch, s_q=2, topk=700, s_k=2000, h_q=8 if DRY else h_q,
-        page_size=64, lengths="query",
+        page_size=64, lengths="query", q_dtype=q_dtype,
     )  # fmt: skip
     arrays, given = on_gpu(problem), outputs_of(problem)
     first = decode(problem, arrays)
