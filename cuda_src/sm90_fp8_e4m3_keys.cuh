@@ -22,11 +22,8 @@ struct Keys {
     }
   }
 
-  // Loads what the first products of the tile in a stage take.
+  // As those of sm90_fp8_keys.cuh.
   DEVICE void begin(uint32_t stage) { load(KeyRows(stage), 0); }
-  // Computes S^T for the tile in a stage, after begin(). `to_release` is p_ready of the tile before,
-  // if it is yet to be released, or 0. Loads what comes into play then: `states`, and `bits` of the
-  // warp's tokens that count.
   DEVICE void compute(float (&s)[SCORES], RowStates& states, uint32_t& bits, uint32_t stage,
                       uint32_t to_release) {
     const KeyRows rows(stage);

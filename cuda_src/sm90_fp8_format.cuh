@@ -1,10 +1,11 @@
 // How sm90_fp8_decode.cu multiplies the rows of a format. GATHER is the name of the kernel.
-// QUERY_E4M3 says that q is in e4m3, and out in bfloat16: then S is a product of e4m3.
 //
-// Otherwise FP8 is converted to float16, which is exact, and multiplied in float16; with WIDE_PRODUCTS, in
+// FP8 is converted to float16, which is exact, and multiplied in float16; with WIDE_PRODUCTS, in
 // bfloat16, for values beyond float16's range (sm90_fp8_convert.cuh). To keep scales out of float16's
 // subnormals, what has scales is multiplied by 8 on the way, and so are the rotary columns: of a key,
 // by way of Q where they are no part of V. The softmax scale and 1 / l take it back.
+//
+// QUERY_E4M3 says that q is in e4m3, and out in bfloat16: then S is a product of e4m3.
 #pragma once
 
 #if !defined(WIDE_PRODUCTS)
@@ -12,6 +13,12 @@
 #endif
 #include "ptx.cuh"
 #include "sm90_fp8_rows.cuh"
+
+#if defined(QUERY_E4M3)
+constexpr bool QUERY_IS_E4M3 = true;
+#else
+constexpr bool QUERY_IS_E4M3 = false;
+#endif
 
 // STAGED_ROW: bytes from one row of a stage to the next. It is an odd multiple of 16, so that the eight
 // rows that ldmatrix reads together lie in different banks. SCALES: byte offset in a staged row,
@@ -22,16 +29,7 @@ constexpr int STAGED_ROW = 656, SCALES = 512, SCALE_UP_LOG2 = 3, LAUNCH_SHARED_B
 constexpr int STAGED_ROW = 592, SCALES = 576, SCALE_UP_LOG2 = 3, LAUNCH_SHARED_BYTES = 210896;
 #else
 constexpr int STAGED_ROW = 592, SCALES = 0, SCALE_UP_LOG2 = 0;
-#if defined(QUERY_E4M3)
-constexpr int LAUNCH_SHARED_BYTES = 186320;
-#else
-constexpr int LAUNCH_SHARED_BYTES = 219088;
-#endif
-#endif
-#if defined(QUERY_E4M3)
-constexpr bool QUERY_IS_E4M3 = true;
-#else
-constexpr bool QUERY_IS_E4M3 = false;
+constexpr int LAUNCH_SHARED_BYTES = QUERY_IS_E4M3 ? 186320 : 219088;
 #endif
 static_assert(STAGED_ROW % 32 == 16 && STAGED_ROW >= ROW_BYTES + TAIL_BYTES, "a row, and banks");
 constexpr bool HAS_SCALES = SCALES > 0;

@@ -1,4 +1,5 @@
-// What S^T = K Q^T of a tile reads in shared memory: keys, and what is known of the query rows.
+// What S^T = K Q^T of a tile reads in shared memory, keys and what is known of the query rows: for
+// sm90_fp8_keys.cuh and sm90_fp8_e4m3_keys.cuh, of which a kernel has one.
 #pragma once
 #include "sm90_fp8_fragments.cuh"
 

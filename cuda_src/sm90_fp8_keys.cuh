@@ -40,7 +40,8 @@ struct Keys {
     }
   }
 
-  // Loads what the first products of the tile in a stage take.
+  // Loads what the first products of the tile in a stage take: as much as has registers beside P of
+  // the tile before.
   DEVICE void begin(uint32_t stage) {
     const KeyRows rows(stage);
     if (ROTARY_UNITS) load_rotary(rows, 0);

@@ -122,13 +122,13 @@ struct Queries {
     }
   }
 #if defined(QUERY_E4M3)
-  // Copies rows, two 64 columns of a row to a row of 128 bytes.
+  // 128 columns of a row become one row of 128 bytes; of every 64, a lane of a quad has 16.
   DEVICE static void copy(const Params& params, int request, float scale_log2) {
     const RowBlock block = row_block();
-    const int of_call = request / params.lse_group, lane = lane_index() & 3;
+    const int of_call = request / params.lse_group, of_quad = lane_index() & 3;
     const int position = block.slab + request - of_call * params.lse_group;
     const uint8_t* from = params.q + of_call * params.q_batch_stride +
-                          position * params.q_position_stride + lane * 16;
+                          position * params.q_position_stride + of_quad * 16;
 #pragma unroll 1
     for (int h = 0; h < 2; ++h) {
       const int row = my_row(h);
@@ -144,7 +144,7 @@ struct Queries {
 #pragma unroll
       for (int i = 0; i < COLUMN_BLOCKS; ++i) {
         st_shared_v4(shared_base() + (i >> 1) * Q_BLOCK_BYTES + row * 128 +
-                         ((((i & 1) * 4 + lane) ^ (row & 7)) << 4),
+                         ((((i & 1) * 4 + of_quad) ^ (row & 7)) << 4),
                      v[i]);
       }
       begin_row(row, scale_log2);

@@ -13,14 +13,17 @@
 #include "sm90_fp8_queries.cuh"
 #include "sm90_no_tiles.cuh"
 
-// Two floats to one register of the type of the products.
-DEVICE uint32_t product_x2(float low, float high) {
+// Of P, in the type of the products, two numbers to a register: rounded from floats, the larger ones
+// of two pairs, and 2^LAZY.
 #if defined(PRODUCTS_IN_FP16)
-  return half_x2(low, high);
+DEVICE uint32_t product_x2(float low, float high) { return half_x2(low, high); }
+DEVICE uint32_t larger_x2(uint32_t x, uint32_t y) { return max_half_x2(x, y); }
+constexpr uint32_t LAZY_P = (15 + (int)LAZY) << 10;
 #else
-  return cvt_x2(low, high);
+DEVICE uint32_t product_x2(float low, float high) { return cvt_x2(low, high); }
+DEVICE uint32_t larger_x2(uint32_t x, uint32_t y) { return max_bfloat_x2(x, y); }
+constexpr uint32_t LAZY_P = (127 + (int)LAZY) << 7;
 #endif
-}
 
 // Makes S^T -inf for tokens that are not to be seen. A live token that a row does not see but whose
 // score is not finite makes the row NaN instead (x - x is 0 or NaN). So a bad row of the cache
@@ -110,22 +113,6 @@ DEVICE void raise_maxima(const float (&s)[SCORES], float (&l)[16], RowStates& st
   states.load();
 }
 
-// Of P, as products take it, by pairs: the larger numbers, and whether one is beyond 2^LAZY.
-DEVICE uint32_t larger_p(uint32_t x, uint32_t y) {
-#if defined(PRODUCTS_IN_FP16)
-  return max_half_x2(x, y);
-#else
-  return max_bfloat_x2(x, y);
-#endif
-}
-DEVICE bool is_beyond_lazy(uint32_t pair) {
-#if defined(PRODUCTS_IN_FP16)
-  constexpr uint32_t MOST = (15 + (int)LAZY) << 10;
-#else
-  constexpr uint32_t MOST = (127 + (int)LAZY) << 7;
-#endif
-  return (pair & 0xffff) > MOST || pair >> 16 > MOST;
-}
 // P^T of scores, in the stage, and its sums over the thread's tokens. Returns whether a score
 // exceeds the maximum of its row by more than LAZY.
 DEVICE bool store_p(const float (&s)[SCORES], float (&sums)[16], const RowStates& states,
@@ -147,11 +134,11 @@ DEVICE bool store_p(const float (&s)[SCORES], float (&sums)[16], const RowStates
       for (int n = 0; n < 4; ++n) y[n] = ex2(y[n]);
       sums[c] = y[0] + y[2], sums[c + 1] = y[1] + y[3];
       p[2 * j] = product_x2(y[0], y[1]), p[2 * j + 1] = product_x2(y[2], y[3]);
-      largest = larger_p(largest, larger_p(p[2 * j], p[2 * j + 1]));
+      largest = larger_x2(largest, larger_x2(p[2 * j], p[2 * j + 1]));
     }
     stmatrix_x4(to ^ (i << 5), p[0], p[1], p[2], p[3]);
   }
-  return is_beyond_lazy(largest);
+  return (largest & 0xffff) > LAZY_P || largest >> 16 > LAZY_P;
 }
 
 // ---- the role -------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 // Shared memory of sm90_fp8_decode.cu: where everything lies, and which barriers order it.
 //
-// Most of it is Q, as 16-bit numbers or e4m3, and a ring of stages. A stage holds the rows of a tile of 64
-// tokens as they lie in the cache, in FP8, and P of the tile.
+// Most of it is Q, as 16-bit numbers or e4m3, and a ring of stages. A stage holds the rows of a tile of
+// 64 tokens as they lie in the cache, in FP8, and P of the tile.
 #pragma once
 #include "sm90_fp8_format.cuh"
 // ptx.cuh looks at the format's macros, so that comes first.

@@ -9,8 +9,8 @@
 // As many units as IN_USE have registers: one is converted while the products take the others.
 constexpr int STEPS_OF_TILE = TOKENS / 16, UNITS_OF_STEP = 4, IN_USE = 3;
 constexpr int STEP_BYTES = 16 * STAGED_ROW, P_STEP = 16 * ROWS * 2 >> 4;  // of a descriptor
-// Loads from V that are on their way together. Over V32 there are no registers for a second one, without
-// which ptxas has wgmma wait.
+// Loads of V that are on their way together. Over V32 a second one takes more registers than there are:
+// ptxas would make every wgmma wait for the one before.
 #if defined(FORMAT_V32)
 constexpr int LOADS_AT_ONCE = 1;
 #else

@@ -130,6 +130,16 @@ def test_a_gradient_is_refused_after_the_same_call_without(adapter, made):
         signature(adapter, arrays)
 
 
+def test_a_negative_view_is_refused_after_the_same_call_without(adapter, made):
+    arrays = arguments_of(1)
+    for _ in range(3):
+        signature(adapter, arrays)
+    assert len(made) == 1
+    arrays[0] = torch._neg_view(arrays[0])
+    with pytest.raises(OptionError, match="negative bit"):
+        signature(adapter, arrays)
+
+
 @pytest.mark.parametrize("make", [None, lambda *a, **b: 1 / 0], ids=["absent", "another one"])
 def test_a_torch_without_such_guards(adapter, make):
     adapter._guards._make = make

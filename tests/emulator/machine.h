@@ -90,7 +90,7 @@ struct Product {
   uint64_t a = 0, b = 0;  // descriptors
   void* code = nullptr;   // that issues it: the four warps must execute the same instruction
   float (*to_float)(uint16_t) = nullptr;  // of the type of A and B
-  float (*of_bytes)(uint8_t) = nullptr;   // the same of 8-bit types, of which a product takes 32
+  float (*of_bytes)(uint8_t) = nullptr;   // of 8-bit types, of which a product takes 32 for 16
   // Where the threads have A, if it is in registers: what is there when the product is computed counts,
   // so one that is overwritten too early is wrong.
   std::array<const uint32_t*, WARPGROUP> a_registers;
@@ -442,56 +442,37 @@ inline uint16_t mn_major(uint64_t descriptor, int n, int k) {
   return *(uint16_t*)at_async(swizzle_128b(address), 2);
 }
 
-// A [64, 32] of bytes in registers, B [columns, 32] K-major.
-inline void execute_bytes(const Product& product) {
-  static float a[64][32];
-  for (int t = 0; t < WARPGROUP; ++t) {
-    const int row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 4;
-    for (int r = 0; r < 4; ++r) {
-      for (int i = 0; i < 4; ++i) {
-        a[row + r % 2 * 8][column + r / 2 * 16 + i] =
-            product.of_bytes(product.a_registers[t][r] >> 8 * i & 0xff);
-      }
-    }
-  }
-  for (int n = 0; n < product.columns; ++n) {
-    for (int row = 0; row < 64; ++row) {
-      float sum = 0;
-      for (int k = 0; k < 32; ++k) {
-        const uint16_t two = k_major(product.b, n, k / 2);
-        sum += a[row][k] * product.of_bytes(two >> k % 2 * 8 & 0xff);
-      }
-      const int t = row / 16 * 32 + row % 8 * 4 + n % 8 / 2;
-      float& d = product.d[t][n / 8 * 4 + row % 16 / 8 * 2 + n % 2];
-      d = product.accumulate ? d + sum : sum;
-    }
-  }
-}
-
 inline void execute(const Product& product) {
-  if (product.of_bytes) return execute_bytes(product);
-  static float a[64][16], b[16][256];
+  static float a[64][32], b[32][256];
+  const int of_register = product.of_bytes ? 4 : 2, of_half = of_register / 2, depth = 8 * of_register;
+  auto element = [&](uint32_t x, int i) {
+    return product.of_bytes ? product.of_bytes(x >> 8 * i & 0xff)
+                            : product.to_float(x >> 16 * i & 0xffff);
+  };
   for (int t = 0; t < WARPGROUP && product.a_in_registers; ++t) {
-    const int row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
+    const int row = t / 32 * 16 + t % 32 / 4, column = t % 4 * of_register;
     for (int r = 0; r < 4; ++r) {
-      for (int i = 0; i < 2; ++i) {
-        a[row + r % 2 * 8][column + r / 2 * 8 + i] =
-            product.to_float(product.a_registers[t][r] >> 16 * i & 0xffff);
+      for (int i = 0; i < of_register; ++i) {
+        a[row + r % 2 * 8][column + r / 2 * 4 * of_register + i] =
+            element(product.a_registers[t][r], i);
       }
     }
   }
   for (int row = 0; row < 64 && !product.a_in_registers; ++row) {
-    for (int k = 0; k < 16; ++k) a[row][k] = product.to_float(k_major(product.a, row, k));
+    for (int k = 0; k < depth; ++k) {
+      a[row][k] = element(k_major(product.a, row, k / of_half), k % of_half);
+    }
   }
   for (int n = 0; n < product.columns; ++n) {
-    for (int k = 0; k < 16; ++k) {
-      b[k][n] = product.to_float(product.b_mn_major ? mn_major(product.b, n, k)
-                                                    : k_major(product.b, n, k));
+    for (int k = 0; k < depth; ++k) {
+      const int half = k / of_half;
+      b[k][n] = element(product.b_mn_major ? mn_major(product.b, n, half)
+                                           : k_major(product.b, n, half), k % of_half);
     }
   }
   for (int row = 0; row < 64; ++row) {
     float sum[256] = {};
-    for (int k = 0; k < 16; ++k) {
+    for (int k = 0; k < depth; ++k) {
       for (int n = 0; n < product.columns; ++n) sum[n] += a[row][k] * b[k][n];
     }
     for (int n = 0; n < product.columns; ++n) {

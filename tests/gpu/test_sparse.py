@@ -202,13 +202,6 @@ def first_requests(problem, some: slice):
     return fewer
 
 
-Q_DTYPES = {
-    "v32": ("bfloat16", "float16"),
-    "v4": ("bfloat16", "float16"),
-    "e4m3": ("bfloat16", "float16", "float8_e4m3fn"),
-}
-
-
 def random_problem(seed: int):
     rng = np.random.default_rng((11, seed))
 
@@ -238,7 +231,9 @@ def random_problem(seed: int):
         extra_lengths=lengths if rng.random() < 0.7 else "none",  # a GPU takes no mixture
         sink=bool(rng.integers(2)),
         pow2_scales=format != "v32" or bool(rng.integers(2)),
-        q_dtype=pick(Q_DTYPES[format]) if format in FP8 else format.split("_")[0],
+        q_dtype=pick(("bfloat16", "float16") + ("float8_e4m3fn",) * FORMATS[format].has_descale)
+        if format in FP8
+        else format.split("_")[0],
         softmax_scale=None if rng.random() < 0.3 else 0.0,
         all_invalid=rng.random() < 0.03,
         seed=seed,

@@ -21,6 +21,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 from support.oracle import TINY, UNIT_ROUNDOFF, Oracle
+from support.sparse_calls import FP8
 from support.sparse_problems import Pool, SparseProblem
 
 E4M3, E8M0 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e8m0fnu)
@@ -110,7 +111,7 @@ def sparse_oracle(
         relative = p + k + 2 * delta + sums + 2.0**-20
         out[b, i] = mean * share[:, None]
         out_bound[b, i] = u * np.abs(out[b, i]) + relative[:, None] * spread + tiny
-        if problem.format in ("v32", "v4", "e4m3"):
+        if problem.format in FP8:
             once = weight / count[seen]
             small = once < 2.0**-13 * once.max(axis=1, keepdims=True)
             lost = np.matmul(2.0**-24 * small * count[seen], np.abs(keys[:, :512]))
