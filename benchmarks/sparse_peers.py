@@ -7,17 +7,18 @@
 The peer is FlashMLA in the wheel of vLLM 0.33.0, the last one with kernels for Hopper. The cases:
 
     v32       decoding over an FP8 cache of 656 bytes a token, each query token with its own list
+    v4        the same of 584 bytes a token
     e4m3      decoding over all of an FP8 cache of 576 bytes a token
     prefill   flash_mla_sparse_fwd over bfloat16
 
-Lists have 2048 tokens of `s_kv`, chosen at random. FlashMLA decodes 64 or 128 heads: for 16 it gets
-64 of which 48 are zeros, as its users do it. Over 576 bytes both get q in e4m3.
+Lists have 2048 tokens of `s_kv`, in v4 512, chosen at random. FlashMLA decodes 64 or 128 heads:
+for 16 it gets 64 of which 48 are zeros, as its users do it. Over 576 bytes both get q in e4m3.
 
 A time counts only if the results of both agree. What is timed and how is as in peers.py: calls in a
 CUDA graph, the implementations in turns under sustained load, metadata made before. Calls rotate
 over different lists or requests, of 400 MB in all, so that they find nothing of theirs in the L2
 cache; those of a prompt find there what the call itself has read. TFLOPS counts
-2 * h_q * (576 + 512) for each token of a list; GB/s its bytes in the cache. The ratio is that of
+2 * h_q * (d_qk + 512) for each token of a list; GB/s its bytes in the cache. The ratio is that of
 our time to the peer's: under 1, ours is faster. Boards differ, so compare figures of one run only.
 """
 
@@ -44,8 +45,9 @@ from flashmla_cupy.sizes import HEAD_DIM, HEAD_DIM_V
 if TYPE_CHECKING:
     from peers_gpu import Timer
 
-BYTES = {"v32": 656, "e4m3": 576, "prefill": 1152}  # of a token
-TOPK = 2048
+BYTES = {"v32": 656, "v4": 584, "e4m3": 576, "prefill": 1152}  # of a token
+D_QK = {"v4": 512}  # otherwise HEAD_DIM
+TOPK, TOPK_V4 = 2048, 512
 MOST_CALLS = 48  # of a graph
 
 
@@ -66,12 +68,16 @@ class Case:
         return f"{self.kind}.h{self.h_q}.{size}.s{self.s_kv}"
 
     @property
+    def d_qk(self) -> int:
+        return D_QK.get(self.kind, HEAD_DIM)
+
+    @property
     def queries(self) -> int:
         return self.batch * self.s_q
 
     @property
     def flops(self) -> int:
-        return 2 * self.queries * self.h_q * self.tokens * (HEAD_DIM + HEAD_DIM_V)
+        return 2 * self.queries * self.h_q * self.tokens * (self.d_qk + HEAD_DIM_V)
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +89,9 @@ def _cases() -> tuple[Case, ...]:
     for h_q in (128, 64, 16):
         for batch, s_q in ((1, 1), (8, 1), (32, 1), (128, 1), (128, 2)):
             made.append(Case("v32", h_q, batch, s_q, 8192, TOPK))
+    for h_q in (128, 64, 16):
+        for batch in (1, 8, 32, 128):
+            made.append(Case("v4", h_q, batch, 1, 8192, TOPK_V4))
     for h_q in (128, 64, 16):
         for batch, s_kv in ((132, 8192), (16, 65536), (1, 32768)):
             made.append(Case("e4m3", h_q, batch, 1, s_kv, s_kv))
@@ -207,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=("all",),
         metavar="CASE",
-        help="parts of names: all (default), v32, e4m3, prefill, h64, prefill.h16, ...",
+        help="parts of names: all (default), v32, v4, e4m3, prefill, h64, prefill.h16, ...",
     )
     made.add_argument("--json", metavar="FILE", help="write the results to FILE as well")
     return made

@@ -48,7 +48,7 @@ def lists(queries: int, tokens: int, s_kv: int, pool: int, device: str) -> torch
 
 def calls(case: Case) -> tuple[list[Call], list[Call]]:
     """Ours and the peer's, over the same arrays."""
-    made = {"v32": _v32, "e4m3": _e4m3, "prefill": _prefill}[case.kind](case)
+    made = {"v32": _sparse, "v4": _sparse, "e4m3": _e4m3, "prefill": _prefill}[case.kind](case)
     return [ours for ours, _ in made], [peer for _, peer in made]
 
 
@@ -60,13 +60,18 @@ def _problems(case: Case) -> int:
     return min(MOST_PROBLEMS, ceil_div(COLD_BYTES, case.nbytes))
 
 
-def _v32(case: Case) -> list[tuple[Call, Call]]:
-    pool = torch.cat(
-        [
-            quantize_kv(_normal(1 << 10, PAGE_SIZE, 1, HEAD_DIM), "v32")
-            for _ in range(POOL_TOKENS // PAGE_SIZE >> 10)
-        ]
-    )
+def _pool(format: str, d_qk: int) -> torch.Tensor:
+    """An FP8 cache. The pages of v4 lie in one array, padded."""
+    pages = POOL_TOKENS // PAGE_SIZE
+    if format == "v4":
+        return quantize_kv(_normal(pages, PAGE_SIZE, 1, d_qk), format)
+    quarter = pages // 4  # at a time, since it takes room
+    return torch.cat([quantize_kv(_normal(quarter, PAGE_SIZE, 1, d_qk), format) for _ in range(4)])
+
+
+def _sparse(case: Case) -> list[tuple[Call, Call]]:
+    d_qk, scale = case.d_qk, case.d_qk**-0.5
+    pool = _pool(case.kind, d_qk)
     meta, splits = get_mla_metadata(
         torch.full((case.batch,), case.s_kv, dtype=torch.int32, device="cuda"),
         case.s_q * case.h_q,
@@ -76,21 +81,21 @@ def _v32(case: Case) -> list[tuple[Call, Call]]:
     )
 
     def problem() -> tuple[Call, Call]:
-        q = _normal(case.batch, case.s_q, case.h_q, HEAD_DIM)
-        padded = torch.zeros(case.batch, case.s_q, max(PEER_HEADS, case.h_q), HEAD_DIM).to(q)
+        q = _normal(case.batch, case.s_q, case.h_q, d_qk)
+        padded = torch.zeros(case.batch, case.s_q, max(PEER_HEADS, case.h_q), d_qk).to(q)
         padded[:, :, : case.h_q] = q
         indices = lists(case.queries, case.tokens, case.s_kv, POOL_TOKENS, "cuda")
         indices = indices.view(case.batch, case.s_q, case.tokens)
         plan: list[Any] = [None, None]
 
         def ours() -> torch.Tensor:
-            arrays = (q, pool, None, None, HEAD_DIM_V, meta, splits, SCALE)
+            arrays = (q, pool, None, None, HEAD_DIM_V, meta, splits, scale)
             return flash_mla_with_kvcache(*arrays, is_fp8_kvcache=True, indices=indices)[0]
 
         def peer() -> torch.Tensor:
             out, _, *plan[:] = torch.ops._flashmla_C.sparse_decode_fwd(
                 *(padded, pool, indices, None, None, *plan),
-                *(None, None, None, HEAD_DIM_V, SCALE, None, False),
+                *(None, None, None, HEAD_DIM_V, scale, None, False),
             )
             return out[:, :, : case.h_q]
 

@@ -33,6 +33,16 @@ DEVICE uint32_t lane_index() { return thread_index() & 31; }
 // The same in all lanes of the warp, and known to be by the compiler.
 DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
+// Of the parameters of a kernel.
+DEVICE uint32_t param_word(const void* params, int i) { return ((const uint32_t*)params)[i]; }
+
+// Clocks of the multiprocessor, of which only differences mean anything.
+DEVICE uint32_t clock_now() {
+  uint32_t x;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(x)::"memory");
+  return x;
+}
+
 // For what the compiler finds to be uniform by itself, except for NVRTC 12.5 and 12.6: these take a
 // descriptor that is added to for one that differs between lanes, and move both halves of it to
 // uniform registers (R2UR) ahead of every wgmma.

@@ -22,6 +22,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     FEW_ROWS_KERNEL(const __grid_constant__ TensorMap q_map,
                     const __grid_constant__ TensorMap same_q_map,  // launches have two
                     const __grid_constant__ Params params) {
+  fetch_params(params);
   if (thread_index() == 0) {
 #if !defined(QUERY_E4M3)
     prefetch_tensormap(q_map);

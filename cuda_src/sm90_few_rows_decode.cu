@@ -29,6 +29,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
                     const __grid_constant__ TensorMap k_map,
                     const __grid_constant__ TensorMap same_k_map,  // launches have two of each
                     const __grid_constant__ Params params) {
+  fetch_params(params);
   if (thread_index() == 0) {
     prefetch_tensormap(q_map);
     prefetch_tensormap(k_map);

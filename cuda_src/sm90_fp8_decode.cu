@@ -22,6 +22,7 @@
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     GATHER(const __grid_constant__ TensorMap q_map_0, const __grid_constant__ TensorMap q_map_1,
            const __grid_constant__ Params params) {
+  fetch_params(params);
   if (thread_index() == 0) {
     if (!QUERY_IS_E4M3) {
       prefetch_tensormap(q_map_0);
@@ -128,11 +129,35 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 //   Q before other rows      the second tile is asked for when Q is there: 80.7 for 80.4
 //   what is rare             behind one branch 149.2 for 151.1, dense 239.6 for 240.8; whether the next
 //                            tile is there, asked ahead of P: dense 251.0 for 243.8
-//   the code that stores results   walked through by idle warps ahead of a piece of 4 tiles or fewer:
-//                            1, 8 requests of 64 heads 16.1 for 18.4, 23.1 for 25.1, of 128 heads 17.8 for
-//                            20.2; but where code is in the caches, as between calls of benchmarks, 15.0 for
-//                            14.6, 19.2 for 18.7, 15.7 for 15.0. By one warp of each half, and only where
-//                            clearing O took more than 500 clocks: 14.6, 19.0, 15.6
+//   the code that stores results   walked through by idle warps ahead of a piece of 4 tiles or
+//                            fewer, as it is over 584 bytes, in brackets the wheel: 64 heads, 1, 4
+//                            requests 16.6 for 18.8 (21.8), 21.3 for 23.8 (24.4); lists of 512, 64
+//                            heads, 4 requests 16.4 for 18.6 (16.9), 128 heads, 2, 8 requests 16.9
+//                            for 19.7 (16.9), 21.5 for 23.6 (21.0). Over 656 bytes 64 heads, 1, 8
+//                            requests 15.8 for 17.9, 22.5 for 24.7, 128 heads 17.3 for 20.0; but
+//                            where code is in the caches, as between calls of benchmarks, 15.0 for
+//                            14.5, 18.9 for 18.6, 15.5 for 14.9, of which half is what a walk that
+//                            never comes costs
+//   fetch_params             656 bytes, cold, 64 heads, 8 requests 23.7 for 24.4, 128 heads, 1, 8
+//                            requests 19.0 for 20.0, 28.7 for 29.6, 16 heads, 8, 32 requests 17.1
+//                            for 17.8, 27.3 for 28.7; with code in the caches 14.5 for 14.7, 18.6
+//                            for 18.8
+//   where the time of a short call goes   64 heads, 8 requests of 2048, with code in the caches,
+//                            in us: the first row asked for 2.5, there 4.6 (Q 3.8), S 5.9, P 6.7,
+//                            P V of two tiles 10.2, partial results 13.1, combine ready 14.8, done
+//                            17.2. Of these short paths, none took less: partial results as floats
+//                            19.7 for 18.7; all of them in one pass 19.0; by way of shared memory
+//                            and bulk copies 20.1, for 64 KB leave a multiprocessor with 24 bytes
+//                            a clock; entries of lists prefetched and Q asked for ahead of
+//                            setmaxnreg, whose time goes by as before, 19.0; P V in one pass 18.9.
+//                            An instruction takes a scheduler 1.05 clocks in code of up to 32 KB,
+//                            2.1 up to 128 KB, 4.6 to 5.9 beyond; caches keep code from launch to
+//                            launch
+//   blocks of 16 query rows where lists leave multiprocessors idle, by sm90_few_fp8_decode.cu:
+//                            656 bytes, cold, 64 heads, 1, 2, 4 requests 16.0 for 17.6, 16.6 for
+//                            19.2, 19.5 for 22.2, 128 heads, 1, 2 requests 16.5 for 19.3, 19.9 for
+//                            22.3; 584 bytes 24.0 for 18.6. Not taken, since metadata would have
+//                            another shape, or bits depend on who makes it
 //   stalls, of ncu, of F     in S a warp waits for ldmatrix 28 % of its time, for wgmma never; P is 206
 //                            instructions in 1240 clocks, of which what issues takes 18 %, and code that is
 //                            jumped over costs a fetch each time

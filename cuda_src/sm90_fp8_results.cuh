@@ -1,4 +1,5 @@
-// The results of a row block: where O goes in the end.
+// The results of a row block: where O goes in the end, of as many rows of a slab as there are. Of none,
+// the code is only walked through, so that it is there when it is needed (sm90_fp8_values.cuh).
 //
 // A thread has, of O^T [512 columns, 64 query rows], o[32 i + 4 k + 2 r + n]: column 64 block + 16 i +
 // 2 g + r, where g = lane / 4, and query row 8 k + 2 t + n, where t = lane % 4. So two columns that
@@ -14,9 +15,9 @@ struct TwoRows {
 // Calls `store` for each of the eight k, four in a pass of a loop: the code for all would take longer
 // to fetch, the first time, than to execute. O is used up.
 template <class Store>
-DEVICE void store_rows(float (&o)[128], Store store) {
+DEVICE void store_rows(float (&o)[128], int rows_of_slab, Store store) {
 #pragma unroll 1
-  for (int first = 0; first < 8; first += 4) {
+  for (int first = 0; first < (WALKS && rows_of_slab == 0 ? 4 : 8); first += 4) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       TwoRows rows;
@@ -37,22 +38,22 @@ DEVICE void store_rows(float (&o)[128], Store store) {
 
 // 1 / l of the two query rows.
 DEVICE float2 inverse_l(int k) { return ld_shared_v2_f32(row_float(INVERSE_L, my_column(2 * k))); }
-// Whether the slab has row n of them.
-DEVICE bool has_row(const Params& params, const RowBlock& block, int k, int n) {
-  return block.first_row + my_column(2 * k) + n < params.slab_rows;
+// Whether row n of them is one of the first `rows` of the slab.
+DEVICE bool has_row(const RowBlock& block, int rows, int k, int n) {
+  return block.first_row + my_column(2 * k) + n < rows;
 }
 
 // O / l, by pairs of columns: `to` is where the thread's first pair goes, and store(is_there, to, x, y)
 // stores one.
 template <class T, class Store>
-DEVICE void store_pairs(float (&o)[128], const Params& params, const RowBlock& block, T* to,
+DEVICE void store_pairs(float (&o)[128], int rows_of_slab, const RowBlock& block, T* to,
                         Store store) {
-  store_rows(o, [&](int k, const TwoRows& rows) {
+  store_rows(o, rows_of_slab, [&](int k, const TwoRows& rows) {
     const float2 inverse = inverse_l(k);
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const float x = n ? inverse.y : inverse.x;
-      const bool is_there = has_row(params, block, k, n);
+      const bool is_there = has_row(block, rows_of_slab, k, n);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float* t = rows.values[n][i];
@@ -64,24 +65,26 @@ DEVICE void store_pairs(float (&o)[128], const Params& params, const RowBlock& b
 }
 
 // O / l -> out.
-DEVICE void store_out(float (&o)[128], int block_of_columns, const Params& params, int request) {
+DEVICE void store_out(float (&o)[128], int block_of_columns, const Params& params, int request,
+                      int rows_of_slab) {
   const RowBlock block = row_block();
   uint16_t* to = params.out +
                  out_row(params, request, block, block.first_row + my_column(0)) * 512 +
                  block_of_columns * 64 + (lane_index() >> 2) * 2;
-  store_pairs(o, params, block, to, [](bool is_there, uint16_t* at, float x, float y) {
+  store_pairs(o, rows_of_slab, block, to, [](bool is_there, uint16_t* at, float x, float y) {
     st_global_u32_if(is_there, at, cvt_x2(x, y));
   });
 }
 
 // O / l -> the partial result in a slot as floats, in the order of merge.cuh.
-DEVICE void store_floats(float (&o)[128], int block_of_columns, const Params& params, int slot) {
+DEVICE void store_floats(float (&o)[128], int block_of_columns, const Params& params, int slot,
+                         int rows_of_slab) {
   const RowBlock block = row_block();
   const uint32_t g = lane_index() >> 2;
   float* to = params.out_partial +
               partial_row(params, slot, block, block.first_row + my_column(0)) * 512 +
               block_of_columns * 64 + (g & 3) * 4 + (g >> 2) * 2;
-  store_pairs(o, params, block, to, [](bool is_there, float* at, float x, float y) {
+  store_pairs(o, rows_of_slab, block, to, [](bool is_there, float* at, float x, float y) {
     st_global_v2_f32_if(is_there, at, x, y);
   });
 }
@@ -108,18 +111,20 @@ DEVICE void tell_largest_values(const float (&o)[128], uint32_t of_half) {
 // O / l -> the partial result in a slot as scaled halves (merge.cuh), by 16 bytes a lane, and their
 // scales. Of two lanes that have eight columns of two rows, each takes one row.
 DEVICE void store_halves(float (&o)[128], int half, int block_of_columns, const Params& params,
-                         int slot) {
+                         int slot, int rows_of_slab) {
   const RowBlock block = row_block();
   const int lane = lane_index(), upper = lane >> 4;
   const uint32_t of_half = LARGEST + half * GROUP_WARPS * ROWS * 4;
-  tell_largest_values(o, of_half);
-  bar_sync(VALUE_BARRIERS + half, GROUP_THREADS);
+  const bool walks = WALKS && rows_of_slab == 0;  // in each half through half of the code
+  if (!walks || half == 0) tell_largest_values(o, of_half);
+  if (walks && half == 0) return;
+  if (!walks) bar_sync(VALUE_BARRIERS + half, GROUP_THREADS);
   const int64_t first = partial_row(params, slot, block, block.first_row + my_column(0) + upper);
   uint16_t* to =
       (uint16_t*)(params.out_partial + first * 512) + block_of_columns * 64 + (lane >> 2 & 3) * 8;
   float* scales = params.row_partial + first * 4 + 1 + half;
   const bool stores_scale = warp_in_group() == 0 && (lane >> 2 & 3) == 0;
-  store_rows(o, [&](int k, const TwoRows& rows) {
+  store_rows(o, rows_of_slab, [&](int k, const TwoRows& rows) {
     const float2 inverse = inverse_l(k);
     float x[2], down[2];
 #pragma unroll
@@ -129,7 +134,7 @@ DEVICE void store_halves(float (&o)[128], int half, int block_of_columns, const 
       const Scale scale = scale_of(fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)) * x[n]);
       x[n] *= scale.up, down[n] = scale.down;
     }
-    const bool is_there = has_row(params, block, k, upper);
+    const bool is_there = has_row(block, rows_of_slab, k, upper);
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
       uint32_t v[2][2];  // of a row, and of 16 columns

@@ -161,34 +161,63 @@ DEVICE void accumulate_tiles(float (&o)[128], Place& place, int tiles, int block
   }
 }
 
+// Stores the results of a piece, of so many rows of the slab.
+DEVICE void store_results(float (&o)[128], int half, int block, const Params& params, int request,
+                          uint32_t result, int rows_of_slab) {
+  const Kind kind = kind_of(result);
+  const int slot = slot_of(result);
+  if (kind == WHOLE) {
+    store_out(o, block, params, request, rows_of_slab);
+  } else if (kind == SPLIT && params.slab_rows > FEW_ROWS) {
+    store_halves(o, half, block, params, slot, rows_of_slab);
+  } else {  // also the pieces of a pair, which combine merges
+    store_floats(o, block, params, slot, rows_of_slab);
+  }
+}
+
 DEVICE void value_role(const Params& params, int half) {
   float o[128];
   Place place;
   uint32_t results_phase = 0;
   const int block = uniform(half * 4 + warp_in_group());
+  const int first = uniform(part_of(params).first_request);
+  const int last = uniform(part_of(params).last_request);
 #pragma unroll 1
-  for (int request = uniform(part_of(params).first_request);
-       request <= uniform(part_of(params).last_request); ++request) {
-    const int tiles = uniform(tokens_of(piece_of(params, request)).tiles);
+  for (int request = first; request <= last; ++request) {
+    const Piece piece = piece_of(params, request);
+    const int tiles = uniform(tokens_of(piece).tiles);
     if (tiles == 0) continue;  // the score warps store the results of no keys
+    // Ahead of a short piece that is all there is to do, while its rows are on their way, one warp of
+    // each half walks through the code that stores results, without a row to store, if code is not in
+    // the caches: to fetch it takes longer than to execute it then.
+    bool walks = WALKS && first == last && tiles <= FEW_TILES;
+    uint32_t result = WALKS ? uniform(result_word(piece.kind, 0)) : 0;
+#pragma unroll 1
+    for (;;) {
+      const uint32_t begin = WALKS ? clock_now() : 0;
 #pragma unroll
-    for (int i = 0; i < 128; ++i) o[i] = 0.f;
-    if (tiles > FEW_TILES) {
-      accumulate_tiles<STEPS_OF_TILE>(o, place, tiles, block);
-    } else {
-      accumulate_tiles<1>(o, place, tiles, block);
-    }
-    mbarrier_wait(results_ready(), results_phase);
-    results_phase ^= 1;
-    const uint32_t result = uniform(ld_shared_u32(shared_base() + RESULT));
-    const Kind kind = kind_of(result);
-    const int slot = slot_of(result);
-    if (kind == WHOLE) {
-      store_out(o, block, params, request);
-    } else if (kind == SPLIT && params.slab_rows > FEW_ROWS) {
-      store_halves(o, half, block, params, slot);
-    } else {  // also the pieces of a pair, which combine merges
-      store_floats(o, block, params, slot);
+      for (int i = 0; i < 128; ++i) o[i] = 0.f;
+      bool is_cold = false;
+      if (WALKS) {
+        pin(o);
+        is_cold = uniform(clock_now() - begin) > COLD_CLOCKS;  // the code above
+      }
+      if (!walks) {
+        if (tiles > FEW_TILES) {
+          accumulate_tiles<STEPS_OF_TILE>(o, place, tiles, block);
+        } else {
+          accumulate_tiles<1>(o, place, tiles, block);
+        }
+        mbarrier_wait(results_ready(), results_phase);
+        results_phase ^= 1;
+        result = uniform(ld_shared_u32(shared_base() + RESULT));
+      }
+      if (!walks || (is_cold && block % GROUP_WARPS == 0)) {
+        store_results(o, half, block, params, request, result, walks ? 0 : params.slab_rows);
+      }
+      if (!walks) break;
+      bar_sync(VALUE_BARRIERS + half, GROUP_THREADS);  // what a walk reads is written later
+      walks = false;
     }
     arrive(results_free());
   }

@@ -19,6 +19,7 @@
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     GATHER(const __grid_constant__ TensorMap q_map_0, const __grid_constant__ TensorMap q_map_1,
            const __grid_constant__ Params params) {
+  fetch_params(params);
   if (thread_index() == 0) {
     prefetch_tensormap(q_map_0);
     prefetch_tensormap(q_map_1);

@@ -247,8 +247,21 @@ DEVICE void store_no_keys(const Params& params, int request, bool refused, int t
   }
 }
 
-// ---- the beginning, by one warp -------------------------------------------------------------
-// All roles wait for it, so it does the least that lets them begin.
+// ---- the beginning --------------------------------------------------------------------------
+
+// Parameters lie in constant memory, and each line of it is fetched when something there is first
+// looked at, which takes up to a microsecond, role by role and line by line. So a lane of each warp,
+// except those that have more to do now, asks for one line: all come at once. What it reads goes
+// where the factors will be, only so that it is read.
+constexpr int PARAM_WORDS = sizeof(Params) / 4, LINE_WORDS = 16, FIRST_FREE_WARP = 3;
+DEVICE void fetch_params(const Params& params) {
+  const int word = ((int)(thread_index() >> 5) - FIRST_FREE_WARP) * LINE_WORDS;
+  if (word < 0 || word >= PARAM_WORDS + LINE_WORDS || lane_index() != 0) return;
+  st_shared_u32(shared_base() + FACTORS + word / LINE_WORDS * 4,
+                param_word(&params, min(word, PARAM_WORDS - 1)));
+}
+
+// By one warp: all roles wait for it, so it does the least that lets them begin.
 
 // Before the wait for the kernel ahead: what follows from the launch alone.
 DEVICE void init_row_block(const Params& params) {

@@ -175,10 +175,12 @@ def test_run(monkeypatch, capsys):
 
 def test_sparse_cases(capsys):
     names = [case.name for case in sparse_peers.CASES]
-    assert len(names) == len(set(names)) == 36
+    assert len(names) == len(set(names)) == 48
     (case,) = sparse_peers.select(["v32.h16.b128.q2"])
     assert (case.flops, case.nbytes) == (2 * 256 * 16 * 2048 * 1088, 256 * 2048 * 656)
-    assert {case.kind for case in sparse_peers.select(["h64"])} == {"v32", "e4m3", "prefill"}
+    (case,) = sparse_peers.select(["v4.h64.b8"])
+    assert (case.flops, case.nbytes) == (2 * 8 * 64 * 512 * 1024, 8 * 512 * 584)
+    assert {case.kind for case in sparse_peers.select(["h64"])} == {"v32", "v4", "e4m3", "prefill"}
     assert len(sparse_peers.select(["prefill.h16", "v32"])) == 4 + 15
     assert sparse_peers.main(["--cases", "h6"]) == 2
     assert "There is no case 'h6'" in capsys.readouterr().err

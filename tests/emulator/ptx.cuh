@@ -20,6 +20,12 @@ struct alignas(128) TensorMap {
 DEVICE uint32_t thread_index() { return threadIdx.x; }
 DEVICE uint32_t lane_index() { return thread_index() & 31; }
 DEVICE int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+DEVICE uint32_t param_word(const void* params, int i) {
+  uint32_t word;
+  memcpy(&word, (const char*)params + i * 4, 4);
+  return word;
+}
+DEVICE uint32_t clock_now() { return machine::draw(10000); }
 DEVICE uint32_t surely_uniform(uint32_t x) { return x; }
 DEVICE uint32_t warp_in_group() { return (thread_index() >> 5) & 3; }
 DEVICE bool elect_sync() {
