@@ -139,7 +139,7 @@ def measure(case: Case, timer: Timer) -> Row:
     row = Row(case.name)
     try:
         ours, peer = gpu.calls(case)
-        row.difference, agrees = gpu.difference(ours[0](), peer[0]())
+        row.difference, agrees = gpu.difference(ours[0](), peer[0](), case.kind)
         if not agrees:
             row.failure = "the results differ"
             return row

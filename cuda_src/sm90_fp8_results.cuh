@@ -109,7 +109,8 @@ DEVICE void tell_largest_values(const float (&o)[128], uint32_t of_half) {
 }
 
 // O / l -> the partial result in a slot as scaled halves (merge.cuh), by 16 bytes a lane, and their
-// scales. Of two lanes that have eight columns of two rows, each takes one row.
+// scales. Of two lanes that have pairs of the same 16 columns of a row, each takes 32 columns, so that
+// eight lanes store 128 bytes of a row at once.
 DEVICE void store_halves(float (&o)[128], int half, int block_of_columns, const Params& params,
                          int slot, int rows_of_slab) {
   const RowBlock block = row_block();
@@ -119,40 +120,38 @@ DEVICE void store_halves(float (&o)[128], int half, int block_of_columns, const 
   if (!walks || half == 0) tell_largest_values(o, of_half);
   if (walks && half == 0) return;
   if (!walks) bar_sync(VALUE_BARRIERS + half, GROUP_THREADS);
-  const int64_t first = partial_row(params, slot, block, block.first_row + my_column(0) + upper);
-  uint16_t* to =
-      (uint16_t*)(params.out_partial + first * 512) + block_of_columns * 64 + (lane >> 2 & 3) * 8;
-  float* scales = params.row_partial + first * 4 + 1 + half;
-  const bool stores_scale = warp_in_group() == 0 && (lane >> 2 & 3) == 0;
+  const int64_t first = partial_row(params, slot, block, block.first_row);
+  float factors_of_rows[2];  // of O, for rows 2 lane and 2 lane + 1
+  const float2 inverse = ld_shared_v2_f32(row_float(INVERSE_L, 2 * lane));
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const int row = 2 * lane + n;
+    const float4 v = ld_shared_v4_f32(row_float(of_half, row * GROUP_WARPS));
+    const float x = n ? inverse.y : inverse.x;
+    const Scale scale = scale_of(fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)) * x);
+    factors_of_rows[n] = x * scale.up;
+    if (warp_in_group() == 0 && block.first_row + row < rows_of_slab) {
+      params.row_partial[(first + row) * 4 + 1 + half] = scale.down;
+    }
+  }
+  uint16_t* to = (uint16_t*)(params.out_partial + (first + my_column(0)) * 512) +
+                 block_of_columns * 64 + upper * 32 + (lane >> 2 & 3) * 8;
   store_rows(o, rows_of_slab, [&](int k, const TwoRows& rows) {
-    const float2 inverse = inverse_l(k);
-    float x[2], down[2];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const float4 v = ld_shared_v4_f32(row_float(of_half, (my_column(2 * k) + n) * GROUP_WARPS));
-      x[n] = n ? inverse.y : inverse.x;
-      const Scale scale = scale_of(fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)) * x[n]);
-      x[n] *= scale.up, down[n] = scale.down;
-    }
-    const bool is_there = has_row(block, rows_of_slab, k, upper);
+      const float x = __shfl_sync(~0u, factors_of_rows[n], 4 * k + (lane & 3));
+      uint32_t v[4];  // of 16 columns each
 #pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      uint32_t v[2][2];  // of a row, and of 16 columns
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const float* t = rows.values[n][i + j];
-          v[n][j] = half_x2(t[0] * x[n], t[1] * x[n]);
-        }
+      for (int i = 0; i < 4; ++i) {
+        const float* t = rows.values[n][i];
+        v[i] = half_x2(t[0] * x, t[1] * x);
       }
-      const uint32_t a = __shfl_xor_sync(~0u, upper ? v[0][0] : v[1][0], 16);
-      const uint32_t b = __shfl_xor_sync(~0u, upper ? v[0][1] : v[1][1], 16);
-      const Vector4 columns = {upper ? a : v[0][0], upper ? v[1][0] : a, upper ? b : v[0][1],
-                               upper ? v[1][1] : b};
-      st_global_v4_if(is_there, to + i * 16, columns);
+      const uint32_t a = __shfl_xor_sync(~0u, upper ? v[0] : v[2], 16);
+      const uint32_t b = __shfl_xor_sync(~0u, upper ? v[1] : v[3], 16);
+      const Vector4 columns = {upper ? a : v[0], upper ? v[2] : a, upper ? b : v[1],
+                               upper ? v[3] : b};
+      st_global_v4_if(has_row(block, rows_of_slab, k, n), to + n * 1024, columns);
     }
-    if (stores_scale && is_there) *scales = upper ? down[1] : down[0];
-    to += 8 * 1024, scales += 8 * 4;
+    to += 8 * 1024;
   });
 }

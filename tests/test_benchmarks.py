@@ -189,7 +189,7 @@ def test_sparse_cases(capsys):
 def test_sparse_run(monkeypatch, capsys, tmp_path):
     gpu = SimpleNamespace(
         calls=lambda case: ([lambda: 1.0], [lambda: 1.0 if case.kind == "v32" else 2.0]),
-        difference=lambda ours, peer: (abs(ours - peer), ours == peer),
+        difference=lambda ours, peer, kind: (abs(ours - peer), ours == peer),
     )
     torch = SimpleNamespace(__version__="2.11.0", cuda=SimpleNamespace(empty_cache=lambda: None))
     monkeypatch.setattr(sparse_peers, "prepare", lambda folder: "H200")

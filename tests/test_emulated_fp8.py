@@ -59,7 +59,7 @@ BROKEN = {  # file, text, what takes its place, scenario
     "warps multiply the same with different instructions": (
         "scores",
         "      keys.compute(s, states, bits, place.stage, to_release);\n",
-        "      if (arrived) {\n"
+        "      if (uniform(warp_in_group()) == 0) {\n"
         "        keys.compute(s, states, bits, place.stage, to_release);\n"
         "      } else {\n"
         "        keys.compute(s, states, bits, place.stage, to_release);\n"
