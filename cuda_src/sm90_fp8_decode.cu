@@ -66,9 +66,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 // results that are stored without shuffles, and a vote about the maxima in one instruction. In E what
 // comes next is loaded ahead of that vote, rotary columns come first and in bfloat16, the proxy fence
 // is the reader's, and what is executed once is short. In F rows of a plain pool are found in less
-// code, and Q is asked for first of all. H is the present one: ldmatrix is two units ahead of the
-// conversion of K, and two loads ahead of that of V, the vote is about halves of P, and what is rare
-// lies behind one branch; S of queries in e4m3 is a product of e4m3.
+// code, and Q is asked for first of all. In H ldmatrix is two units ahead of the conversion of K, and
+// two loads ahead of that of V, the vote is about halves of P, and what is rare lies behind one branch;
+// S of queries in e4m3 is a product of e4m3. Since H parameters are fetched all at once, and partial
+// results are stored by lines, as noted below.
 //   656 bytes, 64 heads      G 90.8 | A 100 | B 91.7 | C 90.8 | D 85.7 | E 83 | F 82 | H 79.7 (116)
 //   128 heads                G 165 | A 186 | B 169 | C 165 | D 157 | E, F 154 | H 149 (211)
 //   64 heads, s_q 2          G 171 | D 162 | E 160 | F 159 | H 153 (226)
@@ -142,6 +143,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
 //                            requests 19.0 for 20.0, 28.7 for 29.6, 16 heads, 8, 32 requests 17.1
 //                            for 17.8, 27.3 for 28.7; with code in the caches 14.5 for 14.7, 18.6
 //                            for 18.8
+//   partial results          by lines of 128 bytes, with scales found once a row, cold: 656 bytes, 64 heads,
+//                            8, 32 requests 24.1 for 24.4, 35.7 for 37.0, 128 heads, 8 requests 27.9
+//                            for 29.1; 584 bytes, lists of 512, 64 heads, 4 requests 15.3 for 16.0, 128
+//                            heads, 1, 2, 8 requests 14.7 for 15.0, 15.6 for 16.3, 20.1 for 20.7 (14.8,
+//                            16.1, 20.7), where before 64 bytes of two rows were stored at once
 //   where the time of a short call goes   64 heads, 8 requests of 2048, with code in the caches,
 //                            in us: the first row asked for 2.5, there 4.6 (Q 3.8), S 5.9, P 6.7,
 //                            P V of two tiles 10.2, partial results 13.1, combine ready 14.8, done
