@@ -330,12 +330,6 @@ DEVICE void st_global_v4(void* p, Vector4 v) {
                "r"(v.w)
                : "memory");
 }
-DEVICE void st_global_v2(void* p, uint32_t x, uint32_t y) {
-  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(x), "r"(y) : "memory");
-}
-DEVICE void st_global_v2_f32(float* p, float x, float y) {
-  asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x), "f"(y) : "memory");
-}
 DEVICE void st_global_v4_f32(float* p, float x, float y, float z, float w) {
   asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x), "f"(y), "f"(z), "f"(w)
                : "memory");

@@ -201,14 +201,6 @@ DEVICE float ld_global_f32(const float* p) { return *p; }
 DEVICE float4 ld_global_v4_f32(const float* p) { return *(const float4*)p; }
 DEVICE Vector4 ld_global_v4(const void* p) { return *(const Vector4*)p; }
 DEVICE void st_global_v4(void* p, Vector4 v) { machine::store(p, &v, sizeof(v)); }
-DEVICE void st_global_v2(void* p, uint32_t x, uint32_t y) {
-  const Vector2 v = {x, y};
-  machine::store(p, &v, sizeof(v));
-}
-DEVICE void st_global_v2_f32(float* p, float x, float y) {
-  const float2 v = {x, y};
-  machine::store(p, &v, sizeof(v));
-}
 DEVICE void st_global_v4_f32(float* p, float x, float y, float z, float w) {
   const float4 v = {x, y, z, w};
   machine::store(p, &v, sizeof(v));
@@ -218,7 +210,8 @@ DEVICE void st_global_v4_if(bool condition, void* p, Vector4 v) {
   if (condition) st_global_v4(p, v);
 }
 DEVICE void st_global_v2_f32_if(bool condition, float* p, float x, float y) {
-  if (condition) st_global_v2_f32(p, x, y);
+  const float2 v = {x, y};
+  if (condition) machine::store(p, &v, sizeof(v));
 }
 DEVICE void st_global_u32_if(bool condition, void* p, uint32_t x) {
   if (condition) machine::store(p, &x, sizeof(x));
