@@ -18,8 +18,6 @@ from ..errors import (
     ArgumentError,
     DTypeError,
     FrameworkMismatchError,
-    MissingDependencyError,
-    NoDeviceError,
     OptionError,
     ReadOnlyError,
     ScalarError,
@@ -28,8 +26,8 @@ from ..errors import (
 )
 from ..formats.cache_format import format_of
 from ..frameworks import HOST, Adapter, ArrayInfo, framework, framework_of, numpy_dtype
-from ..gpu.arch import arch_of
 from ..sizes import HEAD_DIM, PAGE_SIZES
+from .place import framework_at, place_of
 from .views import BITS, bits_of, view_as
 
 _SIZES = ", ".join(map(str, PAGE_SIZES))
@@ -110,8 +108,8 @@ def allocate(
     dtype_name = _dtype(dtype, function)
     _fits_int32(num_pages, page_size, function)
     axis = None if num_layers == 1 else _layer_axis(layer_axis, function)
-    place = _place(device, name, function)
-    arrays = framework(_framework(name, place, function))
+    place = place_of(device, name, function)
+    arrays = framework(framework_at(name, place, function))
     layout = Layout(num_pages, num_layers, page_size, h_kv, HEAD_DIM, dtype_name, axis)
     with arrays.device_guard(place):
         return Pool(arrays.empty(layout.shape, dtype_name, place), layout)
@@ -242,52 +240,3 @@ def _fits_int32(num_pages: int, page_size: int, function: str) -> None:
     if num_pages > most:
         expected = f"at most {most} pages of {page_size} tokens"
         raise ScalarError("num_pages", expected, f"{num_pages}", "Make several caches.", function)
-
-
-def _framework(name: Any, place: int, function: str) -> str:
-    usual = "numpy" if place == HOST else "cupy"
-    if name is None:
-        return usual
-    if not isinstance(name, str) or name not in (usual, "torch"):
-        expected = f"'{usual}' or 'torch', whose arrays can lie there, or None"
-        remedy = "NumPy's arrays lie on the CPU and CuPy's on a GPU."
-        raise OptionError("framework", expected, f"{name!r}", remedy, function)
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        message = f"{function}(): framework {name!r} cannot be imported. Install {name}."
-        raise MissingDependencyError(message) from error
-    return str(name)
-
-
-def _place(device: Any, name: Any, function: str) -> int:
-    """The CUDA device number that the argument `device` stands for, or HOST."""
-    if type(device).__module__.partition(".")[0] == "torch":  # torch.device("cuda", 1)
-        current = importlib.import_module("torch").cuda.current_device
-        device = "cpu" if device.type == "cpu" else (device.index or current())
-    if isinstance(device, str):
-        if device == "cpu":
-            return HOST
-        expected, remedy = "a CUDA device number, 'cpu' or None", "Pass 0 for the first GPU."
-        raise OptionError("device", expected, f"{device!r}", remedy, function)
-    if device is None and name == "numpy":
-        return HOST
-    if device is not None:
-        device = scalars.integer("device", device, function)
-    try:
-        cuda: Any = importlib.import_module("cupy").cuda
-    except ImportError as error:
-        if device is None:
-            return HOST
-        remedy = "Install flashmla-cupy[cuda12], or pass device='cpu' for NumPy."
-        message = f"{function}(): device {device} needs CuPy, which cannot be imported. {remedy}"
-        raise MissingDependencyError(message) from error
-    count = cuda.runtime.getDeviceCount() if cuda.is_available() else 0
-    if device is None:  # the current GPU, if the kernels run on it
-        current = int(cuda.Device().id) if count else HOST
-        fits = count and arch_of(cuda.runtime.getDeviceProperties(current))
-        return current if fits else HOST
-    if device >= count:
-        remedy = "Pass device='cpu' for NumPy."
-        raise NoDeviceError(f"{function}(): no CUDA device {device}; CuPy sees {count}. {remedy}")
-    return int(device)
