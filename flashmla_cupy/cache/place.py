@@ -15,17 +15,9 @@ from ..gpu.arch import arch_of
 def place_of(device: Any, name: Any, function: str) -> int:
     """The CUDA device number that `device` stands for, or HOST; name: the framework that is asked
     for. Raises an ArgumentError, as `function`, or NoDeviceError or MissingDependencyError."""
-    if type(device).__module__.partition(".")[0] == "torch":
-        device = _of_torch(device, function)
-    if isinstance(device, str):
-        if device == "cpu":
-            return HOST
-        expected, remedy = "a CUDA device number, 'cpu' or None", "Pass 0 for the first GPU."
-        raise OptionError("device", expected, f"{device!r}", remedy, function)
-    if device is None and isinstance(name, str) and name == "numpy":
+    device = named_place(device, function)
+    if device == HOST or (device is None and isinstance(name, str) and name == "numpy"):
         return HOST
-    if device is not None:
-        device = scalars.integer("device", device, function)
     try:
         cuda: Any = importlib.import_module("cupy").cuda
     except ImportError as error:
@@ -46,6 +38,18 @@ def place_of(device: Any, name: Any, function: str) -> int:
         there = "the only one is 0" if count == 1 else f"there are {count}, 0 to {count - 1}"
         raise NoDeviceError(f"{function}(): no CUDA device {device}: {there}. Pass one of them.")
     return int(device)
+
+
+def named_place(device: Any, function: str) -> int | None:
+    """HOST or a CUDA device number, whether there is such a device or not; None for None."""
+    if type(device).__module__.partition(".")[0] == "torch":
+        device = _of_torch(device, function)
+    if isinstance(device, str):
+        if device == "cpu":
+            return HOST
+        expected, remedy = "a CUDA device number, 'cpu' or None", "Pass 0 for the first GPU."
+        raise OptionError("device", expected, f"{device!r}", remedy, function)
+    return None if device is None else scalars.integer("device", device, function)
 
 
 def _of_torch(device: Any, function: str) -> Any:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..calls import layouts, scalars
 from ..calls.arguments import FLOATS as DTYPES
-from ..calls.wording import show, strides
+from ..calls.wording import kind, show, strides
 from ..errors import (
     AlignmentError,
     ArgumentError,
+    DeviceMismatchError,
     DTypeError,
     FrameworkMismatchError,
     OptionError,
@@ -27,7 +30,7 @@ from ..errors import (
 from ..formats.cache_format import format_of
 from ..frameworks import HOST, Adapter, ArrayInfo, framework, framework_of, numpy_dtype
 from ..sizes import HEAD_DIM, PAGE_SIZES
-from .place import framework_at, place_of
+from .place import framework_at, named_place, place_of
 from .views import BITS, bits_of, view_as
 
 _SIZES = ", ".join(map(str, PAGE_SIZES))
@@ -87,30 +90,34 @@ class Pool:
         return found
 
 
-def allocate(
-    num_pages: Any,
-    page_size: Any,
-    num_layers: Any,
-    dtype: Any,
-    num_heads_kv: Any,
-    device: Any,
-    name: Any,
-    layer_axis: Any,
-    function: str,
-) -> Pool:
-    """A new pool, of unspecified contents; name: the framework of its array, None for NumPy or
-    CuPy. Raises an ArgumentError, as `function`, or NoDeviceError or MissingDependencyError."""
-    num_pages = scalars.integer("num_pages", num_pages, function, least=1)
-    page_size = scalars.integer("page_size", page_size, function, least=1)
+class Given(NamedTuple):
+    """What a cache is asked for; None: nothing was said."""
+
+    num_pages: Any
+    page_size: Any
+    num_heads_kv: Any
+    dtype: Any
+    device: Any
+    framework: Any
+
+
+def allocate(given: Given, num_layers: Any, layer_axis: Any, function: str) -> Pool:
+    """A new pool, of unspecified contents. Raises an ArgumentError, as `function`, or NoDeviceError
+    or MissingDependencyError."""
+    num_pages = scalars.integer("num_pages", given.num_pages, function, least=1)
+    asked = 64 if given.page_size is None else given.page_size
+    page_size = scalars.integer("page_size", asked, function, least=1)
     num_layers = scalars.integer("num_layers", num_layers, function, least=1)
-    h_kv = scalars.integer("num_heads_kv", num_heads_kv, function, least=1)
+    asked = 1 if given.num_heads_kv is None else given.num_heads_kv
+    h_kv = scalars.integer("num_heads_kv", asked, function, least=1)
     _page_size(page_size, function)
-    dtype_name = _dtype(dtype, function)
+    dtype_name = "bfloat16" if given.dtype is None else _dtype(given.dtype, function)
     _fits_int32(num_pages, page_size, function)
-    axis = None if num_layers == 1 else _layer_axis(layer_axis, function)
-    place = place_of(device, name, function)
-    arrays = framework(framework_at(name, place, function))
-    layout = Layout(num_pages, num_layers, page_size, h_kv, HEAD_DIM, dtype_name, axis)
+    axis = _layer_axis(layer_axis, function)
+    place = place_of(given.device, given.framework, function)
+    arrays = framework(framework_at(given.framework, place, function))
+    layer_axis = None if num_layers == 1 else axis
+    layout = Layout(num_pages, num_layers, page_size, h_kv, HEAD_DIM, dtype_name, layer_axis)
     with arrays.device_guard(place):
         return Pool(arrays.empty(layout.shape, dtype_name, place), layout)
 
@@ -119,6 +126,7 @@ def adopt(storage: Any, num_layers: Any, layer_axis: Any, function: str) -> Pool
     """A pool of `storage` itself, if it can serve. Raises an ArgumentError, as `function`."""
     name = "storage"
     num_layers = scalars.integer("num_layers", num_layers, function, least=1)
+    layer_axis = _layer_axis(layer_axis, function)
     try:
         found = framework_of(storage, name)
         if found.name not in _FRAMEWORKS:
@@ -132,7 +140,7 @@ def adopt(storage: Any, num_layers: Any, layer_axis: Any, function: str) -> Pool
         got = show(info)
         _storage_dtype(storage, found, info.dtype, got)
         axes = 4 if num_layers == 1 and len(info.shape) != 5 else 5
-        axis = None if axes == 4 else _layer_axis(layer_axis, function)
+        axis = None if axes == 4 else layer_axis
         raw = info.dtype == "uint8"
         columns = "row_bytes" if raw else f"{HEAD_DIM}"
         tail = f"page_size, h_kv, {columns}]"
@@ -162,6 +170,31 @@ def adopt(storage: Any, num_layers: Any, layer_axis: Any, function: str) -> Pool
         raise error.of(function) from None
     _fits_int32(pages, page_size, function)
     return Pool(storage, Layout(pages, num_layers, page_size, h_kv, width, info.dtype, axis))
+
+
+def require_same(pool: Pool, given: Given, function: str) -> None:
+    """Raises an ArgumentError if something was asked for that the adopted array is not."""
+    layout = pool.layout
+    for name in ("num_pages", "page_size", "num_heads_kv"):
+        asked, has = getattr(given, name), getattr(layout, name)
+        if asked is not None and scalars.integer(name, asked, function) != has:
+            raise _differs(ScalarError, name, f"{has}", f"{asked}", function)
+    if given.dtype is not None and _dtype_name(given.dtype) != layout.dtype:
+        raise _differs(DTypeError, "dtype", layout.dtype, f"{given.dtype!r}", function)
+    if given.device is not None:
+        has = "'cpu'" if pool.place == HOST else f"{pool.place}"
+        if named_place(given.device, function) != pool.place:
+            raise _differs(DeviceMismatchError, "device", has, f"{given.device}", function)
+    if given.framework is not None:
+        has = pool.framework.name
+        if not isinstance(given.framework, str) or given.framework != has:
+            raise _differs(OptionError, "framework", f"'{has}'", kind(given.framework), function)
+
+
+def _differs(
+    error: type[ArgumentError], name: str, has: str, got: str, function: str
+) -> ArgumentError:
+    return error(name, f"{has}, as storage has, or None", got, f"Leave {name} out.", function)
 
 
 def _strides(name: str, info: ArrayInfo, axis: int | None, pages: int) -> None:
@@ -207,9 +240,13 @@ def _page_size(page_size: int, function: str) -> None:
         raise ScalarError("page_size", f"one of {_SIZES}", f"{page_size}", remedy, function)
 
 
+def _dtype_name(dtype: Any) -> str:
+    """Of "float16", np.float16, np.dtype and torch.float16 alike."""
+    return str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
+
+
 def _dtype(dtype: Any, function: str) -> str:
-    """Its name: of "float16", np.float16, np.dtype and torch.float16 alike."""
-    name = str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
+    name = _dtype_name(dtype)
     if name not in DTYPES:
         remedy = (
             "Pass 'bfloat16' or 'float16'; for an FP8 cache pass storage, an array of uint8 "
@@ -228,9 +265,10 @@ def _storage_dtype(storage: Any, found: Adapter, dtype: str, got: str) -> None:
 
 
 def _layer_axis(layer_axis: Any, function: str) -> int:
-    if layer_axis not in (0, 1) or isinstance(layer_axis, bool):
+    is_integer = isinstance(layer_axis, (int, np.integer)) and not isinstance(layer_axis, bool)
+    if not is_integer or layer_axis not in (0, 1):
         remedy = "0 is [num_layers, num_pages, ...], 1 is [num_pages, num_layers, ...]."
-        raise OptionError("layer_axis", "0 or 1", f"{layer_axis!r}", remedy, function)
+        raise OptionError("layer_axis", "0 or 1", kind(layer_axis), remedy, function)
     return int(layer_axis)
 
 
