@@ -180,7 +180,7 @@ def require_same(pool: Pool, given: Given, function: str) -> None:
         if asked is not None and scalars.integer(name, asked, function) != has:
             raise _differs(ScalarError, name, f"{has}", f"{asked}", function)
     if given.dtype is not None and _dtype_name(given.dtype) != layout.dtype:
-        raise _differs(DTypeError, "dtype", layout.dtype, f"{given.dtype!r}", function)
+        raise _differs(DTypeError, "dtype", layout.dtype, _shown(given.dtype), function)
     if given.device is not None:
         has = "'cpu'" if pool.place == HOST else f"{pool.place}"
         if named_place(given.device, function) != pool.place:
@@ -245,6 +245,10 @@ def _dtype_name(dtype: Any) -> str:
     return str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
 
 
+def _shown(dtype: Any) -> str:
+    return kind(dtype) if isinstance(dtype, int) else f"{dtype!r}"
+
+
 def _dtype(dtype: Any, function: str) -> str:
     name = _dtype_name(dtype)
     if name not in DTYPES:
@@ -252,7 +256,7 @@ def _dtype(dtype: Any, function: str) -> str:
             "Pass 'bfloat16' or 'float16'; for an FP8 cache pass storage, an array of uint8 "
             "[num_pages, page_size, 1, bytes of a token]."
         )
-        raise DTypeError("dtype", "bfloat16 or float16", f"{dtype!r}", remedy, function)
+        raise DTypeError("dtype", "bfloat16 or float16", _shown(dtype), remedy, function)
     return name
 
 

@@ -191,7 +191,7 @@ class SequenceCache:
         if not isinstance(name, str) or name not in known:
             expected = f"one of {', '.join(map(repr, known))}, or None"
             remedy = "Name a framework whose arrays can lie beside the pool."
-            raise ArgTypeError("framework", expected, f"{name!r}", remedy, function)
+            raise ArgTypeError("framework", expected, kind(name), remedy, function)
         return framework(name)
 
 

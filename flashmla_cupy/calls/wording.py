@@ -6,6 +6,8 @@ from typing import Any
 
 from ..frameworks import ArrayInfo
 
+_LONGEST = 256  # bits of an integer that is written out
+
 
 def show(info: ArrayInfo) -> str:
     """ "int64 (8, 16)" """
@@ -23,4 +25,13 @@ def kind(value: Any) -> str:
     name = f"{of.__module__}.{of.__qualname__}".removeprefix("builtins.")
     if value is None:
         return "None"
+    if isinstance(value, int) and value.bit_length() > _LONGEST:
+        return f"{name} of {value.bit_length()} bits"
     return f"{name} {value!r}" if isinstance(value, (bool, int, float, complex, str)) else name
+
+
+def digits(number: int) -> str:
+    """ "12"; of a number that is too long for a sentence, and maybe for Python to write, its
+    size."""
+    size = number.bit_length()
+    return f"{number}" if size <= _LONGEST else f"one of {size} bits"
