@@ -394,6 +394,19 @@ def test_a_sequence_has_at_most_so_many_pages():
 # --- misuse ------------------------------------------------------------------------------------
 
 
+class Foreign:
+    """An array that has DLPack's methods alone."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
 def torch():
     return pytest.importorskip("torch")
 
@@ -500,6 +513,10 @@ MISUSE = {  # name: (what is done, its error, words)
     ),
     "queries with heads before tokens": (
         lambda w, c, s: s.step.attend(w.new(1, 4, 2)), E.ShapeError,
+        "q: expected at most the 2 tokens",
+    ),
+    "the same through DLPack": (
+        lambda w, c, s: s.step.attend(Foreign(w.new(1, 4, 2))), E.ShapeError,
         "q: expected at most the 2 tokens",
     ),
     "accepted more than reserved": (

@@ -24,6 +24,7 @@ from ..calls import scalars
 from ..calls.wording import kind as kind_of
 from ..errors import ArgTypeError, ScalarError, ShapeError, StepError
 from ..frameworks import Adapter
+from ..frameworks.shapes import shape_of
 from .core import Core
 from .page_table import Reservation
 from .row_arrays import checked
@@ -135,11 +136,11 @@ class Step:
         function = "Step.attend"
         self._require_open(function)
         layer = self._core.layer(layer, function)
-        shape: tuple[int, ...] = getattr(q, "shape", ())
+        shape = shape_of(q, "q", function)
         if len(shape) == 4 and shape[1] > self.tokens:  # fewer are the last ones
             expected = f"at most the {self.tokens} tokens of the step in the second axis"
             remedy = "The axes of q are [batch, tokens, heads, 576]."
-            raise ShapeError("q", expected, f"{tuple(shape)}", remedy, function)
+            raise ShapeError("q", expected, f"{shape}", remedy, function)
         return self._core.attend(
             q, layer, len(self.seqs), self._of, self._metadata, softmax_scale, causal, function
         )
