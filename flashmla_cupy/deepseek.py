@@ -38,6 +38,7 @@ from .checkpoint_arrays import check_angles, check_eps, last_axis, namespace
 from .checkpoint_config import factor_of, field, mscale_of, rope, rope_type
 from .errors import OptionError, ShapeError
 from .sizes import HEAD_DIM_V
+from .values import written
 
 __all__ = [
     "absorbed_query",
@@ -155,7 +156,7 @@ def rotate(x: Any, cos: Any, sin: Any, *, interleaved: bool = True) -> Any:
     check_angles(cos, sin, half, x.shape[:-1], "rotate")
     if interleaved is not True and interleaved is not False:
         remedy = "DeepSeek's checkpoints are interleaved."
-        raise OptionError("interleaved", "True or False", repr(interleaved), remedy, "rotate")
+        raise OptionError("interleaved", "True or False", written(interleaved), remedy, "rotate")
     wide = _cast(xp, x, "float32")
     if interleaved:
         a, b = wide[..., 0::2], wide[..., 1::2]

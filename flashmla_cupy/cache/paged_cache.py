@@ -185,7 +185,8 @@ class PagedKVCache(SequenceCache):
         in host memory. Raises SequenceError, OutOfPagesError or an ArgumentError; then nothing was
         appended."""
         function = "PagedKVCache.append"
-        self._append(self._table.closed_rows((seq,), function), "rows", rows, 1, function)
+        index = self._table.closed_rows(handle_list((seq,), function), function)
+        self._append(index, "rows", rows, 1, function)
 
     def append_batch(self, seqs: Iterable[Sequence], rows: Any) -> None:
         """Appends n rows to each sequence at once, rows[i] to seqs[i]: a decoding step's tokens.

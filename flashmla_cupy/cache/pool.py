@@ -14,7 +14,7 @@ import numpy as np
 
 from ..calls import layouts, scalars
 from ..calls.arguments import FLOATS as DTYPES
-from ..calls.wording import kind, show, strides
+from ..calls.wording import kind, show, strides, written
 from ..errors import (
     AlignmentError,
     ArgumentError,
@@ -180,7 +180,7 @@ def require_same(pool: Pool, given: Given, function: str) -> None:
         if asked is not None and scalars.integer(name, asked, function) != has:
             raise _differs(ScalarError, name, f"{has}", f"{asked}", function)
     if given.dtype is not None and _dtype_name(given.dtype) != layout.dtype:
-        raise _differs(DTypeError, "dtype", layout.dtype, _shown(given.dtype), function)
+        raise _differs(DTypeError, "dtype", layout.dtype, written(given.dtype), function)
     if given.device is not None:
         has = "'cpu'" if pool.place == HOST else f"{pool.place}"
         if named_place(given.device, function) != pool.place:
@@ -242,11 +242,9 @@ def _page_size(page_size: int, function: str) -> None:
 
 def _dtype_name(dtype: Any) -> str:
     """Of "float16", np.float16, np.dtype and torch.float16 alike."""
+    if isinstance(dtype, int):  # which may be too long for Python to write
+        return ""
     return str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
-
-
-def _shown(dtype: Any) -> str:
-    return kind(dtype) if isinstance(dtype, int) else f"{dtype!r}"
 
 
 def _dtype(dtype: Any, function: str) -> str:
@@ -256,7 +254,7 @@ def _dtype(dtype: Any, function: str) -> str:
             "Pass 'bfloat16' or 'float16'; for an FP8 cache pass storage, an array of uint8 "
             "[num_pages, page_size, 1, bytes of a token]."
         )
-        raise DTypeError("dtype", "bfloat16 or float16", _shown(dtype), remedy, function)
+        raise DTypeError("dtype", "bfloat16 or float16", written(dtype), remedy, function)
     return name
 
 
