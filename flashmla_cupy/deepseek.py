@@ -95,7 +95,7 @@ def rotary_frequencies(config: Any) -> Float32:
     if kind != "yarn":
         remedy = "Compute the tables of cosines and sines yourself; rotate() takes any."
         raise OptionError("config", "a rope type of default or yarn", repr(kind), remedy, name)
-    tokens = scaling["original_max_position_embeddings"]
+    tokens = field(scaling, "original_max_position_embeddings", name)
 
     def pair_that_turns(times: float) -> float:
         pairs = width / 2 / math.log(theta)

@@ -86,6 +86,14 @@ def test_a_missing_field_is_named(missing):
         deepseek.softmax_scale(config)
 
 
+@pytest.mark.parametrize("call", [deepseek.rotary_frequencies, deepseek.softmax_scale])
+def test_a_missing_field_of_yarn_is_named(call):
+    scaling = {**V3["rope_scaling"], "factor": None}
+    del scaling["original_max_position_embeddings"]
+    with pytest.raises(errors.OptionError, match="with original_max_position_embeddings, got none"):
+        call({**V3, "rope_scaling": scaling})
+
+
 def test_another_rope_is_refused():
     config = {**V3, "rope_scaling": {"rope_type": "linear", "factor": 2}}
     with pytest.raises(errors.OptionError, match="default or yarn, got 'linear'"):

@@ -63,8 +63,8 @@ class PagedKVCache(SequenceCache):
     num_layers     layers of the model, which share the books
     dtype          "bfloat16" or "float16"; "bfloat16" by default
     num_heads_kv   kv heads; by default 1, as in DeepSeek's models
-    device         a CUDA device number, or "cpu"; by default the current CUDA device if it can run
-                   the kernels, else "cpu"
+    device         a CUDA device number, "cpu", or a torch.device of either; by default the current
+                   CUDA device if it can run the kernels, else "cpu"
     framework      of `storage` and of tables(): "numpy" or "cupy", by the device, or "torch".
                    Arrays of every framework are taken, and results are of the one that came.
     storage        an array to use instead of a new one, [num_pages, page_size, h_kv, 576], with an
