@@ -8,7 +8,8 @@ order    attend() and append over the two orders of a pool's axes, pages or laye
 host     host time of reserve() and commit() for 128 sequences
 
 Times are medians of rounds in which the variants take turns. Each graph goes through so many layers
-or buffers that nothing is left in the L2 cache from one use to the next.
+or buffers that nothing is left in the L2 cache from one use to the next. The exit status is 2 if
+nothing ran.
 """
 
 from __future__ import annotations
@@ -18,14 +19,24 @@ import sys
 import time
 
 import numpy as np
-import torch
 
-from flashmla_cupy import PagedKVCache, deepseek
+from flashmla_cupy import FlashMLAError, PagedKVCache, deepseek
+from flashmla_cupy.build import nvrtc
 from flashmla_cupy.frameworks import framework
 from flashmla_cupy.gpu.append_launch import NO_ROTATION, CacheLaunches, PoolGeometry, Rotary, Rows
 from flashmla_cupy.gpu.engine import engine_of
 
+try:
+    import torch
+except ImportError as error:  # main() says so
+    torch, no_torch = None, str(error)
+
 ROW = 1152  # bytes
+WHAT = ("append", "order", "host")
+
+
+class BenchmarkError(Exception):
+    """Why nothing can be measured, in a sentence."""
 
 
 def graphs(bodies):
@@ -167,8 +178,31 @@ def host(batch=128):
             print(f"{layers:3} layers, {kind:15} reserve {reserve:6.1f} us, both {both:6.1f} us")
 
 
-def main() -> None:
-    asked = sys.argv[1:] or ["append", "order", "host"]
+def prepare(asked) -> None:
+    """Raises BenchmarkError or a FlashMLAError for what is not known or missing."""
+    for word in asked:
+        if word not in WHAT:
+            raise BenchmarkError(f"{word!r} is none of {', '.join(WHAT)}.")
+    if torch is None:
+        raise BenchmarkError(f"The benchmark needs PyTorch ({no_torch}): pip install torch.")
+    if not torch.cuda.is_available():
+        raise BenchmarkError("The benchmark needs a Hopper GPU, and PyTorch finds no GPU here.")
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) != (9, 0):
+        raise BenchmarkError(
+            f"The benchmark needs a Hopper GPU (compute capability 9.0), and "
+            f"{torch.cuda.get_device_name()} has {major}.{minor}."
+        )
+    nvrtc.cupy_cuda()  # says what is missing of CuPy
+
+
+def main(argv=None) -> int:
+    asked = (sys.argv[1:] if argv is None else argv) or WHAT
+    try:
+        prepare(asked)
+    except (BenchmarkError, FlashMLAError) as error:
+        print("cache.py: error:", *str(error).split(), file=sys.stderr)
+        return 2
     print(torch.cuda.get_device_name())
     if "append" in asked:
         append(8192, 12)
@@ -177,7 +211,8 @@ def main() -> None:
         host()
     if "order" in asked:
         order()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -19,7 +19,8 @@ transformers' code.
    chooses: one rounding can send a token to another expert, and then its logits say nothing of
    attention. How many tokens would have gone elsewhere is printed.
 
-Runs on a Hopper GPU if there is one, else on the CPU with a smaller model.
+Runs on a Hopper GPU if there is one, else on the CPU with a smaller model. The exit status is 1 if
+the results differ by more than they may, 2 if a package is missing.
 """
 
 from __future__ import annotations
@@ -27,10 +28,16 @@ from __future__ import annotations
 import copy
 import sys
 
-import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-
 from flashmla_cupy import PagedKVCache, deepseek
+
+try:
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+except ImportError as missing:
+    needs = "The example needs PyTorch and transformers 5.0 or newer"
+    words = f"{needs} ({missing}): pip install torch 'transformers>=5.0'."
+    print("hf_deepseek.py: error:", *words.split(), file=sys.stderr)
+    sys.exit(2)
 
 
 class CachedAttention(torch.nn.Module):

@@ -45,7 +45,7 @@ def factor_of(config: Any, scaling: Mapping[str, Any]) -> float:
     if scaling.get("factor") is not None:
         return float(scaling["factor"])
     longest: float = field(config, "max_position_embeddings", "softmax_scale")
-    return longest / float(scaling["original_max_position_embeddings"])
+    return longest / float(field(scaling, "original_max_position_embeddings", "softmax_scale"))
 
 
 def mscale_of(factor: float, mscale: float) -> float:

@@ -27,7 +27,6 @@ the configuration of transformers.
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -35,8 +34,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .calls.scalars import integer
+from .checkpoint_arrays import check_angles, check_eps, last_axis, namespace
 from .checkpoint_config import factor_of, field, mscale_of, rope, rope_type
-from .errors import ArgTypeError, OptionError, ShapeError
+from .errors import OptionError, ShapeError
+from .sizes import HEAD_DIM_V
+from .values import written
 
 __all__ = [
     "absorbed_query",
@@ -93,7 +95,7 @@ def rotary_frequencies(config: Any) -> Float32:
     if kind != "yarn":
         remedy = "Compute the tables of cosines and sines yourself; rotate() takes any."
         raise OptionError("config", "a rope type of default or yarn", repr(kind), remedy, name)
-    tokens = scaling["original_max_position_embeddings"]
+    tokens = field(scaling, "original_max_position_embeddings", name)
 
     def pair_that_turns(times: float) -> float:
         pairs = width / 2 / math.log(theta)
@@ -138,19 +140,23 @@ def rotary_tables(config: Any, num_positions: int) -> tuple[Float32, Float32]:
 def rotate(x: Any, cos: Any, sin: Any, *, interleaved: bool = True) -> Any:
     """The rotary embedding of x [..., 64]: each pair (a, b) becomes (a cos - b sin, a sin + b cos).
 
-    cos and sin are float32 [..., 32], broadcast against x without its last axis. A pair is columns
+    cos and sin are float32 [..., 32] at the positions of the rows of x, an axis of 1 where they are
+    the same for all. A pair is columns
     (2i, 2i + 1) if `interleaved`, the order of DeepSeek's checkpoints (`apply_rotary_emb` in
     inference/model.py), else (i, i + 32). The result keeps the order of x; transformers' own
     interleaved form returns the halves side by side instead, which no score can tell as long as
     queries and keys agree. Computed in float32, each product and sum rounded, then rounded to x's
     dtype.
     """
-    xp = _namespace(x, "rotate", "x")
+    xp = namespace(x, "rotate", "x")
     half = x.shape[-1] // 2 if x.ndim else 0
-    _check_angles(cos, sin, half, "rotate")
+    if not x.ndim or x.shape[-1] % 2:
+        expected, remedy = "a last axis of pairs", "Pass the rotary columns alone."
+        raise ShapeError("x", expected, f"{tuple(x.shape)}", remedy, "rotate")
+    check_angles(cos, sin, half, x.shape[:-1], "rotate")
     if interleaved is not True and interleaved is not False:
         remedy = "DeepSeek's checkpoints are interleaved."
-        raise OptionError("interleaved", "True or False", repr(interleaved), remedy, "rotate")
+        raise OptionError("interleaved", "True or False", written(interleaved), remedy, "rotate")
     wide = _cast(xp, x, "float32")
     if interleaved:
         a, b = wide[..., 0::2], wide[..., 1::2]
@@ -158,10 +164,10 @@ def rotate(x: Any, cos: Any, sin: Any, *, interleaved: bool = True) -> Any:
         a, b = wide[..., :half], wide[..., half:]
     first, second = a * cos - b * sin, a * sin + b * cos
     if interleaved:
-        turned = xp.stack([first, second], axis=-1).reshape(x.shape)
+        turned = xp.stack([first, second], axis=-1)
     else:
         turned = xp.concatenate([first, second], axis=-1)
-    return _cast(xp, turned, x.dtype)
+    return _cast(xp, turned.reshape(x.shape), x.dtype)
 
 
 def rms_norm(x: Any, weight: Any, eps: float = 1e-6) -> Any:
@@ -169,7 +175,13 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-6) -> Any:
 
     `DeepseekV3RMSNorm` of transformers; eps is rms_norm_eps of the configuration for the norms of
     hidden states, and 1e-6 for kv_a_layernorm and q_a_layernorm, whatever it says."""
-    xp = _namespace(x, "rms_norm", "x")
+    xp = namespace(x, "rms_norm", "x")
+    columns = last_axis(weight, "weight", 1, "rms_norm")
+    if x.shape[-1:] != (columns,):
+        expected = f"[{x.shape[-1] if x.ndim else 1}], a factor for each column of x"
+        remedy = "Pass the weight of the norm of x."
+        raise ShapeError("weight", expected, f"{tuple(weight.shape)}", remedy, "rms_norm")
+    check_eps(eps, "rms_norm")
     wide = _cast(xp, x, "float32")
     scale = 1 / xp.sqrt((wide * wide).mean(axis=-1, keepdims=True) + eps)
     return weight * _cast(xp, wide * scale, x.dtype)
@@ -189,17 +201,23 @@ def latent_rows(
     kv_a [..., 512 + 64], norm_weight [512] is kv_a_layernorm.weight, cos and sin float32 [..., 32]
     at the tokens' positions; eps is that of rms_norm(), interleaved of rotate(). Queries need the
     same `interleaved`."""
-    xp = _namespace(kv_a, "latent_rows", "kv_a")
-    rank = _last_axis(norm_weight, "norm_weight", 1, "latent_rows")
-    _check_angles(cos, sin, None, "latent_rows")
-    if kv_a.shape[-1:] != (rank + 2 * cos.shape[-1],):
+    xp = namespace(kv_a, "latent_rows", "kv_a")
+    rank = last_axis(norm_weight, "norm_weight", 1, "latent_rows")
+    check_angles(cos, sin, None, kv_a.shape[:-1], "latent_rows")
+    check_eps(eps, "latent_rows")
+    rotary, columns = 2 * cos.shape[-1], kv_a.shape[-1] if kv_a.ndim else 0
+    if columns - rotary != rank == HEAD_DIM_V or not columns > rotary:
         raise ShapeError(
             "kv_a",
-            f"a last axis of {rank} latent and {2 * cos.shape[-1]} rotary columns",
+            f"a last axis of {rank} latent and {rotary} rotary columns",
             f"{tuple(kv_a.shape)}",
             "Pass the output of kv_a_proj_with_mqa as it is.",
             "latent_rows",
         )
+    if columns - rotary != rank:
+        expected = f"[{columns - rotary}], a factor for each latent column of kv_a"
+        remedy = "Pass kv_a_layernorm.weight."
+        raise ShapeError("norm_weight", expected, f"({rank},)", remedy, "latent_rows")
     c = rms_norm(kv_a[..., :rank], norm_weight, eps)
     k_rope = rotate(kv_a[..., rank:], cos, sin, interleaved=interleaved)
     return xp.concatenate([c, k_rope], axis=-1)
@@ -212,7 +230,7 @@ def split_kv_b_proj(weight: Any, config: Any) -> tuple[Any, Any]:
     name = "split_kv_b_proj"
     nope, value = field(config, "qk_nope_head_dim", name), field(config, "v_head_dim", name)
     heads, rank = field(config, "num_attention_heads", name), field(config, "kv_lora_rank", name)
-    rows = tuple(weight.shape) if _namespace(weight, name, "weight") else ()
+    rows = tuple(weight.shape) if namespace(weight, name, "weight") else ()
     if len(rows) != 2 or rows[1] != rank or rows[0] % (nope + value):
         expected = f"[{heads} * ({nope} + {value}), {rank}], or some of its heads"
         remedy = "Pass kv_b_proj.weight as the checkpoint holds it."
@@ -227,9 +245,9 @@ def absorbed_query(q: Any, w_uk: Any, cos: Any, sin: Any, *, interleaved: bool =
     q [..., heads, qk_nope_head_dim + 64] is q_proj's or q_b_proj's output by heads, w_uk from
     split_kv_b_proj(), cos and sin float32 [..., 32] at the tokens' positions: [W_uk^T q_nope,
     rotate(q_rope)]. `interleaved` is that of rotate(), the same as for the rows of the cache."""
-    xp = _namespace(q, "absorbed_query", "q")
-    _last_axis(w_uk, "w_uk", 3, "absorbed_query")
-    _check_angles(cos, sin, None, "absorbed_query")
+    xp = namespace(q, "absorbed_query", "q")
+    last_axis(w_uk, "w_uk", 3, "absorbed_query")
+    check_angles(cos, sin, None, q.shape[:-2], "absorbed_query")
     nope = w_uk.shape[1]
     if tuple(q.shape[-2:]) != (w_uk.shape[0], nope + 2 * cos.shape[-1]):
         raise ShapeError(
@@ -247,8 +265,8 @@ def absorbed_query(q: Any, w_uk: Any, cos: Any, sin: Any, *, interleaved: bool =
 def expanded_output(out: Any, w_uv: Any) -> Any:
     """What o_proj takes, [..., heads * v_head_dim], of attention's out [..., heads, 512]: W_uv out,
     head by head."""
-    xp = _namespace(out, "expanded_output", "out")
-    rank = _last_axis(w_uv, "w_uv", 3, "expanded_output")
+    xp = namespace(out, "expanded_output", "out")
+    rank = last_axis(w_uv, "w_uv", 3, "expanded_output")
     if tuple(out.shape[-2:]) != (w_uv.shape[0], rank):
         expected = f"[..., {w_uv.shape[0]} heads, {rank}]"
         remedy = "Pass out as the attention call returns it."
@@ -267,39 +285,6 @@ def _per_head(xp: Any, x: Any, w: Any) -> Any:
     flat = _cast(xp, x, "float32").reshape(-1, *x.shape[-2:]).swapaxes(0, 1)  # [heads, n, a]
     y = xp.matmul(flat, _cast(xp, w, "float32")).swapaxes(0, 1)
     return _cast(xp, y.reshape(*x.shape[:-1], w.shape[2]), x.dtype)
-
-
-def _last_axis(x: Any, argument: str, rank: int, function: str) -> int:
-    """The length of the last axis of an array of so many axes."""
-    _namespace(x, function, argument)
-    if len(x.shape) != rank:
-        expected, remedy = f"an array of {rank} axes", "See the docstring for what they are."
-        raise ShapeError(argument, expected, f"{tuple(x.shape)}", remedy, function)
-    return int(x.shape[-1])
-
-
-def _check_angles(cos: Any, sin: Any, pairs: int | None, function: str) -> None:
-    """Columns for so many pairs in both; pairs None: for any number."""
-    for argument, table in (("cos", cos), ("sin", sin)):
-        _namespace(table, function, argument)
-        found = tuple(table.shape)
-        if not found or found[-1] != (cos.shape[-1] if pairs is None else pairs):
-            expected = "a column for each pair of rotary columns, the same of cos and sin"
-            remedy = "Pass rows of rotary_tables(); other libraries' tables have each angle twice."
-            raise ShapeError(argument, expected, f"{found}", remedy, function)
-
-
-def _namespace(x: Any, function: str, argument: str) -> Any:
-    """The module of x's functions, which all have stack, concatenate, matmul and sqrt."""
-    if isinstance(x, np.ndarray):
-        return np
-    root = type(x).__module__.partition(".")[0]
-    module = {"cupy": "cupy", "torch": "torch", "jax": "jax.numpy", "jaxlib": "jax.numpy"}.get(root)
-    if module is None:
-        expected = "an array of NumPy, CuPy, PyTorch or JAX"
-        remedy = "Put the data into an array first."
-        raise ArgTypeError(argument, expected, type(x).__qualname__, remedy, function)
-    return importlib.import_module(module)
 
 
 def _cast(xp: Any, x: Any, dtype: Any) -> Any:

@@ -22,6 +22,7 @@ from .calls import (
 from .calls.arguments import METADATA, SPARSE_PREFILL
 from .calls.refusals import check
 from .errors import ArgTypeError, MissingDependencyError
+from .frameworks.shapes import shape_of
 from .frameworks.tracing import is_compiling
 from .operations import gathered, run
 from .schedule.sched_meta import SchedMeta
@@ -247,12 +248,16 @@ def flash_mla_sparse_fwd(
     none gives out = 0, max_logits = -inf and lse = +inf; one whose topk_length is not from 0 to
     topk gives NaN, and is reported as in flash_mla_with_kvcache(). Raises an ArgumentError.
     """
-    if len(getattr(kv, "shape", ())) == 4:
+    shape = getattr(kv, "shape", None)
+    if not isinstance(shape, tuple):
+        shape = shape_of(kv, "kv", SPARSE_PREFILL.function)
+    if len(shape) == 4:
         inputs = q, kv, indices, attn_sink, topk_length, descale_q, descale_k
         outputs, options = (out, max_logits, lse), (sm_scale, d_v, wide_fp8)
         paged: tuple[Any, Any, Any] = run(paged_prefill.PAGED_PREFILL, inputs + outputs, options)
         return paged
     if not (descale_q is descale_k is None and wide_fp8 is False):
+        scalars.wide_fp8(wide_fp8, SPARSE_PREFILL.function)
         alone = {"descale_q": descale_q, "descale_k": descale_k, "wide_fp8": wide_fp8 or None}
         scalars.without("pages in kv", SPARSE_PREFILL.function, **alone)
     arrays = q, kv, indices, attn_sink, topk_length, out, max_logits, lse

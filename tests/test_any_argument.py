@@ -15,6 +15,8 @@ from support.sparse_problems import make_sparse_problem, prefill_problem
 from flashmla_cupy import (
     ArgumentError,
     DeviceCheckError,
+    NoDeviceError,
+    OutOfPagesError,
     PagedKVCache,
     SequenceError,
     check,
@@ -37,6 +39,7 @@ ANYTHING = {
     "backwards": np.zeros((2, 1, 64), np.int32)[::-1], "complexes": np.zeros((2, 4, 8, 576), "c8"),
     "a page": np.zeros((3, 64, 1, 656), np.uint8), "dates": np.zeros(3, "M8[s]"),
     "no list": np.zeros((2, 1, 0), np.int32), "of nan": np.array([np.nan], np.float32),
+    "enormous": 10**5000, "no character": "\ud800", "ragged": [[1], [1, 2]],
     "read only": np.frombuffer(bytes(4), np.float32), "float16": np.zeros((2, 1, 8, 576), "f2"),
 }  # fmt: skip
 
@@ -152,4 +155,69 @@ def test_what_is_no_sequence_is_named(method):
     for value in ("pages", np.ones(2), 3):
         with pytest.raises(ArgumentError):
             cache.tables([seq], framework=value)
+    cache.check()
+
+
+ROWS = np.ones((1, 2, 576), np.float16)
+QUERIES = ROWS[:, :, None]
+
+
+def in_step(cache, seq, call):
+    step = cache.reserve([seq], 2)
+    try:
+        call(step)
+    finally:
+        if step._state == "open":
+            step.rollback()
+
+
+OF_CACHE = {
+    "append seq": lambda c, s, x: c.append(x, ROWS[0]),
+    "append rows": lambda c, s, x: c.append(s, x),
+    "append_batch": lambda c, s, x: c.append_batch([s], x),
+    "add": lambda c, s, x: c.add(x),
+    "begin": lambda c, s, x: c.begin(x),
+    "salt": lambda c, s, x: c.begin([1], x),
+    "fork": lambda c, s, x: c.fork(x),
+    "free": lambda c, s, x: c.free(x),
+    "swap_in": lambda c, s, x: c.swap_in(x),
+    "truncate": lambda c, s, x: c.truncate(s, x),
+    "layer": lambda c, s, x: c.layer(x),
+    "framework": lambda c, s, x: c.layer(0, x),
+    "width": lambda c, s, x: c.tables([s], width=x),
+    "queries": lambda c, s, x: c.attend(x, [s]),
+    "softmax_scale": lambda c, s, x: c.attend(QUERIES, [s], softmax_scale=x),
+    "causal": lambda c, s, x: c.attend(QUERIES, [s], causal=x),
+    "counts": lambda c, s, x: c.reserve([s], x).rollback(),
+    "write": lambda c, s, x: in_step(c, s, lambda step: step.write(x)),
+    "layer of a step": lambda c, s, x: in_step(c, s, lambda step: step.write(ROWS, layer=x)),
+    "attend": lambda c, s, x: in_step(c, s, lambda step: step.attend(x)),
+    "accepted": lambda c, s, x: in_step(c, s, lambda step: step.commit(x)),
+    "token_ids": lambda c, s, x: in_step(c, s, lambda step: step.commit(None, x)),
+    "ids of one": lambda c, s, x: in_step(c, s, lambda step: step.commit(None, [x])),
+    **{
+        f"cache with {name}": lambda c, s, x, name=name: PagedKVCache(
+            **{"num_pages": 4, "device": "cpu", name: x}
+        )
+        for name in ("num_pages", "page_size", "num_layers", "dtype", "num_heads_kv", "device",
+                     "framework", "storage", "layer_axis", "max_seqs", "max_pages_per_seq")
+    },
+    **{
+        f"storage with {name}": lambda c, s, x, name=name: PagedKVCache(
+            storage=np.zeros((4, 16, 1, 576), np.float16), **{name: x}
+        )
+        for name in ("num_pages", "page_size", "num_layers", "dtype", "num_heads_kv", "device",
+                     "framework", "layer_axis")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_CACHE)
+def test_anything_for_a_cache_is_taken_or_refused(name):
+    cache = PagedKVCache(8, page_size=16, dtype="float16", device="cpu")
+    seq = cache.add(ROWS[0])
+    cache.append(seq, ROWS[0])
+    for value in ANYTHING.values():
+        with contextlib.suppress(ArgumentError, SequenceError, NoDeviceError, OutOfPagesError):
+            OF_CACHE[name](cache, seq, value)
     cache.check()

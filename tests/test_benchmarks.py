@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import io
 import json
+import runpy
 import sys
 import zipfile
 from pathlib import Path
@@ -255,6 +256,24 @@ def test_no_gpu(capsys, monkeypatch, tmp_path):
 
 def test_unknown_case(capsys):
     assert "'nonsense'" in said(capsys, "--cases", "nonsense")
+
+
+@pytest.mark.parametrize(
+    ("torch", "arguments", "words"),
+    [
+        (None, [], "needs PyTorch"),
+        (SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False)), [], "finds no GPU"),
+        (None, ["nonsense"], "'nonsense' is none of append, order, host"),
+    ],
+)
+def test_a_cache_that_cannot_be_measured(capsys, monkeypatch, torch, arguments, words):
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    benchmark = runpy.run_path(str(FOLDER / "cache.py"))
+    assert benchmark["main"](arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("cache.py: error: ") and words in err
+    assert err.count("\n") == 1
 
 
 # ---- fetching -----------------------------------------------------------------------------------

@@ -394,6 +394,23 @@ def test_a_sequence_has_at_most_so_many_pages():
 # --- misuse ------------------------------------------------------------------------------------
 
 
+class Foreign:
+    """An array that has DLPack's methods alone."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **options):
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+def torch():
+    return pytest.importorskip("torch")
+
+
 def state(cache):
     """All that a refused call must leave alone."""
     table = cache._table
@@ -458,6 +475,16 @@ MISUSE = {  # name: (what is done, its error, words)
     "counts that are none": (
         lambda w, c, s: c.reserve([s.a], [0.5]), E.ArgTypeError, "values of float64"
     ),
+    "counts with another axis": (
+        lambda w, c, s: c.reserve([s.a], np.array([[20]])), E.ArgTypeError, r"of shape \(1, 1\)"
+    ),
+    "counts in lists of different lengths": (
+        lambda w, c, s: c.reserve([s.a], [[1], [1, 2]]), E.ArgTypeError, "counts: .* cannot read"
+    ),
+    "counts without memory": (
+        lambda w, c, s: c.reserve([s.a], torch().ones(1, device="meta")), E.ArgTypeError,
+        "counts: expected an integer, or 1 of them, .* got torch.Tensor",
+    ),
     "too much": (lambda w, c, s: c.reserve([s.a], 1000), E.OutOfPagesError, "needs 62 more pages"),
     "truncate to more": (
         lambda w, c, s: c.truncate(s.a, 21), E.ScalarError, "length: expected at most 20"
@@ -488,10 +515,26 @@ MISUSE = {  # name: (what is done, its error, words)
         lambda w, c, s: s.step.attend(w.new(1, 4, 2)), E.ShapeError,
         "q: expected at most the 2 tokens",
     ),
+    "the same through DLPack": (
+        lambda w, c, s: s.step.attend(Foreign(w.new(1, 4, 2))), E.ShapeError,
+        "q: expected at most the 2 tokens",
+    ),
     "accepted more than reserved": (
         lambda w, c, s: s.step.commit(3), E.ScalarError, "accepted: expected at most 2"
     ),
     "accepted less than nothing": (lambda w, c, s: s.step.commit([-1]), E.ScalarError, "accepted"),
+    "accepted with another axis": (
+        lambda w, c, s: s.step.commit(np.array([[1]])), E.ArgTypeError, "accepted: .* of shape"
+    ),
+    "changed counts": (
+        lambda w, c, s: s.step.counts.__setitem__(0, 9), ValueError, "read-only"
+    ),
+    "ids that are no list": (
+        lambda w, c, s: s.step.commit(None, 5), E.ArgTypeError, "token_ids: .* got int 5"
+    ),
+    "ids in lists of different lengths": (
+        lambda w, c, s: s.step.commit(1, [[[1], [1, 2]]]), E.ArgTypeError, "token_ids: .* list,"
+    ),
     "ids of others": (
         lambda w, c, s: s.step.commit(1, token_ids=[[1, 2]]), E.ShapeError, "ids of .1. tokens"
     ),
@@ -508,11 +551,19 @@ MISUSE = {  # name: (what is done, its error, words)
     "ids that are none": (lambda w, c, s: c.begin([0.5]), E.ArgTypeError, "token_ids"),
     "negative ids": (lambda w, c, s: c.begin([-1]), E.ScalarError, "token_ids: expected ids"),
     "a salt that is none": (lambda w, c, s: c.begin([1], salt=3), E.ArgTypeError, "salt"),
+    "a salt that UTF-8 has not": (
+        lambda w, c, s: c.begin([1], salt="\ud800"), E.ScalarError, "salt: .* lone surrogate"
+    ),
     "another framework's tables": (
         lambda w, c, s: c.tables(framework="cupy"), E.ArgTypeError, "'numpy', 'torch', 'jax'"
     ),
     "a copy": (lambda w, c, s: copy.deepcopy(c), E.ArgTypeError, "copied or pickled"),
     "a pickle": (lambda w, c, s: pickle.dumps(c), E.ArgTypeError, "copied or pickled"),
+    "a copied step": (lambda w, c, s: copy.copy(s.step), E.ArgTypeError, "copied or pickled"),
+    "a deep copy of a step": (
+        lambda w, c, s: copy.deepcopy(s.step), E.ArgTypeError, "copied or pickled"
+    ),
+    "a pickled step": (lambda w, c, s: pickle.dumps(s.step), E.ArgTypeError, "copied or pickled"),
     "a pickled handle": (lambda w, c, s: pickle.dumps(s.a), E.ArgTypeError, "can be pickled"),
 }  # fmt: skip
 

@@ -17,7 +17,7 @@ from support.fake_device import FakeArray, forget_calls, install
 
 import flashmla_cupy
 from flashmla_cupy import reference
-from flashmla_cupy.calls import refusals
+from flashmla_cupy.calls import refusals, scalars, wording
 from flashmla_cupy.errors import (
     AliasingError,
     AlignmentError,
@@ -345,3 +345,25 @@ def test_axes_of_size_one_may_have_any_stride(monkeypatch):
     geometry = launch[3]
     assert geometry.q_strides == (16 * 576, 16 * 576, 576, 1)  # plain, as a tensor map needs them
     assert geometry.k_strides == (64 * 576, 576, 576, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("layer", -1, "layer: expected an integer from 0 to 2147483647, got -1. The first layer"),
+        ("num_q_tokens_per_head_k", 2**31, r"Pass s_q \* h_q // h_kv.$"),
+        ("width", 2**31, "Pass an integer in this range.$"),
+        ("counts", 1 << 16609, "got one of 16610 bits. A count"),
+        ("counts", -1 << 16609, "got one of 16610 bits"),
+    ],
+    ids=range(5),
+)
+def test_an_integer_out_of_its_range_has_a_remedy_that_fits(name, value, words):
+    with pytest.raises(ScalarError, match=words):
+        scalars.integer(name, value, "f")
+
+
+def test_an_integer_of_any_length_can_be_named():
+    assert wording.kind(2**70) == "int 1180591620717411303424"
+    assert wording.kind(10**5000) == "int of 16610 bits"
+    assert wording.kind(True) == "bool True"

@@ -86,6 +86,14 @@ def test_a_missing_field_is_named(missing):
         deepseek.softmax_scale(config)
 
 
+@pytest.mark.parametrize("call", [deepseek.rotary_frequencies, deepseek.softmax_scale])
+def test_a_missing_field_of_yarn_is_named(call):
+    scaling = {**V3["rope_scaling"], "factor": None}
+    del scaling["original_max_position_embeddings"]
+    with pytest.raises(errors.OptionError, match="with original_max_position_embeddings, got none"):
+        call({**V3, "rope_scaling": scaling})
+
+
 def test_another_rope_is_refused():
     config = {**V3, "rope_scaling": {"rope_type": "linear", "factor": 2}}
     with pytest.raises(errors.OptionError, match="default or yarn, got 'linear'"):
@@ -145,6 +153,55 @@ def test_shapes_that_do_not_fit():
         deepseek.rotate(np.zeros((2, 64), np.float32), cos, sin, interleaved="half")
     with pytest.raises(errors.ScalarError, match="num_positions"):
         deepseek.rotary_tables(V3, -1)
+
+
+def test_tables_of_other_rows_are_refused():
+    cos, sin = deepseek.rotary_tables(V3, 9)
+    words = r"cos: expected rows for the leading axes \(2, 7\).* at the positions of these rows"
+    kv_a, q = np.zeros((2, 7, 576), np.float32), np.zeros((2, 7, 4, 192), np.float32)
+    norm, w_uk = np.ones(512, np.float32), np.zeros((4, 128, 512), np.float32)
+    calls = (
+        lambda cos, sin: deepseek.rotate(kv_a[..., 512:], cos, sin),
+        lambda cos, sin: deepseek.latent_rows(kv_a, norm, cos, sin),
+        lambda cos, sin: deepseek.absorbed_query(q, w_uk, cos, sin),
+    )
+    for call in calls:
+        with pytest.raises(errors.ShapeError, match=words):
+            call(cos, sin)
+        with pytest.raises(errors.ShapeError, match="sin: expected rows for the leading axes"):
+            call(cos[:7], sin)
+        want = call(cos[:7], sin[:7])
+        for lead in ((1,), (1, 1)):  # one table for all sequences, with any number of axes before
+            same = call(cos[:7].reshape(*lead, 7, 32), sin[:7].reshape(*lead, 7, 32))
+            assert np.array_equal(same, want)
+        assert call(cos[3], sin[3]).shape == want.shape
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (
+            lambda x: deepseek.latent_rows(x, np.ones(511), x[:, :32], x[:, :32]),
+            errors.ShapeError,
+            r"latent_rows\(\): norm_weight: expected \[512\].* got \(511,\)",
+        ),
+        (
+            lambda x: deepseek.latent_rows(x, np.ones(512), x[:, :32], x[:, :32], eps="a"),
+            errors.ArgTypeError,
+            r"latent_rows\(\): eps: expected a real number",
+        ),
+        (lambda x: deepseek.rms_norm(x, np.ones(1)), errors.ShapeError, r"weight: .*\[576\]"),
+        (lambda x: deepseek.rms_norm(x, 1.0), errors.ArgTypeError, "weight: expected an array"),
+        (lambda x: deepseek.rms_norm(x, np.ones((576, 1))), errors.ShapeError, "weight: .*1 axes"),
+        (lambda x: deepseek.rms_norm(x, x[0], np.ones(2)), errors.ArgTypeError, "eps: .*ndarray"),
+        (lambda x: deepseek.rms_norm(x, x[0], -1.0), errors.ScalarError, "eps: .* float -1.0"),
+        (lambda x: deepseek.rms_norm(x, x[0], np.nan), errors.ScalarError, "eps: .* float nan"),
+        (lambda x: deepseek.rotate(x[:, :63], x, x), errors.ShapeError, "x: expected a last axis"),
+    ],
+)
+def test_weights_and_numbers_that_do_not_fit(call, error, words):
+    with pytest.raises(error, match=words):
+        call(np.zeros((2, 576), np.float32))
 
 
 def the_layer(rng, dtype):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +47,16 @@ def test_it_passes_on_the_cpu(name, capsys):
     example = runpy.run_path(str(EXAMPLES / f"{name}.py"))
     assert example["main"]() == 0
     assert "PASS" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_what_the_model_of_transformers_needs_is_said(missing, capsys, monkeypatch):
+    if missing == "transformers":
+        pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / "hf_deepseek.py"))
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert err.startswith("hf_deepseek.py: error: The example needs PyTorch and transformers")
+    assert missing in err and err.count("\n") == 1

@@ -329,19 +329,45 @@ def test_a_gpu_takes_part_only_if_it_can(monkeypatch):
             )
         )
 
-    from flashmla_cupy.cache.pool import _place
+    from flashmla_cupy.cache.place import place_of
 
     for module, place in [(None, -1), (cupy(0), -1), (cupy(2, 8), -1), (cupy(2), 1)]:
         monkeypatch.setitem(sys.modules, "cupy", module)
-        assert _place(None, None, "f") == place
-        assert _place("cpu", None, "f") == -1
-    assert _place(0, None, "f") == 0
-    with pytest.raises(errors.NoDeviceError, match="no CUDA device 2; CuPy sees 2"):
+        assert place_of(None, None, "f") == place
+        assert place_of("cpu", None, "f") == -1
+    assert place_of(0, None, "f") == 0
+    with pytest.raises(errors.NoDeviceError, match="no CUDA device 2: there are 2, 0 to 1"):
         PagedKVCache(1, device=2)
+    monkeypatch.setitem(sys.modules, "cupy", cupy(0))
+    with pytest.raises(errors.NoDeviceError, match="device 0: CUDA does not work here"):
+        PagedKVCache(1, device=0)
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(errors.MissingDependencyError, match="device 0 needs CuPy"):
         PagedKVCache(1, device=0)
     assert PagedKVCache(1).device == "cpu"
+
+
+def test_a_device_of_pytorch_is_the_one_that_it_names(monkeypatch):
+    torch = pytest.importorskip("torch")
+    from flashmla_cupy.cache.place import framework_at, place_of
+
+    runtime = SimpleNamespace(getDeviceCount=lambda: 4)
+    cuda = SimpleNamespace(is_available=lambda: True, runtime=runtime)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for device, place in [(("cuda", 0), 0), (("cuda", 2), 2), (("cuda",), 3), (("cpu",), -1)]:
+        assert place_of(torch.device(*device), None, "f") == place
+    for name in ("meta", "xpu"):
+        with pytest.raises(errors.OptionError, match=f"type cuda or cpu, got {name}"):
+            PagedKVCache(1, device=torch.device(name))
+    with pytest.raises(errors.ArgTypeError, match="device: expected an integer"):
+        PagedKVCache(1, device=torch.float16)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(errors.NoDeviceError, match="does not work in this PyTorch"):
+        PagedKVCache(1, device=torch.device("cuda"))
+    with pytest.raises(errors.MissingDependencyError, match="does not work in this PyTorch"):
+        framework_at("torch", 0, "f")
 
 
 def test_tables_made_on_one_stream_are_not_handed_out_on_another(monkeypatch):

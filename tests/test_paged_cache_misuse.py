@@ -20,7 +20,10 @@ E = errors
         ({"num_pages": True}, E.ArgTypeError, "num_pages"),
         ({"num_pages": 2**25}, E.ScalarError, "at most 33554431 pages of 64 tokens"),
         ({"page_size": 48}, E.ScalarError, "page_size: expected one of 16, 32, 64, 128, 256"),
-        ({"page_size": None}, E.ArgTypeError, "page_size"),
+        ({"page_size": 64.0}, E.ArgTypeError, "page_size"),
+        ({"num_pages": np.ones(2)}, E.ArgTypeError, "num_pages: expected an integer"),
+        ({"layer_axis": np.ones(2)}, E.OptionError, "layer_axis: expected 0 or 1, got numpy.nd"),
+        ({"framework": np.ones(2)}, E.OptionError, "framework: expected 'numpy' or 'torch'"),
         ({"num_heads_kv": 0}, E.ScalarError, "num_heads_kv"),
         ({"dtype": "float32"}, E.DTypeError, "dtype: expected bfloat16 or float16"),
         ({"dtype": np.float32}, E.DTypeError, "float32"),
@@ -71,6 +74,36 @@ def test_storage_that_cannot_serve(storage, error, words):
     assert str(caught.value).startswith("PagedKVCache.from_storage(): storage: expected ")
     assert words in str(caught.value)
     assert "k_cache" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"num_pages": 5}, E.ScalarError, "num_pages: expected 4, as storage has"),
+        ({"num_pages": np.ones(2)}, E.ArgTypeError, "num_pages: expected an integer"),
+        ({"page_size": 64}, E.ScalarError, "page_size: expected 16"),
+        ({"num_heads_kv": 2}, E.ScalarError, "num_heads_kv: expected 1"),
+        ({"dtype": "bfloat16"}, E.DTypeError, "dtype: expected float16"),
+        ({"device": 0}, E.DeviceMismatchError, "device: expected 'cpu'"),
+        ({"framework": "torch"}, E.OptionError, "framework: expected 'numpy'"),
+        ({"layer_axis": np.ones(2)}, E.OptionError, "layer_axis: expected 0 or 1"),
+        ({"num_layers": 2}, E.ShapeError, "storage: expected [num_pages, 2, page_size"),
+    ],
+)
+def test_what_contradicts_the_storage(given, error, words):
+    with pytest.raises(error) as caught:
+        PagedKVCache(storage=pool(), **given)
+    assert words in str(caught.value)
+    (name,) = given
+    if name not in ("num_layers", "layer_axis"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            PagedKVCache.from_storage(pool(), **given)
+
+
+def test_what_agrees_with_the_storage_may_be_given():
+    given = {"num_pages": 4, "page_size": 16, "num_heads_kv": 1, "dtype": np.float16}
+    cache = PagedKVCache(storage=pool(), device="cpu", framework="numpy", **given)
+    assert cache.dtype == np.float16
 
 
 def test_a_jax_array_is_no_storage():

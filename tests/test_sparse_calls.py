@@ -154,6 +154,10 @@ def test_arrays_of_other_frameworks_come_through_dlpack():
     want = flash_mla_sparse_fwd(**arguments)
     got = flash_mla_sparse_fwd(**foreign(arguments))
     assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+    pages = as_prompt(make_sparse_problem("v32", batch=1, s_q=5, h_q=3, topk=40, q_dtype="float16"))
+    want = flash_mla_sparse_fwd(**pages)
+    got = flash_mla_sparse_fwd(**foreign(pages))  # whose axes are known to DLPack alone
+    assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_empty_batches_and_no_query_token():
@@ -535,6 +539,8 @@ PAGES = as_prompt(make_sparse_problem("v32", batch=1, s_q=5, h_q=3, topk=40))
 BAD_PROMPTS = [
     ({"sm_scale": None}, errors.ArgTypeError, "sm_scale", "real number"),
     ({"sm_scale": float("nan")}, errors.ScalarError, "sm_scale", "finite"),
+    ({"sm_scale": 0}, errors.ScalarError, "sm_scale", r"such as q.shape\[-1\] \*\* -0.5.$"),
+    ({"sm_scale": True}, errors.ArgTypeError, "sm_scale", "a real number, got bool True. Pass a P"),
     ({"d_v": 576}, errors.OptionError, "d_v", "512"),
     ({"q": prompt(d_qk=512)["q"]}, errors.ShapeError, "kv", "d_qk = 512, as q has"),
     ({"q": prompt()["q"].astype(np.float16)}, errors.DTypeError, "q", "dtype of kv"),
@@ -544,7 +550,6 @@ BAD_PROMPTS = [
         "q",
         "576",
     ),
-    ({"kv": prompt()["kv"].repeat(2, 1)}, errors.ShapeError, "kv", "s_kv, 1"),
     ({"indices": prompt()["indices"][:, 0]}, errors.ShapeError, "indices", "s_q, 1, topk"),
     ({"indices": prompt()["indices"][:4]}, errors.ShapeError, "indices", "s_q = 5"),
     ({"indices": prompt()["indices"][..., :0]}, errors.ShapeError, "indices", "at least one"),
@@ -553,9 +558,17 @@ BAD_PROMPTS = [
     ({"max_logits": np.zeros((3, 5), np.float32)}, errors.ShapeError, "max_logits", r"\(5, 3\)"),
     ({"descale_k": np.ones(1, np.float32)}, errors.OptionError, "descale_k", "without pages in kv"),
     ({"wide_fp8": True}, errors.OptionError, "wide_fp8", "without pages in kv"),
+    ({"wide_fp8": np.ones(2)}, errors.OptionError, "wide_fp8", "True or False, got numpy.ndarray"),
+    (
+        {"kv": prompt()["kv"].repeat(2, 1)},
+        errors.ShapeError,
+        "kv",
+        r"shape \[s_kv, 1, .* Axis 1 has to be of length 1, not 2",
+    ),
     (PAGES | {"wide_fp8": 1}, errors.OptionError, "wide_fp8", "int 1"),
     (PAGES | {"descale_k": np.ones(1, np.float32)}, errors.OptionError, "descale_k", "since kv"),
     (PAGES | {"q": PAGES["q"][..., :512]}, errors.ShapeError, "q", "a key in kv"),
+    (PAGES | {"wide_fp8": np.ones(2)}, errors.OptionError, "wide_fp8", "got numpy.ndarray"),
     (PAGES | {"kv": PAGES["kv"][..., :80]}, errors.ShapeError, "kv", "656"),
     (PAGES | {"sm_scale": None}, errors.ArgTypeError, "sm_scale", "real number"),
 ]

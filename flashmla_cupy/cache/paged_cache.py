@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ScalarError, SequenceError, ShapeError, StepError
+from ..errors import SequenceError, ShapeError, StepError
 from ..frameworks import Adapter
 from ..schedule.sched_meta import SchedMeta
 from . import pool
@@ -59,19 +59,20 @@ class PagedKVCache(SequenceCache):
     it.
 
     num_pages      pages in the pool; a sequence of n tokens holds ceil(n / page_size) of them
-    page_size      tokens a page: 16, 32, 64, 128 or 256
+    page_size      tokens a page: 16, 32, 64, 128 or 256; 64 by default
     num_layers     layers of the model, which share the books
-    dtype          "bfloat16" or "float16"
-    num_heads_kv   kv heads; 1 in DeepSeek's models
-    device         a CUDA device number, or "cpu"; by default the current CUDA device if it can run
-                   the kernels, else "cpu"
+    dtype          "bfloat16" or "float16"; "bfloat16" by default
+    num_heads_kv   kv heads; by default 1, as in DeepSeek's models
+    device         a CUDA device number, "cpu", or a torch.device of either; by default the current
+                   CUDA device if it can run the kernels, else "cpu"
     framework      of `storage` and of tables(): "numpy" or "cupy", by the device, or "torch".
                    Arrays of every framework are taken, and results are of the one that came.
     storage        an array to use instead of a new one, [num_pages, page_size, h_kv, 576], with an
                    axis of layers first or second if there are several, of NumPy, CuPy or PyTorch.
                    uint8 [num_pages, page_size, 1, 656, 584 or 576] is an FP8 cache (CacheFormat),
                    whose rows come in 16 bits or float32 and are quantised; bytes of another width,
-                   a multiple of 16, are moved as they are.
+                   a multiple of 16, are moved as they are. The arguments before it follow from it:
+                   what is given beside it has to agree, num_layers always.
     layer_axis     where that axis is: 1, [num_pages, num_layers, ...], or 0
     max_seqs, max_pages_per_seq
                    of a step: with max_seqs, each step has the same arrays, at the same addresses,
@@ -91,10 +92,10 @@ class PagedKVCache(SequenceCache):
         self,
         num_pages: int | None = None,
         *,
-        page_size: int = 64,
+        page_size: int | None = None,
         num_layers: int = 1,
-        dtype: Any = "bfloat16",
-        num_heads_kv: int = 1,
+        dtype: Any = None,
+        num_heads_kv: int | None = None,
         device: Any = None,
         framework: str | None = None,
         storage: Any = None,
@@ -103,39 +104,31 @@ class PagedKVCache(SequenceCache):
         max_pages_per_seq: int | None = None,
     ) -> None:
         function = "PagedKVCache"
+        given = pool.Given(num_pages, page_size, num_heads_kv, dtype, device, framework)
         if storage is None:
-            made = pool.allocate(
-                num_pages,
-                page_size,
-                num_layers,
-                dtype,
-                num_heads_kv,
-                device,
-                framework,
-                layer_axis,
-                function,
-            )
+            made = pool.allocate(given, num_layers, layer_axis, function)
         else:
             made = pool.adopt(storage, num_layers, layer_axis, function)
-            if num_pages not in (None, made.layout.num_pages):
-                expected = f"{made.layout.num_pages}, those of storage, or None"
-                remedy = "Leave num_pages out."
-                raise ScalarError("num_pages", expected, f"{num_pages}", remedy, function)
+            pool.require_same(made, given, function)
         self._own(made, max_seqs, max_pages_per_seq, function)
 
     @classmethod
-    def from_storage(cls, storage: Any, **options: Any) -> PagedKVCache:
+    def from_storage(
+        cls,
+        storage: Any,
+        *,
+        num_layers: int = 1,
+        layer_axis: int = LAYER_AXIS,
+        max_seqs: int | None = None,
+        max_pages_per_seq: int | None = None,
+    ) -> PagedKVCache:
         """A cache over `storage`, an array as the class takes it: one layer of a larger pool, say.
         It may be strided. Nothing is copied; what it holds is overwritten as pages are taken. The
-        options num_layers, layer_axis, max_seqs and max_pages_per_seq are those of the class.
-        Raises an ArgumentError for an array that the kernels cannot read."""
-        cache = cls.__new__(cls)
-        layers = options.pop("num_layers", 1), options.pop("layer_axis", LAYER_AXIS)
-        limits = options.pop("max_seqs", None), options.pop("max_pages_per_seq", None)
-        if options:
-            raise TypeError(f"from_storage() got an unexpected keyword argument {min(options)!r}")
-        function = "PagedKVCache.from_storage"
-        cache._own(pool.adopt(storage, *layers, function), *limits, function)
+        options are those of the class. Raises an ArgumentError for an array that the kernels
+        cannot read."""
+        cache, function = cls.__new__(cls), "PagedKVCache.from_storage"
+        made = pool.adopt(storage, num_layers, layer_axis, function)
+        cache._own(made, max_seqs, max_pages_per_seq, function)
         return cache
 
     # --- growing -------------------------------------------------------------------------------
@@ -192,7 +185,8 @@ class PagedKVCache(SequenceCache):
         in host memory. Raises SequenceError, OutOfPagesError or an ArgumentError; then nothing was
         appended."""
         function = "PagedKVCache.append"
-        self._append(self._table.closed_rows((seq,), function), "rows", rows, 1, function)
+        index = self._table.closed_rows(handle_list((seq,), function), function)
+        self._append(index, "rows", rows, 1, function)
 
     def append_batch(self, seqs: Iterable[Sequence], rows: Any) -> None:
         """Appends n rows to each sequence at once, rows[i] to seqs[i]: a decoding step's tokens.

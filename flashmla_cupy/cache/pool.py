@@ -10,16 +10,17 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ..calls import layouts, scalars
 from ..calls.arguments import FLOATS as DTYPES
-from ..calls.wording import show, strides
+from ..calls.wording import kind, show, strides, written
 from ..errors import (
     AlignmentError,
     ArgumentError,
+    DeviceMismatchError,
     DTypeError,
     FrameworkMismatchError,
-    MissingDependencyError,
-    NoDeviceError,
     OptionError,
     ReadOnlyError,
     ScalarError,
@@ -28,8 +29,8 @@ from ..errors import (
 )
 from ..formats.cache_format import format_of
 from ..frameworks import HOST, Adapter, ArrayInfo, framework, framework_of, numpy_dtype
-from ..gpu.arch import arch_of
 from ..sizes import HEAD_DIM, PAGE_SIZES
+from .place import framework_at, named_place, place_of
 from .views import BITS, bits_of, view_as
 
 _SIZES = ", ".join(map(str, PAGE_SIZES))
@@ -89,30 +90,34 @@ class Pool:
         return found
 
 
-def allocate(
-    num_pages: Any,
-    page_size: Any,
-    num_layers: Any,
-    dtype: Any,
-    num_heads_kv: Any,
-    device: Any,
-    name: Any,
-    layer_axis: Any,
-    function: str,
-) -> Pool:
-    """A new pool, of unspecified contents; name: the framework of its array, None for NumPy or
-    CuPy. Raises an ArgumentError, as `function`, or NoDeviceError or MissingDependencyError."""
-    num_pages = scalars.integer("num_pages", num_pages, function, least=1)
-    page_size = scalars.integer("page_size", page_size, function, least=1)
+class Given(NamedTuple):
+    """What a cache is asked for; None: nothing was said."""
+
+    num_pages: Any
+    page_size: Any
+    num_heads_kv: Any
+    dtype: Any
+    device: Any
+    framework: Any
+
+
+def allocate(given: Given, num_layers: Any, layer_axis: Any, function: str) -> Pool:
+    """A new pool, of unspecified contents. Raises an ArgumentError, as `function`, or NoDeviceError
+    or MissingDependencyError."""
+    num_pages = scalars.integer("num_pages", given.num_pages, function, least=1)
+    asked = 64 if given.page_size is None else given.page_size
+    page_size = scalars.integer("page_size", asked, function, least=1)
     num_layers = scalars.integer("num_layers", num_layers, function, least=1)
-    h_kv = scalars.integer("num_heads_kv", num_heads_kv, function, least=1)
+    asked = 1 if given.num_heads_kv is None else given.num_heads_kv
+    h_kv = scalars.integer("num_heads_kv", asked, function, least=1)
     _page_size(page_size, function)
-    dtype_name = _dtype(dtype, function)
+    dtype_name = "bfloat16" if given.dtype is None else _dtype(given.dtype, function)
     _fits_int32(num_pages, page_size, function)
-    axis = None if num_layers == 1 else _layer_axis(layer_axis, function)
-    place = _place(device, name, function)
-    arrays = framework(_framework(name, place, function))
-    layout = Layout(num_pages, num_layers, page_size, h_kv, HEAD_DIM, dtype_name, axis)
+    axis = _layer_axis(layer_axis, function)
+    place = place_of(given.device, given.framework, function)
+    arrays = framework(framework_at(given.framework, place, function))
+    layer_axis = None if num_layers == 1 else axis
+    layout = Layout(num_pages, num_layers, page_size, h_kv, HEAD_DIM, dtype_name, layer_axis)
     with arrays.device_guard(place):
         return Pool(arrays.empty(layout.shape, dtype_name, place), layout)
 
@@ -121,6 +126,7 @@ def adopt(storage: Any, num_layers: Any, layer_axis: Any, function: str) -> Pool
     """A pool of `storage` itself, if it can serve. Raises an ArgumentError, as `function`."""
     name = "storage"
     num_layers = scalars.integer("num_layers", num_layers, function, least=1)
+    layer_axis = _layer_axis(layer_axis, function)
     try:
         found = framework_of(storage, name)
         if found.name not in _FRAMEWORKS:
@@ -134,7 +140,7 @@ def adopt(storage: Any, num_layers: Any, layer_axis: Any, function: str) -> Pool
         got = show(info)
         _storage_dtype(storage, found, info.dtype, got)
         axes = 4 if num_layers == 1 and len(info.shape) != 5 else 5
-        axis = None if axes == 4 else _layer_axis(layer_axis, function)
+        axis = None if axes == 4 else layer_axis
         raw = info.dtype == "uint8"
         columns = "row_bytes" if raw else f"{HEAD_DIM}"
         tail = f"page_size, h_kv, {columns}]"
@@ -164,6 +170,31 @@ def adopt(storage: Any, num_layers: Any, layer_axis: Any, function: str) -> Pool
         raise error.of(function) from None
     _fits_int32(pages, page_size, function)
     return Pool(storage, Layout(pages, num_layers, page_size, h_kv, width, info.dtype, axis))
+
+
+def require_same(pool: Pool, given: Given, function: str) -> None:
+    """Raises an ArgumentError if something was asked for that the adopted array is not."""
+    layout = pool.layout
+    for name in ("num_pages", "page_size", "num_heads_kv"):
+        asked, has = getattr(given, name), getattr(layout, name)
+        if asked is not None and scalars.integer(name, asked, function) != has:
+            raise _differs(ScalarError, name, f"{has}", f"{asked}", function)
+    if given.dtype is not None and _dtype_name(given.dtype) != layout.dtype:
+        raise _differs(DTypeError, "dtype", layout.dtype, written(given.dtype), function)
+    if given.device is not None:
+        has = "'cpu'" if pool.place == HOST else f"{pool.place}"
+        if named_place(given.device, function) != pool.place:
+            raise _differs(DeviceMismatchError, "device", has, f"{given.device}", function)
+    if given.framework is not None:
+        has = pool.framework.name
+        if not isinstance(given.framework, str) or given.framework != has:
+            raise _differs(OptionError, "framework", f"'{has}'", kind(given.framework), function)
+
+
+def _differs(
+    error: type[ArgumentError], name: str, has: str, got: str, function: str
+) -> ArgumentError:
+    return error(name, f"{has}, as storage has, or None", got, f"Leave {name} out.", function)
 
 
 def _strides(name: str, info: ArrayInfo, axis: int | None, pages: int) -> None:
@@ -209,15 +240,21 @@ def _page_size(page_size: int, function: str) -> None:
         raise ScalarError("page_size", f"one of {_SIZES}", f"{page_size}", remedy, function)
 
 
+def _dtype_name(dtype: Any) -> str:
+    """Of "float16", np.float16, np.dtype and torch.float16 alike."""
+    if isinstance(dtype, int):  # which may be too long for Python to write
+        return ""
+    return str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
+
+
 def _dtype(dtype: Any, function: str) -> str:
-    """Its name: of "float16", np.float16, np.dtype and torch.float16 alike."""
-    name = str(getattr(dtype, "__name__", dtype)).removeprefix("torch.")
+    name = _dtype_name(dtype)
     if name not in DTYPES:
         remedy = (
             "Pass 'bfloat16' or 'float16'; for an FP8 cache pass storage, an array of uint8 "
             "[num_pages, page_size, 1, bytes of a token]."
         )
-        raise DTypeError("dtype", "bfloat16 or float16", f"{dtype!r}", remedy, function)
+        raise DTypeError("dtype", "bfloat16 or float16", written(dtype), remedy, function)
     return name
 
 
@@ -230,9 +267,10 @@ def _storage_dtype(storage: Any, found: Adapter, dtype: str, got: str) -> None:
 
 
 def _layer_axis(layer_axis: Any, function: str) -> int:
-    if layer_axis not in (0, 1) or isinstance(layer_axis, bool):
+    is_integer = isinstance(layer_axis, (int, np.integer)) and not isinstance(layer_axis, bool)
+    if not is_integer or layer_axis not in (0, 1):
         remedy = "0 is [num_layers, num_pages, ...], 1 is [num_pages, num_layers, ...]."
-        raise OptionError("layer_axis", "0 or 1", f"{layer_axis!r}", remedy, function)
+        raise OptionError("layer_axis", "0 or 1", kind(layer_axis), remedy, function)
     return int(layer_axis)
 
 
@@ -242,52 +280,3 @@ def _fits_int32(num_pages: int, page_size: int, function: str) -> None:
     if num_pages > most:
         expected = f"at most {most} pages of {page_size} tokens"
         raise ScalarError("num_pages", expected, f"{num_pages}", "Make several caches.", function)
-
-
-def _framework(name: Any, place: int, function: str) -> str:
-    usual = "numpy" if place == HOST else "cupy"
-    if name is None:
-        return usual
-    if not isinstance(name, str) or name not in (usual, "torch"):
-        expected = f"'{usual}' or 'torch', whose arrays can lie there, or None"
-        remedy = "NumPy's arrays lie on the CPU and CuPy's on a GPU."
-        raise OptionError("framework", expected, f"{name!r}", remedy, function)
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        message = f"{function}(): framework {name!r} cannot be imported. Install {name}."
-        raise MissingDependencyError(message) from error
-    return str(name)
-
-
-def _place(device: Any, name: Any, function: str) -> int:
-    """The CUDA device number that the argument `device` stands for, or HOST."""
-    if type(device).__module__.partition(".")[0] == "torch":  # torch.device("cuda", 1)
-        current = importlib.import_module("torch").cuda.current_device
-        device = "cpu" if device.type == "cpu" else (device.index or current())
-    if isinstance(device, str):
-        if device == "cpu":
-            return HOST
-        expected, remedy = "a CUDA device number, 'cpu' or None", "Pass 0 for the first GPU."
-        raise OptionError("device", expected, f"{device!r}", remedy, function)
-    if device is None and name == "numpy":
-        return HOST
-    if device is not None:
-        device = scalars.integer("device", device, function)
-    try:
-        cuda: Any = importlib.import_module("cupy").cuda
-    except ImportError as error:
-        if device is None:
-            return HOST
-        remedy = "Install flashmla-cupy[cuda12], or pass device='cpu' for NumPy."
-        message = f"{function}(): device {device} needs CuPy, which cannot be imported. {remedy}"
-        raise MissingDependencyError(message) from error
-    count = cuda.runtime.getDeviceCount() if cuda.is_available() else 0
-    if device is None:  # the current GPU, if the kernels run on it
-        current = int(cuda.Device().id) if count else HOST
-        fits = count and arch_of(cuda.runtime.getDeviceProperties(current))
-        return current if fits else HOST
-    if device >= count:
-        remedy = "Pass device='cpu' for NumPy."
-        raise NoDeviceError(f"{function}(): no CUDA device {device}; CuPy sees {count}. {remedy}")
-    return int(device)

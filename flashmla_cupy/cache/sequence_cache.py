@@ -121,7 +121,7 @@ class SequenceCache:
         function = "PagedKVCache.begin"
         tokens = tokens_of("token_ids", token_ids, function)
         if isinstance(salt, str):
-            salt = salt.encode()
+            salt = _encoded(salt, function)
         if not isinstance(salt, bytes):
             remedy = "Pass something that names the tenant."
             raise ArgTypeError("salt", "bytes or a string", kind(salt), remedy, function)
@@ -191,5 +191,14 @@ class SequenceCache:
         if not isinstance(name, str) or name not in known:
             expected = f"one of {', '.join(map(repr, known))}, or None"
             remedy = "Name a framework whose arrays can lie beside the pool."
-            raise ArgTypeError("framework", expected, f"{name!r}", remedy, function)
+            raise ArgTypeError("framework", expected, kind(name), remedy, function)
         return framework(name)
+
+
+def _encoded(salt: str, function: str) -> bytes:
+    try:
+        return salt.encode()
+    except UnicodeEncodeError:
+        remedy = "Pass bytes, or salt.encode('utf-8', 'surrogatepass')."
+        expected = "bytes, or a string that UTF-8 can encode"
+        raise ScalarError("salt", expected, "one with a lone surrogate", remedy, function) from None

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from ..calls import scalars
+from ..calls.wording import kind as kind_of
 from ..errors import ArgTypeError, ScalarError, ShapeError, StepError
 from ..frameworks import Adapter
+from ..frameworks.shapes import shape_of
 from .core import Core
 from .page_table import Reservation
 from .row_arrays import checked
@@ -57,10 +60,17 @@ class Step:
         self._state = "open"
         self.seqs = seqs
         self.counts: Int32 = made.end - made.begin
+        self.counts.flags.writeable = False  # commit() goes by them
         self.tokens: int = made.slots.shape[1]
 
     def __repr__(self) -> str:
         return f"<{self._state} step of {len(self.seqs)} sequences, {self.counts.sum()} tokens>"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        # Two steps with the same pages would give them back twice.
+        expected = "an object that can be copied or pickled"
+        remedy = "Make another step with cache.reserve()."
+        raise ArgTypeError("self", expected, "a step of a PagedKVCache", remedy, "Step")
 
     def __enter__(self) -> Step:
         return self
@@ -126,11 +136,11 @@ class Step:
         function = "Step.attend"
         self._require_open(function)
         layer = self._core.layer(layer, function)
-        shape: tuple[int, ...] = getattr(q, "shape", ())
+        shape = shape_of(q, "q", function)
         if len(shape) == 4 and shape[1] > self.tokens:  # fewer are the last ones
             expected = f"at most the {self.tokens} tokens of the step in the second axis"
             remedy = "The axes of q are [batch, tokens, heads, 576]."
-            raise ShapeError("q", expected, f"{tuple(shape)}", remedy, function)
+            raise ShapeError("q", expected, f"{shape}", remedy, function)
         return self._core.attend(
             q, layer, len(self.seqs), self._of, self._metadata, softmax_scale, causal, function
         )
@@ -207,16 +217,17 @@ class Step:
 
 def counts_of(name: str, value: Any, batch: int, function: str) -> Int32:
     """int32 [batch] of a number or of one for each sequence. Raises an ArgumentError."""
-    if isinstance(value, (bool, str)) or not (np.ndim(value) == 0 or len(value) == batch):
-        expected = f"an integer, or {batch} of them, one for each sequence"
-        got = f"{len(value)} values" if np.ndim(value) else f"{value!r}"
-        raise ArgTypeError(name, expected, got, "Pass a number or a list.", function)
-    if np.ndim(value) == 0:
+    expected = f"an integer, or {batch} of them, one for each sequence"
+    remedy = "Pass a number or a list."
+    array = _on_host(name, value, expected, remedy, function)
+    if array.ndim == 0:
         return np.full(batch, scalars.integer(name, value, function), np.int32)
-    array = np.asarray(value)
+    if array.shape != (batch,):
+        got = f"{len(array)} values" if array.ndim == 1 else f"an array of shape {array.shape}"
+        raise ArgTypeError(name, expected, got, remedy, function)
     if array.dtype.kind not in "iu" and batch:
         got = f"values of {array.dtype}"
-        raise ArgTypeError(name, "integers", got, "Pass a number or a list.", function)
+        raise ArgTypeError(name, "integers", got, remedy, function)
     if batch and not 0 <= int(array.min()) <= int(array.max()) <= scalars.INT_LIMIT:
         wrong = array[(array < 0) | (array > scalars.INT_LIMIT)][0]
         remedy = "A count of tokens is not negative."
@@ -227,7 +238,7 @@ def counts_of(name: str, value: Any, batch: int, function: str) -> Int32:
 
 def tokens_of(name: str, value: Any, function: str) -> Int32:
     """Token ids as int32 [n]. Raises an ArgumentError."""
-    array = np.asarray(value)
+    array = _on_host(name, value, "a list of token ids", "Pass one id a token.", function)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         got = f"{array.dtype} {array.shape}"
         raise ArgTypeError(name, "a list of token ids", got, "Pass one id a token.", function)
@@ -238,9 +249,26 @@ def tokens_of(name: str, value: Any, function: str) -> Int32:
 
 
 def _token_ids(value: Any, counts: Int32, function: str) -> list[Int32]:
-    ids = [tokens_of("token_ids", one, function) for one in value]
+    try:
+        lists = list(value)
+    except TypeError:
+        expected, remedy = "a list of token ids for each sequence", "Pass [[id, ...], ...]."
+        raise ArgTypeError("token_ids", expected, kind_of(value), remedy, function) from None
+    ids = [tokens_of("token_ids", one, function) for one in lists]
     if [len(one) for one in ids] != counts.tolist():
         expected = f"ids of {counts.tolist()} tokens, those that are kept"
         got = f"of {[len(one) for one in ids]}"
         raise ShapeError("token_ids", expected, got, "Pass a list for each sequence.", function)
     return ids
+
+
+def _on_host(name: str, value: Any, expected: str, remedy: str, function: str) -> npt.NDArray[Any]:
+    """value as a NumPy array. Raises ArgTypeError for lists of different lengths, and for arrays
+    that are not in host memory."""
+    try:
+        return np.asarray(value)
+    except Exception as error:  # whatever an array of another framework raises
+        why = str(error).partition("\n")[0].partition(". ")[0]
+        got = f"{kind_of(value)}, which NumPy cannot read"
+        got += f" ({why})" if why else ""
+        raise ArgTypeError(name, expected, got, remedy, function) from error

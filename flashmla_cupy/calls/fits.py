@@ -70,11 +70,12 @@ def _fits(array: Array, info: ArrayInfo, sizes: Sizes, origins: dict[str, str]) 
         if array.may_lack_axes:
             expected += f" or [{', '.join(map(str, array.axes[: -array.may_lack_axes]))}]"
         raise ShapeError(name, expected, got, "Give it these axes.")
-    for axis, length in zip(array.axes, info.shape, strict=False):
+    for i, (axis, length) in enumerate(zip(array.axes, info.shape, strict=False)):
         if isinstance(axis, int):
             if length != axis:
                 expected = f"shape {array.shape}"
-                raise ShapeError(name, expected, got, f"Make the axis that is {axis} so long.")
+                remedy = f"Axis {i} has to be of length {axis}, not {length}."
+                raise ShapeError(name, expected, got, remedy)
         elif sizes.setdefault(axis, length) != length:
             expected = f"shape {array.shape} with {axis} = {sizes[axis]}, as {origins[axis]} has"
             raise ShapeError(name, expected, got, f"Pass the {name} of the same call.")

@@ -12,10 +12,28 @@ import numpy as np
 from ..errors import ArgTypeError, OptionError, ScalarError, ShapeError
 from ..sizes import HEAD_DIM, HEAD_DIM_V
 from .arguments import DECODE
-from .wording import kind
+from .wording import digits, kind
 
 INT_LIMIT = 2**31 - 1
 _FLOAT32 = np.finfo(np.float32)
+_OF_V = "V is the first 512 columns; pass 512."
+_REMEDIES = {  # for integers out of their range
+    "accepted": "A count of tokens is not negative.",
+    "counts": "A count of tokens is not negative.",
+    "d_v": _OF_V,
+    "device": "Pass 0 for the first GPU.",
+    "extra_topk": "Pass the width of extra_indices_in_kvcache.",
+    "head_dim_v": _OF_V,
+    "layer": "The first layer is 0.",
+    "length": "See seqlen().",
+    "num_heads_k": "Pass the kv heads of the model.",
+    "num_heads_kv": "Pass the kv heads of the model.",
+    "num_heads_q": "Pass the query heads of the model.",
+    "num_layers": "Pass the layers of the model.",
+    "num_q_tokens_per_head_k": "Pass s_q * h_q // h_kv.",
+    "page_size": "FlashMLA's own page size is 64.",
+    "topk": "Pass the width of indices.",
+}
 
 
 def head_dim_v(value: Any) -> None:
@@ -30,15 +48,20 @@ def head_dim_v(value: Any) -> None:
 
 
 def softmax_scale(value: Any, head_dim: int = HEAD_DIM, name: str = "softmax_scale") -> float:
-    """A positive number that float32 holds as a normal number; None stands for
-    head_dim ** -0.5."""
-    if value is None:
-        return float(head_dim**-0.5)
-    remedy = f"Pass a Python float, or None for {head_dim} ** -0.5."
-    if isinstance(value, bool):
-        remedy = "It comes before causal; pass causal by keyword: causal=True."
+    """A positive number that float32 holds as a normal number; None stands for head_dim ** -0.5,
+    but not for the argument called sm_scale."""
+    expected, remedy = "a real number", "Pass a Python float, such as q.shape[-1] ** -0.5."
+    if name == "softmax_scale":  # which has a default, and a flag behind it
+        if value is None:
+            return float(head_dim**-0.5)
+        expected, remedy = (
+            "a real number or None",
+            f"Pass a Python float, or None for {head_dim} ** -0.5.",
+        )
+        if isinstance(value, bool):
+            remedy = "It comes before causal; pass causal by keyword: causal=True."
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ArgTypeError(name, "a real number or None", kind(value), remedy)
+        raise ArgTypeError(name, expected, kind(value), remedy)
     try:
         scale = float(value)
     except OverflowError:
@@ -106,11 +129,7 @@ def integer(name: str, value: Any, function: str, least: int = 0) -> int:
         remedy = f"Pass a Python int as {name}."
         raise ArgTypeError(name, "an integer", kind(value), remedy, function) from None
     if not least <= number <= INT_LIMIT:
-        raise ScalarError(
-            name,
-            f"an integer from {least} to {INT_LIMIT}",
-            f"{number}",
-            f"Pass the {name} of the model and the batch.",
-            function,
-        )
+        expected = f"an integer from {least} to {INT_LIMIT}"
+        remedy = _REMEDIES.get(name, "Pass an integer in this range.")
+        raise ScalarError(name, expected, digits(number), remedy, function)
     return number

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..frameworks import ArrayInfo
+from ..values import digits, kind, written
+
+__all__ = ["digits", "kind", "show", "strides", "written"]
 
 
 def show(info: ArrayInfo) -> str:
@@ -15,12 +16,3 @@ def show(info: ArrayInfo) -> str:
 def strides(info: ArrayInfo) -> str:
     """ "strides (16, 1) for int64 (8, 16)" """
     return f"strides {tuple(info.strides)} for {show(info)}"
-
-
-def kind(value: Any) -> str:
-    """ "list", "float 0.5": the type of an object that is no array, and a number's value."""
-    of = type(value)
-    name = f"{of.__module__}.{of.__qualname__}".removeprefix("builtins.")
-    if value is None:
-        return "None"
-    return f"{name} {value!r}" if isinstance(value, (bool, int, float, complex, str)) else name

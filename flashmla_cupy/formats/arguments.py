@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import ArgTypeError, ArgumentError, DTypeError, OptionError, ScalarError, ShapeError
 from ..frameworks import framework_of
+from ..values import written
 from .cache_format import FORMATS, CacheFormat, format_of
 from .codes import Codes, codes_of
 
@@ -23,7 +24,7 @@ def known_format(format: Any, function: str) -> CacheFormat:
     found = FORMATS.get(format) if isinstance(format, str) else None
     if found is None:
         remedy = "Pass one of these names, or a CacheFormat; vLLM's fp8_ds_mla is v32."
-        raise OptionError("format", ", ".join(FORMATS), f"{format!r}", remedy, function)
+        raise OptionError("format", ", ".join(FORMATS), written(format), remedy, function)
     return found
 
 
@@ -90,7 +91,7 @@ def pow2(value: Any, format: CacheFormat, function: str) -> None:
     """pow2_scales: True, or False where scales are float32."""
     name = "pow2_scales"
     if not isinstance(value, bool):
-        raise ArgTypeError(name, "True or False", f"{value!r}", "Pass a bool.", function)
+        raise ArgTypeError(name, "True or False", written(value), "Pass a bool.", function)
     has_raw = format.scales is not None and format.scales.dtype == "float32"
     if not value and not has_raw:
         remedy = "Leave it out; v32 has scales of either kind."
@@ -112,7 +113,7 @@ def descale(value: Any, format: CacheFormat, codes: Codes, function: str) -> Any
         number = float(np.float32(value)) if abs(value) <= 3e38 else math.inf  # type: ignore[operator]
         if not 0 < number < math.inf:
             remedy = "Pass the largest absolute value of the keys divided by 448."
-            raise ScalarError(name, "a positive finite float32", f"{value}", remedy, function)
+            raise ScalarError(name, "a positive finite float32", written(value), remedy, function)
         return np.float32(number)
     if library(name, value, function) is not codes:
         remedy = "Pass a Python float."

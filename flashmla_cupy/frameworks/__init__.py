@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from ..errors import ArgTypeError, FrameworkMismatchError
+from ..values import kind as kind_of
 from .base import HERE, HOST, Adapter, ArrayInfo, numpy_dtype
 from .numpy_arrays import masked
 
@@ -113,7 +114,7 @@ def _find(x: Any, argument: str) -> Adapter:
             "Pass cupy.from_dlpack(x) or numpy.from_dlpack(x), which share the memory.",
         )
     if isinstance(x, (bool, int, float, complex, str)):
-        shown += f" {x!r}"
+        shown = kind_of(x)
     remedy = "Put the data into an array first."
     if x is None:
         remedy = f"This call needs {argument}: pass it."
