@@ -68,6 +68,7 @@ def eager(
     else:
         with call.framework.device_guard(call.device):
             launch(call, at, call.framework.stream(call.device))
+    call.framework.written(arrays[-1])
     return arrays[-1]
 
 

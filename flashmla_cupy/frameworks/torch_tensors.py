@@ -30,6 +30,8 @@ class Torch(Adapter):
         torch: Any = importlib.import_module("torch")
         self._empty = torch.empty
         self.pointer = torch.Tensor.data_ptr
+        # Autograd notices by the version that a tensor it has saved is not the same any more.
+        self.written = torch.autograd.graph.increment_version
         self._cuda = torch.cuda
         self._int16 = torch.int16
         self._int32 = torch.int32
