@@ -48,6 +48,7 @@ class Torch(Adapter):
         self._guards = Guards(getattr(compiled_code, "TensorGuards", None))
         # Dispatch modes of this thread: FakeTensorMode, make_fx, a profiler of operations, ...
         self._modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _no_modes)
+        self._jit_traces: Callable[[], bool] = getattr(torch._C, "_is_tracing", _not)
         self._grad_enabled: Callable[[], bool] = torch.is_grad_enabled
         self._forward_ad: Any = importlib.import_module("torch.autograd.forward_ad")
         # The public current_stream() builds an object and takes 3.5 us; this one takes 0.1 us.
@@ -57,6 +58,8 @@ class Torch(Adapter):
         )
 
     def describe(self, x: Any, argument: str = "array") -> ArrayInfo:
+        if self._jit_traces():
+            raise _jit_trace(argument)
         try:
             if x.is_nested:  # one tensor of several, which has no strides
                 raise _no_memory(x, argument, "nested")
@@ -101,6 +104,8 @@ class Torch(Adapter):
                         return known[1], addresses
             except AttributeError:  # one of them is absent
                 pass
+        if self._jit_traces():  # under which no guard holds: tensors have another dispatch key
+            raise ValueError("torch.jit.trace is active")
         facts: tuple[Any, ...] = (self, arrays[0].device)
         pointers = []
         complete = True
@@ -188,6 +193,10 @@ def _no_modes() -> int:
     return 0
 
 
+def _not() -> bool:
+    return False
+
+
 def needs_gradient(argument: str, got: str = "one with requires_grad=True") -> ArgumentError:
     """For a tensor that autograd would have to follow."""
     return OptionError(
@@ -195,6 +204,17 @@ def needs_gradient(argument: str, got: str = "one with requires_grad=True") -> A
         "a tensor that needs no gradient, since decoding has no backward pass",
         got,
         f"Call it under torch.no_grad() or torch.inference_mode(), or pass {argument}.detach().",
+    )
+
+
+def _jit_trace(argument: str) -> ArgumentError:
+    """For a call that a graph of torch.jit would lack: it records what goes through the
+    dispatcher, which calls do not."""
+    return OptionError(
+        argument,
+        "a tensor that torch.jit.trace does not follow, since its graphs cannot hold the call",
+        "one inside of torch.jit.trace",
+        "Compile the model with torch.compile, or export it with torch.export.",
     )
 
 
