@@ -62,7 +62,7 @@ class Torch(Adapter):
             raise _jit_trace(argument)
         try:
             if x.is_nested:  # one tensor of several, which has no strides
-                raise _no_memory(x, argument, "nested")
+                raise no_memory(x, argument, "nested")
             dtype = x.dtype
             name = self._names.get(dtype) or str(dtype).removeprefix("torch.")
             if dtype is not self._int32:
@@ -75,7 +75,7 @@ class Torch(Adapter):
             if x.is_cpu:
                 return ArrayInfo(ptr, x.shape, x.stride(), name, HOST)
         except RuntimeError as error:  # sparse and functorch tensors have no memory to read
-            raise _no_memory(x, argument, str(error).splitlines()[0]) from error
+            raise no_memory(x, argument, str(error).splitlines()[0]) from error
         raise DeviceMismatchError(
             argument,
             "a tensor on a CUDA device, or on the CPU",
@@ -150,7 +150,7 @@ class Torch(Adapter):
     def _null(self, x: Any, argument: str) -> int:
         """0, the address of an empty tensor; a wrapper such as DTensor has it too, of no use."""
         if x.numel() and not x.is_meta:
-            raise _no_memory(x, argument, f"on {x.device}, without an address")
+            raise no_memory(x, argument, f"on {x.device}, without an address")
         return 0
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
@@ -228,7 +228,8 @@ def _negated(argument: str) -> ArgumentError:
     )
 
 
-def _no_memory(x: Any, argument: str, why: str) -> ArgumentError:
+def no_memory(x: Any, argument: str, why: str) -> ArgumentError:
+    """For a tensor that is not a strided one."""
     return ArgTypeError(
         argument,
         "a dense tensor with memory of its own",
