@@ -186,11 +186,11 @@ def test_fake_tensors_and_modes(of, name, bad):
         assert answer(call, arguments) == expected
 
 
-# One value of each option and array: Dynamo takes half a second for each.
-COMPILED = {(of, name): (of, name, bad) for of, name, bad in OPTIONS + ARRAYS[::-1]}.values()
+# Two values of each option and array: Dynamo takes half a second for each.
+COMPILED = {(of, name, i % 2): (of, name, x) for i, (of, name, x) in enumerate(OPTIONS + ARRAYS)}
 
 
-@pytest.mark.parametrize(("of", "name", "bad"), COMPILED, ids=named)
+@pytest.mark.parametrize(("of", "name", "bad"), COMPILED.values(), ids=named)
 def test_compiled_calls(of, name, bad):
     """A trace ends where an error is raised, and the call itself raises it."""
     torch._dynamo.reset()
@@ -244,7 +244,37 @@ def test_numbers_of_rows_bound_no_dynamic_axis(strict):
     assert all(map(torch.equal, made, want))
 
 
-def test_symbolic_rows_below_none_are_refused_when_the_op_runs():
+def test_symbolic_rows_below_none_are_refused():
     step = torch.compile(get_mla_metadata, backend="eager", dynamic=True)
     with pytest.raises(ScalarError, match="num_q_tokens_per_head_k"):
         step(LENGTHS, -4)
+
+
+@pytest.mark.parametrize("sizes", [(16, 1, 16), (16, 1, 16, False, 8)], ids=["dense", "lists"])
+def test_numpy_integers_are_rows_and_widths_in_whole_graphs(sizes):
+    """Dynamo shows them as arrays."""
+    want = get_mla_metadata(LENGTHS, *sizes)
+    places = (0, 2) if len(sizes) == 3 else (0, 4)
+    given = [np.int64(x) if i in places else x for i, x in enumerate(sizes)]
+    step = torch.compile(
+        lambda lengths: get_mla_metadata(lengths, *given), fullgraph=True, backend="eager"
+    )
+    assert all(map(torch.equal, step(LENGTHS), want))
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_symbolic_query_heads(heads):
+    step = torch.compile(
+        lambda q: get_mla_metadata(LENGTHS, q.shape[1], 1, q.shape[1]),
+        fullgraph=True, backend="eager", dynamic=True,
+    )  # fmt: skip
+    for h_q in (16, heads):
+        made = step(torch.zeros(2, h_q))
+        assert all(map(torch.equal, made, get_mla_metadata(LENGTHS, h_q, 1, h_q)))
+
+
+def test_a_nested_tensor_under_a_mode():
+    arguments = decode()
+    arguments["q"] = torch.nested.nested_tensor(list(arguments["q"]), layout=torch.strided)
+    with Sees():
+        assert answer(flash_mla_with_kvcache, arguments)[1] == "q"

@@ -113,11 +113,10 @@ def sizes(
     """(num_q_tokens_per_head_k, num_heads_k), checked; what may follow from shapes, by that
     function."""
     num_q_tokens_per_head_k, num_heads_k, num_heads_q = options
-    integer = scalars.integer
     rows = of_shapes("num_q_tokens_per_head_k", num_q_tokens_per_head_k, METADATA.function, least=1)
-    h_kv = integer("num_heads_k", num_heads_k, METADATA.function, least=1)
+    h_kv = scalars.integer("num_heads_k", num_heads_k, METADATA.function, least=1)
     if num_heads_q is not None:
-        integer("num_heads_q", num_heads_q, METADATA.function, least=1)
+        of_shapes("num_heads_q", num_heads_q, METADATA.function, least=1)
     return rows, h_kv
 
 

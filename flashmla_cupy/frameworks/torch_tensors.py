@@ -76,12 +76,7 @@ class Torch(Adapter):
                 return ArrayInfo(ptr, x.shape, x.stride(), name, HOST)
         except RuntimeError as error:  # sparse and functorch tensors have no memory to read
             raise no_memory(x, argument, str(error).splitlines()[0]) from error
-        raise DeviceMismatchError(
-            argument,
-            "a tensor on a CUDA device, or on the CPU",
-            f"one on {x.device}",
-            "Move it with .cuda().",
-        )
+        raise no_kernels(x, argument)
 
     def signature(self, arrays: tuple[Any, ...]) -> tuple[Any, tuple[int, ...]]:
         """Facts that are cheap to read. Devices are numbers, but for the first one's: no build of
@@ -225,6 +220,16 @@ def _negated(argument: str) -> ArgumentError:
         "a tensor whose memory holds its values",
         "one with the negative bit set",
         f"Pass {argument}.resolve_neg().",
+    )
+
+
+def no_kernels(x: Any, argument: str) -> ArgumentError:
+    """For a tensor on a device that is neither."""
+    return DeviceMismatchError(
+        argument,
+        "a tensor on a CUDA device, or on the CPU",
+        f"one on {x.device}",
+        "Move it with .cuda().",
     )
 
 

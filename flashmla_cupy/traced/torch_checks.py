@@ -21,12 +21,13 @@ from ..calls.arguments import Table
 from ..calls.wording import kind
 from ..errors import ArgTypeError, ArgumentError, FrameworkMismatchError, ShapeError
 from ..frameworks import EXPECTED, HOST, Adapter, ArrayInfo, by_type, framework_of
-from ..frameworks.torch_tensors import no_memory
+from ..frameworks.torch_tensors import no_kernels, no_memory
 from ..sizes import NUM_SMS_CPU
 
 torch: Any = importlib.import_module("torch")
 
 _APART = 1 << 48  # bytes between the addresses of two stand-ins
+_KNOWS_EXPORTS = hasattr(torch.compiler, "is_exporting")
 _symbolic_int: type = torch.SymInt
 # Whether a comparison holds whatever the symbolic shapes are; makes no guard.
 _is_known: Callable[[Any], bool] = importlib.import_module(
@@ -87,13 +88,19 @@ def _no_tensor(x: Any, name: str, function: str) -> ArgumentError:
 
 
 def integer(name: str, value: Any, function: str, least: int = 0) -> Any:
-    """scalars.integer(), but one that follows from symbolic shapes is none to compare. Dynamo shows
-    it as an int."""
+    """scalars.integer(), but nothing bounds a symbolic shape that is exported. Dynamo shows what
+    follows from one as an int, and NumPy's integers as arrays, whose values the op checks."""
     if isinstance(value, _symbolic_int):
         return value
-    if torch.compiler.is_dynamo_compiling() and type(value) is int:
-        is_wrong = _is_known(value < least) or _is_known(value > scalars.INT_LIMIT)
-        return scalars.integer(name, value, function, least) if is_wrong else value
+    if torch.compiler.is_dynamo_compiling():
+        if type(value) is int:
+            if _KNOWS_EXPORTS and not torch.compiler.is_exporting():  # a guard does no harm
+                is_wrong = value < least or value > scalars.INT_LIMIT
+            else:
+                is_wrong = _is_known(value < least) or _is_known(value > scalars.INT_LIMIT)
+            return scalars.integer(name, value, function, least) if is_wrong else value
+        if isinstance(value, np.ndarray) and value.ndim == 0:
+            return value
     return scalars.integer(name, value, function, least)
 
 
@@ -126,10 +133,13 @@ def facts(
     given = [x for x in arrays if x is not None]
     for name, x in zip(table.names, arrays, strict=False):
         if x is not None and (x.is_nested or x.layout is not torch.strided):
-            raise no_memory(x, name, f"{x.layout}").of(table.function)
+            raise no_memory(x, name, "nested" if x.is_nested else f"{x.layout}").of(table.function)
     if not all(type(n) is int for x in given for n in (*x.shape, *x.stride(), x.storage_offset())):
         return None
     is_one_device = len({x.device for x in given}) == 1
+    for name, x in zip(table.names, arrays, strict=False):
+        if not is_one_device and x is not None and x.device.type not in ("cpu", "cuda"):
+            raise no_kernels(x, name).of(table.function)
     places = {id(x): i + 1 for i, x in enumerate(given)}
 
     def info(x: Any) -> ArrayInfo:
