@@ -12,7 +12,12 @@ import pytest
 from support.every_framework import CASES, decode, put, same_bits
 from support.problems import make_problem
 
-from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata
+from flashmla_cupy import (
+    append_mla_kv,
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+)
 from flashmla_cupy.errors import OptionError
 from flashmla_cupy.frameworks import HOST
 
@@ -211,3 +216,53 @@ def test_gradients_of_the_outputs_are_refused():
     with pytest.raises(OptionError, match="out: expected a tensor that needs no gradient"):
         flash_mla_with_kvcache(*arrays, 512, get_mla_metadata()[0], out=out)
     assert np.isfinite(step(*arrays)[1].numpy()).all()
+
+
+# --- what autograd is told of writes ------------------------------------------------------------
+
+
+def versions(*written):
+    return [x._version for x in written]
+
+
+def test_autograd_notices_rows_written_into_a_cache_it_has_saved():
+    k_cache = torch.ones(3, 16, 1, 576, dtype=torch.float16)
+    weight = torch.ones_like(k_cache, requires_grad=True)
+    loss = (weight * k_cache).sum()
+    append_mla_kv(k_cache, torch.full((2, 576), 7, dtype=torch.float16), torch.tensor([0, 5]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("given", [("out",), ("lse",), ("out", "lse")])
+def test_outputs_of_the_caller_have_another_version(given, compiled):
+    arrays = tensors(make_problem([70, 5], s_q=2, h_q=4))
+    out, lse = torch.zeros(2, 2, 4, 512, dtype=torch.bfloat16), torch.zeros(2, 4, 2)
+    outputs = {name: {"out": out, "lse": lse}[name] for name in given}
+
+    def call(arrays, outputs):
+        return flash_mla_with_kvcache(*arrays, 512, get_mla_metadata()[0], **outputs)[0]
+
+    if compiled:
+        call = torch.compile(call, backend="aot_eager")
+    call(arrays, outputs)
+    assert all(versions(*outputs.values()))
+    assert not any(versions(*arrays, *({out, lse} - set(outputs.values()))))
+
+
+def test_outputs_of_a_prompt_have_another_version():
+    q, kv = torch.zeros(3, 16, 576).half(), torch.zeros(20, 1, 576).half()
+    lists = torch.zeros(3, 1, 8, dtype=torch.int32)
+    outputs = {"out": torch.zeros(3, 16, 512).half(), "max_logits": torch.zeros(3, 16)}
+    flash_mla_sparse_fwd(q, kv, lists, 0.1, **outputs)
+    assert versions(*outputs.values(), q, kv, lists) == [1, 1, 0, 0, 0]
+
+
+def test_outputs_without_a_version():
+    """Those made in inference mode."""
+    arrays = tensors(make_problem([70, 5], s_q=2, h_q=4))
+    with torch.inference_mode():
+        out = torch.zeros(2, 2, 4, 512, dtype=torch.bfloat16)
+        flash_mla_with_kvcache(*arrays, 512, get_mla_metadata()[0], out=out)
+    assert same_bits(out, flash_mla_with_kvcache(*arrays, 512, get_mla_metadata()[0])[0])

@@ -12,8 +12,16 @@ import pytest
 from support.every_framework import decode, put, same_bits
 from support.problems import make_problem
 
-from flashmla_cupy import flash_mla_with_kvcache, get_mla_metadata, merge_partials
+from flashmla_cupy import (
+    OptionError,
+    append_mla_kv,
+    flash_mla_sparse_fwd,
+    flash_mla_with_kvcache,
+    get_mla_metadata,
+    merge_partials,
+)
 from flashmla_cupy.frameworks import HOST
+from flashmla_cupy.schedule.sched_meta import SchedMeta
 
 torch = pytest.importorskip("torch")
 PROBLEM = make_problem([70, 5], s_q=2, h_q=4, causal=True)
@@ -170,6 +178,35 @@ def test_a_compiled_call_refuses_it_by_name(bad, words):
     torch._dynamo.reset()
     with pytest.raises(Exception, match=words.partition(".*")[2].strip("'")):  # the eager error
         torch.compile(flash_mla_with_kvcache, backend="aot_eager")(**call)
+
+
+# --- torch.jit.trace, which would record nothing of a call --------------------------------------
+
+
+@pytest.mark.parametrize("calls_before", [0, 3])
+def test_a_jit_trace_is_refused(calls_before):
+    q, k_cache, table, lengths = tensors()
+    rows, slots = torch.zeros(1, 576, dtype=k_cache.dtype), torch.tensor([0])
+    lists = torch.zeros(2, 1, 8, dtype=torch.int32)
+    calls = {
+        "get_mla_metadata": (lambda x: get_mla_metadata(x, 8, 1), lengths),
+        "flash_mla_with_kvcache": (
+            lambda x: flash_mla_with_kvcache(x, k_cache, table, lengths, 512, SchedMeta()),
+            q,
+        ),
+        "flash_mla_sparse_fwd": (
+            lambda x: flash_mla_sparse_fwd(x, k_cache[:1, 0], lists, 0.1),
+            q[0],
+        ),
+        "append_mla_kv": (lambda x: append_mla_kv(x, rows, slots), k_cache.clone()),
+    }
+    for function, (call, x) in calls.items():
+        for _ in range(calls_before):  # one that is known is refused, too
+            call(x)
+        with pytest.raises(OptionError, match=r"inside of torch\.jit\.trace") as caught:
+            torch.jit.trace(call, x)
+        assert caught.value.function == function
+        call(x)
 
 
 def test_fake_tensors_and_export_merge_partials():

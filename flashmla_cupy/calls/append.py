@@ -68,6 +68,7 @@ def eager(
     else:
         with call.framework.device_guard(call.device):
             launch(call, at, call.framework.stream(call.device))
+    call.framework.written(arrays[-1])
     return arrays[-1]
 
 
@@ -103,14 +104,7 @@ def validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     named = APPEND.named(arrays)
     (interleaved,) = options
     function = APPEND.function
-    if not isinstance(interleaved, bool):
-        remedy = "Pass bool(interleaved)."
-        got = kind(interleaved)
-        raise ArgTypeError("interleaved", "True or False", got, remedy, function)
-    missing = [name for name in ROTARY if named[name] is None]
-    if 0 < len(missing) < len(ROTARY):
-        remedy = "Pass all three to rotate the rows, or none."
-        raise OptionError(missing[0], "cos, sin and positions together", "None", remedy, function)
+    missing = rotation(interleaved, *[named[name] for name in ROTARY])
     order = ("k_cache", "rows", "slot_mapping", *(() if missing else ROTARY))
     framework, infos = checks.describe({name: named[name] for name in order}, function)
     try:
@@ -127,6 +121,23 @@ def validate(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
     except ArgumentError as error:
         raise error.of(function) from error.__cause__
     return Valid(framework, infos, interleaved)
+
+
+def rotation(interleaved: Any, cos: Any, sin: Any, positions: Any) -> list[str]:
+    """Whether the rows are rotated, and how; which of the three arrays are not given."""
+    if not isinstance(interleaved, bool):
+        remedy = "Pass bool(interleaved)."
+        got = kind(interleaved)
+        raise ArgTypeError("interleaved", "True or False", got, remedy, APPEND.function)
+    given = zip(ROTARY, (cos, sin, positions), strict=True)
+    missing = [name for name, x in given if x is None]
+    if 0 < len(missing) < len(ROTARY):
+        remedy, expected = (
+            "Pass all three to rotate the rows, or none.",
+            "cos, sin and positions together",
+        )
+        raise OptionError(missing[0], expected, "None", remedy, APPEND.function)
+    return missing
 
 
 def _pool(k_cache: ArrayInfo) -> None:

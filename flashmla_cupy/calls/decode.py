@@ -245,8 +245,7 @@ def _launch(
         out, lse = call.new_results()
         out_pointer, lse_pointer = pointer(out), pointer(lse)
     else:
-        out = call.new_out() if arrays[OUT] is None else arrays[OUT]
-        lse = call.new_lse() if arrays[LSE] is None else arrays[LSE]
+        out, lse = _results(call, arrays[OUT], arrays[LSE])
         out_pointer = pointers[OUT] or pointer(out)
         lse_pointer = pointers[LSE] or pointer(lse)
     if call.launch is None:  # the results are empty
@@ -276,6 +275,19 @@ def _launch(
     return out, lse
 
 
+def _results(call: DecodeCall, out: Any, lse: Any) -> Results:
+    """New arrays for those that the caller did not give; the framework learns of the others."""
+    if out is None:
+        out = call.new_out()
+    else:
+        call.framework.written(out)
+    if lse is None:
+        lse = call.new_lse()
+    else:
+        call.framework.written(lse)
+    return out, lse
+
+
 def _on_host(
     call: DecodeCall, arrays: tuple[Any, ...], lazy: SchedMeta | None, is_op: bool
 ) -> Results:
@@ -286,8 +298,7 @@ def _on_host(
         refused = reference.bad_length(lengths, pages, call.configuration.page_size)
         if refused >= 0:
             raise DeviceCheckError(refused, -1, "length", is_earlier=False)
-    out = call.new_out() if named["out"] is None else named["out"]
-    lse = call.new_lse() if named["lse"] is None else named["lse"]
+    out, lse = _results(call, named["out"], named["lse"])
     if call.is_empty:
         return out, lse
     schedule = named["tile_scheduler_metadata"]

@@ -98,19 +98,26 @@ def validate(
     arrays: tuple[Any, ...], options: tuple[Any, ...]
 ) -> tuple[Adapter, ArrayInfo, int, int]:
     """Every check: (framework, cache_seqlens, num_q_tokens_per_head_k, num_heads_k)."""
-    num_q_tokens_per_head_k, num_heads_k, num_heads_q = options
     name = "cache_seqlens"
     try:
         framework, infos = checks.describe({name: arrays[0]}, METADATA.function)
         checks.lengths(infos[name], None)
     except ArgumentError as error:
         raise error.of(METADATA.function) from error.__cause__
-    integer = scalars.integer
-    rows = integer("num_q_tokens_per_head_k", num_q_tokens_per_head_k, METADATA.function, least=1)
-    h_kv = integer("num_heads_k", num_heads_k, METADATA.function, least=1)
+    return framework, infos[name], *sizes(options)
+
+
+def sizes(
+    options: tuple[Any, ...], of_shapes: Callable[..., int] = scalars.integer
+) -> tuple[int, int]:
+    """(num_q_tokens_per_head_k, num_heads_k), checked; what may follow from shapes, by that
+    function."""
+    num_q_tokens_per_head_k, num_heads_k, num_heads_q = options
+    rows = of_shapes("num_q_tokens_per_head_k", num_q_tokens_per_head_k, METADATA.function, least=1)
+    h_kv = scalars.integer("num_heads_k", num_heads_k, METADATA.function, least=1)
     if num_heads_q is not None:
-        integer("num_heads_q", num_heads_q, METADATA.function, least=1)
-    return framework, infos[name], rows, h_kv
+        of_shapes("num_heads_q", num_heads_q, METADATA.function, least=1)
+    return rows, h_kv
 
 
 def make(framework: Adapter, lengths: ArrayInfo, rows: int, h_kv: int) -> MetadataCall:

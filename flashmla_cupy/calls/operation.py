@@ -151,6 +151,8 @@ class Operation:
             if given[name] is None:
                 given[name] = new()
                 views[name] = view(given[name])
+            else:
+                call.valid.framework.written(given[name])
         if call.valid.is_empty:
             _clear(given[name] for name in names)
         else:
@@ -172,6 +174,8 @@ class Operation:
             if given[name] is None:
                 given[name] = new()
                 at[name] = call.valid.framework.pointer(given[name])
+            else:
+                call.valid.framework.written(given[name])
         if call.work is not None:
             call.work(at, lazy, call.valid.configuration)
         else:

@@ -122,7 +122,10 @@ def without(what: str, function: str, **given: Any) -> None:
 def integer(name: str, value: Any, function: str, least: int = 0) -> int:
     """A Python or NumPy integer from `least` to 2**31 - 1; no bool, no array."""
     try:
-        if isinstance(value, bool) or (hasattr(value, "shape") and not np.isscalar(value)):
+        if type(value) is not int and (  # which a compiler can trace, unlike np.isscalar
+            isinstance(value, bool)
+            or (hasattr(value, "shape") and not isinstance(value, np.generic))
+        ):
             raise TypeError
         number = operator.index(value)
     except TypeError:

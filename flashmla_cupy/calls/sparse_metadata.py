@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import ArgTypeError, DeviceCheckError, ScalarError
@@ -13,6 +14,7 @@ from .arguments import SPARSE_METADATA
 from .operation import Operation, Output, Valid, Views, naming
 
 FUNCTION = SPARSE_METADATA.function
+Sizes = tuple[int, int, int, int, int]
 
 
 def _outputs(
@@ -25,9 +27,27 @@ def _outputs(
 
 
 def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
+    rows, _, h_q, _, extra_topk = checked = sizes(options)
+    if rows % h_q:
+        remedy = "Pass s_q * num_heads_q."
+        expected = f"a multiple of num_heads_q = {h_q}"
+        raise ScalarError("num_q_tokens_per_head_k", expected, f"{rows}", remedy, FUNCTION)
+    framework, infos, lengths = fits.described(SPARSE_METADATA, arrays)
+    s_q = rows // h_q
+    fits.same_s_q(infos, s_q)
+    fits.requests("cache_seqlens", infos["cache_seqlens"], lengths["batch"] * s_q)
+    if "extra_topk_length" in infos and not extra_topk:
+        remedy = "Pass the width of extra_indices_in_kvcache."
+        raise ScalarError("extra_topk", "at least 1, with extra_topk_length", "0", remedy)
+    num_sms = gathered.num_sms_of(infos["cache_seqlens"].device)
+    return Valid(framework, infos, checked, _outputs(infos, checked, num_sms))
+
+
+def sizes(options: tuple[Any, ...], of_shapes: Callable[..., int] = scalars.integer) -> Sizes:
+    """The five numbers, checked; those that may follow from shapes, by that function."""
     rows, h_kv, h_q, topk, extra_topk = options
     integer = scalars.integer
-    rows = integer("num_q_tokens_per_head_k", rows, FUNCTION, least=1)
+    rows = of_shapes("num_q_tokens_per_head_k", rows, FUNCTION, least=1)
     if integer("num_heads_k", h_kv, FUNCTION) != 1:
         remedy = "Lists of tokens go with one kv head, that of MLA."
         raise ScalarError("num_heads_k", "1 with topk", f"{h_kv}", remedy, FUNCTION)
@@ -35,22 +55,8 @@ def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
         remedy = "Pass the query heads: rows / num_heads_q is s_q, and each query token has a list."
         raise ArgTypeError("num_heads_q", "an integer with topk", "None", remedy, FUNCTION)
     h_q = integer("num_heads_q", h_q, FUNCTION, least=1)
-    if rows % h_q:
-        remedy = "Pass s_q * num_heads_q."
-        expected = f"a multiple of num_heads_q = {h_q}"
-        raise ScalarError("num_q_tokens_per_head_k", expected, f"{rows}", remedy, FUNCTION)
-    topk = integer("topk", topk, FUNCTION, least=1)
-    extra_topk = integer("extra_topk", extra_topk, FUNCTION)
-    framework, infos, sizes = fits.described(SPARSE_METADATA, arrays)
-    s_q = rows // h_q
-    fits.same_s_q(infos, s_q)
-    fits.requests("cache_seqlens", infos["cache_seqlens"], sizes["batch"] * s_q)
-    if "extra_topk_length" in infos and not extra_topk:
-        remedy = "Pass the width of extra_indices_in_kvcache."
-        raise ScalarError("extra_topk", "at least 1, with extra_topk_length", "0", remedy)
-    checked = rows, 1, h_q, topk, extra_topk
-    num_sms = gathered.num_sms_of(infos["cache_seqlens"].device)
-    return Valid(framework, infos, checked, _outputs(infos, checked, num_sms))
+    topk = of_shapes("topk", topk, FUNCTION, least=1)
+    return rows, 1, h_q, topk, of_shapes("extra_topk", extra_topk, FUNCTION)
 
 
 def _compute(valid: Valid, views: Views) -> DeviceCheckError | None:

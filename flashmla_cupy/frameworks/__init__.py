@@ -24,6 +24,7 @@ from .base import HERE, HOST, Adapter, ArrayInfo, numpy_dtype
 from .numpy_arrays import masked
 
 __all__ = [
+    "EXPECTED",
     "HERE",
     "HOST",
     "Adapter",
@@ -43,7 +44,7 @@ _ADAPTERS = {  # name: (class of its arrays, module and class of the adapter)
     "torch": ("Tensor", "torch_tensors", "Torch"),
     "jax": ("Array", "jax_arrays", "Jax"),
 }
-_EXPECTED = "a NumPy array, a CuPy array, a torch.Tensor or a JAX array"
+EXPECTED = "a NumPy array, a CuPy array, a torch.Tensor or a JAX array"
 _instances: dict[str, Adapter] = {}
 by_type: dict[type, Adapter] = {}  # of the arrays that were seen
 
@@ -109,7 +110,7 @@ def _find(x: Any, argument: str) -> Adapter:
     if hasattr(kind, "__dlpack__"):
         raise FrameworkMismatchError(
             argument,
-            _EXPECTED,
+            EXPECTED,
             shown,
             "Pass cupy.from_dlpack(x) or numpy.from_dlpack(x), which share the memory.",
         )
@@ -118,4 +119,4 @@ def _find(x: Any, argument: str) -> Adapter:
     remedy = "Put the data into an array first."
     if x is None:
         remedy = f"This call needs {argument}: pass it."
-    raise ArgTypeError(argument, _EXPECTED, shown, remedy)
+    raise ArgTypeError(argument, EXPECTED, shown, remedy)

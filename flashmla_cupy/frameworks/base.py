@@ -35,6 +35,10 @@ def _no_stream(device: int) -> int:
     return 0
 
 
+def _untold(x: Any) -> None:
+    return None
+
+
 class Adapter:
     """A framework. Nothing here copies, and nothing waits for the device.
 
@@ -46,6 +50,8 @@ class Adapter:
     # Functions, not methods: a framework's own takes half the time without a method around it.
     pointer: Callable[[Any], int]  # the address of element 0
     stream: Callable[[int], int] = staticmethod(_no_stream)  # the CUstream of this thread there
+    # Tells the framework that a call writes into an array of the caller's.
+    written: Callable[[Any], None] = staticmethod(_untold)
 
     def describe(self, x: Any, argument: str = "array") -> ArrayInfo:
         """The facts of array x. Raises an ArgumentError, naming the argument, when x is not a

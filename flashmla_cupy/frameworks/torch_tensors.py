@@ -30,6 +30,8 @@ class Torch(Adapter):
         torch: Any = importlib.import_module("torch")
         self._empty = torch.empty
         self.pointer = torch.Tensor.data_ptr
+        # Autograd notices by the version that a tensor it has saved is not the same any more.
+        self.written = torch.autograd.graph.increment_version
         self._cuda = torch.cuda
         self._int16 = torch.int16
         self._int32 = torch.int32
@@ -46,6 +48,7 @@ class Torch(Adapter):
         self._guards = Guards(getattr(compiled_code, "TensorGuards", None))
         # Dispatch modes of this thread: FakeTensorMode, make_fx, a profiler of operations, ...
         self._modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _no_modes)
+        self._jit_traces: Callable[[], bool] = getattr(torch._C, "_is_tracing", _not)
         self._grad_enabled: Callable[[], bool] = torch.is_grad_enabled
         self._forward_ad: Any = importlib.import_module("torch.autograd.forward_ad")
         # The public current_stream() builds an object and takes 3.5 us; this one takes 0.1 us.
@@ -55,9 +58,11 @@ class Torch(Adapter):
         )
 
     def describe(self, x: Any, argument: str = "array") -> ArrayInfo:
+        if self._jit_traces():
+            raise _jit_trace(argument)
         try:
             if x.is_nested:  # one tensor of several, which has no strides
-                raise _no_memory(x, argument, "nested")
+                raise no_memory(x, argument, "nested")
             dtype = x.dtype
             name = self._names.get(dtype) or str(dtype).removeprefix("torch.")
             if dtype is not self._int32:
@@ -70,13 +75,8 @@ class Torch(Adapter):
             if x.is_cpu:
                 return ArrayInfo(ptr, x.shape, x.stride(), name, HOST)
         except RuntimeError as error:  # sparse and functorch tensors have no memory to read
-            raise _no_memory(x, argument, str(error).splitlines()[0]) from error
-        raise DeviceMismatchError(
-            argument,
-            "a tensor on a CUDA device, or on the CPU",
-            f"one on {x.device}",
-            "Move it with .cuda().",
-        )
+            raise no_memory(x, argument, str(error).splitlines()[0]) from error
+        raise no_kernels(x, argument)
 
     def signature(self, arrays: tuple[Any, ...]) -> tuple[Any, tuple[int, ...]]:
         """Facts that are cheap to read. Devices are numbers, but for the first one's: no build of
@@ -99,6 +99,8 @@ class Torch(Adapter):
                         return known[1], addresses
             except AttributeError:  # one of them is absent
                 pass
+        if self._jit_traces():  # under which no guard holds: tensors have another dispatch key
+            raise ValueError("torch.jit.trace is active")
         facts: tuple[Any, ...] = (self, arrays[0].device)
         pointers = []
         complete = True
@@ -143,7 +145,7 @@ class Torch(Adapter):
     def _null(self, x: Any, argument: str) -> int:
         """0, the address of an empty tensor; a wrapper such as DTensor has it too, of no use."""
         if x.numel() and not x.is_meta:
-            raise _no_memory(x, argument, f"on {x.device}, without an address")
+            raise no_memory(x, argument, f"on {x.device}, without an address")
         return 0
 
     def empty(self, shape: tuple[int, ...], dtype: str, device: int) -> Any:
@@ -186,6 +188,10 @@ def _no_modes() -> int:
     return 0
 
 
+def _not() -> bool:
+    return False
+
+
 def needs_gradient(argument: str, got: str = "one with requires_grad=True") -> ArgumentError:
     """For a tensor that autograd would have to follow."""
     return OptionError(
@@ -193,6 +199,17 @@ def needs_gradient(argument: str, got: str = "one with requires_grad=True") -> A
         "a tensor that needs no gradient, since decoding has no backward pass",
         got,
         f"Call it under torch.no_grad() or torch.inference_mode(), or pass {argument}.detach().",
+    )
+
+
+def _jit_trace(argument: str) -> ArgumentError:
+    """For a call that a graph of torch.jit would lack: it records what goes through the
+    dispatcher, which calls do not."""
+    return OptionError(
+        argument,
+        "a tensor that torch.jit.trace does not follow, since its graphs cannot hold the call",
+        "one inside of torch.jit.trace",
+        "Compile the model with torch.compile, or export it with torch.export.",
     )
 
 
@@ -206,7 +223,18 @@ def _negated(argument: str) -> ArgumentError:
     )
 
 
-def _no_memory(x: Any, argument: str, why: str) -> ArgumentError:
+def no_kernels(x: Any, argument: str) -> ArgumentError:
+    """For a tensor on a device that is neither."""
+    return DeviceMismatchError(
+        argument,
+        "a tensor on a CUDA device, or on the CPU",
+        f"one on {x.device}",
+        "Move it with .cuda().",
+    )
+
+
+def no_memory(x: Any, argument: str, why: str) -> ArgumentError:
+    """For a tensor that is not a strided one."""
     return ArgTypeError(
         argument,
         "a dense tensor with memory of its own",

@@ -9,25 +9,28 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ..calls.append import eager
+from ..calls.append import eager, rotation, validate
 from ..calls.arguments import APPEND
-from ..errors import ShapeError
+from . import torch_checks
 from .torch_op import refuse_gradients
 
 torch: Any = importlib.import_module("torch")
 
 _library: Any = torch.library.Library("flashmla_cupy", "FRAGMENT")
-_RANKS = tuple((array.name, len(array.axes), array.shape) for array in APPEND.arrays)
+_AXES = tuple(
+    axes._replace(least=axes.most - 1) if axes.name == "rows" else axes
+    for axes in torch_checks.axes_of(APPEND, "k_cache")
+)
 
 
 def append(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     """The op; returns k_cache."""
     rows, slot_mapping, cos, sin, positions, k_cache = arrays
-    for x, (name, rank, shape) in zip(arrays, _RANKS, strict=True):
-        if x is not None and x.dim() != rank and not (name == "rows" and x.dim() == rank - 1):
-            remedy = "See append_mla_kv() for the shapes."
-            raise ShapeError(name, f"shape {shape}", f"{tuple(x.shape)}", remedy, APPEND.function)
-    torch.ops.flashmla_cupy.append(k_cache, rows, slot_mapping, *options, cos, sin, positions)
+    (interleaved,) = options
+    rotation(interleaved, cos, sin, positions)
+    torch_checks.tensors(APPEND.function, _AXES, arrays)
+    torch_checks.facts(APPEND, arrays, lambda known: validate(known, options))
+    torch.ops.flashmla_cupy.append(k_cache, rows, slot_mapping, interleaved, cos, sin, positions)
     return k_cache
 
 

@@ -22,11 +22,15 @@ from typing import Any
 from ..calls import checks, scalars
 from ..calls.arguments import DECODE, METADATA
 from ..calls.decode import eager as eager_decode
+from ..calls.decode import validate
 from ..calls.metadata import eager as eager_metadata
+from ..calls.metadata import sizes
+from ..calls.metadata import validate as validate_metadata
 from ..errors import ShapeError
 from ..frameworks.torch_tensors import needs_gradient
 from ..schedule.sched_meta import SchedMeta
 from ..sizes import HEAD_DIM, HEAD_DIM_V, METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
+from . import torch_checks
 
 torch: Any = importlib.import_module("torch")
 
@@ -42,7 +46,7 @@ TAGS = tuple(
 _POSITIONS = {name: i for i, name in enumerate(DECODE.names)}
 _TENSORS = tuple(_POSITIONS[array.name] for array in DECODE.having("input", "schedule"))
 _OPTIONAL = tuple(_POSITIONS[array.name] for array in DECODE.having("optional"))
-_RANKS = tuple((array.name, len(array.axes), array.shape) for array in DECODE.arrays)
+_AXES, _METADATA_AXES = torch_checks.axes_of(DECODE), torch_checks.axes_of(METADATA)
 _METADATA, _SPLITS = _POSITIONS["tile_scheduler_metadata"], _POSITIONS["num_splits"]
 _OUT, _LSE = DECODE.outputs
 _NONE = (None,) * len(DECODE.arrays)
@@ -53,7 +57,9 @@ _NONE = (None,) * len(DECODE.arrays)
 
 def metadata(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Any, Any]:
     """get_mla_metadata() as an op."""
-    rows, h_kv, _ = options
+    torch_checks.tensors(METADATA.function, _METADATA_AXES, arrays)
+    rows, h_kv = sizes(options, torch_checks.integer)
+    torch_checks.facts(METADATA, arrays, lambda known: validate_metadata(known, (1, 1, None)))
     made: tuple[Any, Any] = torch.ops.flashmla_cupy.metadata(arrays[0], rows, h_kv)
     return made
 
@@ -69,13 +75,15 @@ def decode(
     scalars.causal(causal)
     tensors = [*arrays, *_NONE[len(arrays) :]]
     checks.metadata_kind(tensors[_METADATA], tensors[_SPLITS], is_lazy)
-    for x, (name, rank, shape) in zip(tensors, _RANKS, strict=True):
-        if x is not None and x.dim() != rank:
-            remedy = "See flash_mla_with_kvcache() for the shapes."
-            raise ShapeError(name, f"shape {shape}", f"{tuple(x.shape)}", remedy)
+    torch_checks.tensors(DECODE.function, _AXES, tensors)
+    known = torch_checks.facts(DECODE, tensors, lambda known: validate(known, options))
+    if known is not None and not is_lazy:
+        num_sms = torch_checks.num_sms_of(tensors[0])
+        if num_sms:
+            known.require_metadata(known.parts(num_sms))
     q, k_cache = tensors[0], tensors[1]
     if lazy is not None:
-        h_kv = k_cache.shape[2]
+        h_kv = k_cache.shape[2] or 1  # none is refused when the op runs
         rows, lengths = q.shape[1] * q.shape[2] // h_kv, tensors[3]
         tensors[_METADATA], tensors[_SPLITS] = schedule_of(
             lazy, q, lambda: torch.ops.flashmla_cupy.metadata(lengths, rows, h_kv)
@@ -112,7 +120,7 @@ def schedule_of(lazy: SchedMeta, q: Any, make: Callable[[], tuple[Any, Any]]) ->
 
 
 def _metadata(cache_seqlens: Any, rows: int, h_kv: int) -> tuple[Any, Any]:
-    return eager_metadata((cache_seqlens,), (max(1, rows), h_kv, None))
+    return eager_metadata((cache_seqlens,), (rows or 1, h_kv, None))  # no rows of an empty q
 
 
 def _decode(*inputs: Any) -> tuple[Any, Any]:

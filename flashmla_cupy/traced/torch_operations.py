@@ -12,6 +12,7 @@ import importlib
 from typing import Any
 
 from ..calls import (
+    checks,
     fp8_decode,
     paged_prefill,
     scalars,
@@ -20,10 +21,11 @@ from ..calls import (
     sparse_prefill,
 )
 from ..calls.operation import Operation
-from ..errors import ShapeError
+from ..errors import ArgumentError
 from ..frameworks.torch_tensors import needs_gradient
 from ..schedule.sched_meta import SchedMeta
 from ..sizes import HEAD_DIM_V, NUM_SMS_CPU
+from . import torch_checks
 from .torch_op import TAGS, refuse_gradients, schedule_of
 
 torch: Any = importlib.import_module("torch")
@@ -50,9 +52,7 @@ class _Op:
         self.optional = tuple(at[array.name] for array in table.having("optional"))
         self.outputs = table.outputs
         self.options = tuple(i for i, option in enumerate(table.options) if option.schema)
-        self.ranks = tuple(
-            (a.name, a.shape, len(a.axes) - a.may_lack_axes, len(a.axes)) for a in table.arrays
-        )
+        self.axes = torch_checks.axes_of(table)
         self.schedule = tuple(at[array.name] for array in table.having("schedule"))
         self.lengths = tuple(at.get(n, -1) for n in ("topk_length", "extra_topk_length"))
         self.lists = tuple(at.get(n, -1) for n in ("indices", "extra_indices_in_kvcache"))
@@ -72,12 +72,10 @@ def run(
     """The operation as an op. The first layer that uses a SchedMeta makes it, for all of them."""
     op = _OPS[operation.name]
     tensors = list(arrays)
-    for x, (name, shape, least, most) in zip(tensors, op.ranks, strict=True):
-        if x is not None and not least <= x.dim() <= most:
-            remedy = f"See {operation.table.function}() for the shapes."
-            function = operation.table.function
-            raise ShapeError(name, f"shape {shape}", f"{tuple(x.shape)}", remedy, function)
-    values = _values(operation.name, tensors[0], options)
+    try:
+        values = _checked(op, tensors, options)
+    except ArgumentError as error:
+        raise error.of(operation.table.function) from error.__cause__
     given = [tensors[i] for i in op.outputs]
     if lazy is not None:
         _, s_q, h_q, _ = tensors[0].shape
@@ -111,14 +109,41 @@ def _with_new(
     )
 
 
+def _checked(op: _Op, tensors: list[Any], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Refuses what eager calls refuse (see `torch_checks`); the options, with the softmax scale as
+    a number."""
+    operation, schedule = op.operation, op.schedule
+    if schedule:
+        metadata, num_splits = (tensors[i] for i in schedule)
+        checks.metadata_kind(metadata, num_splits, is_lazy=options[-1])
+    torch_checks.tensors(operation.table.function, op.axes, tensors)
+    values = _values(operation.name, tensors[0], options)
+    known = torch_checks.facts(
+        operation.table, tensors, lambda known: operation.validate(known, options)
+    )
+    num_sms = 0 if known is None else torch_checks.num_sms_of(tensors[0])
+    if num_sms:
+        known.require_metadata(num_sms)
+    return values
+
+
 def _values(name: str, q: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The options with the softmax scale as a number."""
+    """The options, checked, with the softmax scale as a number."""
     if name == "sparse_metadata":
-        return options
+        return sparse_metadata.sizes(options, torch_checks.integer)
     if name.startswith("sparse_prefill"):
-        return scalars.softmax_scale(options[0], name="sm_scale"), *options[1:]
-    scalars.head_dim_v(options[0])
-    return options[0], scalars.softmax_scale(options[1], q.shape[-1]), *options[2:]
+        scale = sparse_prefill.scale_and_width(*options[:2])
+        for wide in options[2:]:
+            scalars.wide_fp8(wide)
+        return scale, *options[1:]
+    head_dim_v, softmax_scale, flag, wide, _ = options
+    scalars.head_dim_v(head_dim_v)
+    if name == "fp8_decode":
+        scalars.causal(flag)
+    else:
+        scalars.is_fp8_kvcache(flag)
+    scalars.wide_fp8(wide)
+    return head_dim_v, scalars.softmax_scale(softmax_scale, q.shape[-1]), *options[2:]
 
 
 def _metadata(op: _Op, tensors: list[Any]) -> tuple[Any, Any]:
