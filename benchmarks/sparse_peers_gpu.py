@@ -32,7 +32,7 @@ PEER_HEADS = 64  # FlashMLA decodes so many at least
 
 def difference(ours: torch.Tensor, peer: torch.Tensor, kind: str) -> tuple[float, bool]:
     """The largest one, and whether all are as small as FP8 and bfloat16 make them. Over all of an
-    e4m3 cache the peer rounds P to e4m3, where small weights vanish: there the mean square counts."""
+    e4m3 cache the peer rounds P to e4m3, where small weights vanish: there mean squares count."""
     found = (ours.float() - peer.float()).abs()
     if kind == "e4m3":
         rms = found.square().mean().sqrt() / peer.float().square().mean().sqrt()
