@@ -240,6 +240,21 @@ def test_values_of_16_bit_formats_are_of_their_dtype(framework, given, format):
     assert np.array_equal(as_bytes(cache), as_bytes(want))
 
 
+@pytest.mark.parametrize("framework", HERE)
+@pytest.mark.parametrize("format", [name for name in FORMATS if name not in FP8])
+def test_a_cache_of_the_dtype_of_its_values_has_memory_of_its_own(framework, format):
+    pytest.importorskip(framework)
+    columns = FORMATS[format].d_qk
+    kv = np.ones((2, 3, 1, columns), BFLOAT16 if "bfloat" in format else np.float16)
+    given = here(framework, kv)
+    cache = quantize_kv(given, format)
+    if framework == "jax":  # whose arrays may be donated
+        assert cache.unsafe_buffer_pointer() != given.unsafe_buffer_pointer()
+    new, slots = np.zeros((6, 1, columns), np.float32), np.arange(6)
+    write_kv(cache, here(framework, new), here(framework, slots))
+    assert np.array_equal(as_bytes(given), as_bytes(kv))
+
+
 def test_what_is_large_saturates_and_what_is_not_finite_becomes_nan():
     kv = np.zeros((1, 1, 1, 576), np.float32)
     kv[..., :5] = 449, -1e30, np.inf, -np.inf, np.nan
@@ -465,6 +480,10 @@ def step(kv, new, slots):
 want = step(kv, new, slots)
 got = torch.compile(step, fullgraph=True, backend="aot_eager")(kv, new, slots)
 assert torch.equal(got, want)
+
+values = kv.half()
+made = torch.compile(lambda x: quantize_kv(x, "float16"), fullgraph=True, backend="aot_eager")
+assert made(values).data_ptr() != values.data_ptr()
 """
 
 

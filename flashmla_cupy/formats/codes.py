@@ -37,6 +37,10 @@ class Codes:
     def contiguous(self, x: Any) -> Any:
         return self.xp.ascontiguousarray(x)
 
+    def copy(self, x: Any) -> Any:
+        """The same values in new memory, row by row."""
+        return self.xp.array(x, order="C", copy=True)
+
     def view(self, x: Any, dtype: Any) -> Any:
         """The same bytes, the last axis counted anew."""
         return self.contiguous(x).view(dtype)
@@ -169,6 +173,9 @@ class TorchCodes(Codes):
     def contiguous(self, x: Any) -> Any:
         return x.contiguous()
 
+    def copy(self, x: Any) -> Any:
+        return x.clone(memory_format=self.xp.contiguous_format)
+
     def widen(self, x: Any) -> Any:
         return x.to(self.float32)
 
@@ -259,6 +266,10 @@ class JaxCodes(Codes):
 
     def contiguous(self, x: Any) -> Any:
         return x
+
+    def copy(self, x: Any) -> Any:
+        """Of its own in JAX too, where a caller may donate it."""
+        return self.xp.copy(x)
 
     def widen(self, x: Any) -> Any:
         return x.astype(self.float32)

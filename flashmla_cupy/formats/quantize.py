@@ -42,12 +42,12 @@ def quantize_kv(
     descale_k    e4m3: what values are divided by, a number or a float32 array of one element; 1 by
                  default. Pass it to flash_mla_with_kvcache() too.
 
-    Returns [num_pages, page_size, h_kv, width] of the format's first dtype, in the framework and on
-    the device of kv, computed by the framework's own operations: it can be traced, and all
-    frameworks give the same bytes. A finite e4m3 column beyond its scale times 448 becomes that;
-    NaN and infinities become NaN. Values that are rounded to a 16-bit format keep infinities, and
-    of NaN, whatever its sign and payload, make 0x7fc0 in bfloat16 and 0x7e00 in float16; those of
-    the format's own dtype keep their bits. Raises an ArgumentError.
+    Returns [num_pages, page_size, h_kv, width] of the format's first dtype, in memory of its own,
+    in the framework and on the device of kv, computed by the framework's own operations: it can be
+    traced, and all frameworks give the same bytes. A finite e4m3 column beyond its scale times 448
+    becomes that; NaN and infinities become NaN. Values that are rounded to a 16-bit format keep
+    infinities, and of NaN, whatever its sign and payload, make 0x7fc0 in bfloat16 and 0x7e00 in
+    float16; those of the format's own dtype keep their bits. Raises an ArgumentError.
     """
     function = "quantize_kv"
     format = known_format(format, function)
@@ -56,6 +56,8 @@ def quantize_kv(
     divisor = descale(descale_k, format, codes, function)
     with codes.quiet():
         row, tail = encoded(codes, kv, format, pow2_scales, divisor)
+    if row is kv:  # values of the format's own dtype; the cache is written to, and kv is not
+        row = codes.copy(kv)
     return new_cache(codes, format, row, tail)
 
 
