@@ -480,6 +480,10 @@ def step(kv, new, slots):
 want = step(kv, new, slots)
 got = torch.compile(step, fullgraph=True, backend="aot_eager")(kv, new, slots)
 assert torch.equal(got, want)
+for is_dynamic in (False, True):
+    compiled = torch.compile(write_kv, fullgraph=True, backend="aot_eager", dynamic=is_dynamic)
+    want = write_kv(quantize_kv(kv, "v32"), new, slots)
+    assert torch.equal(compiled(quantize_kv(kv, "v32"), new, slots), want)
 
 values = kv.half()
 made = torch.compile(lambda x: quantize_kv(x, "float16"), fullgraph=True, backend="aot_eager")
@@ -542,6 +546,16 @@ def torch_write(*, pages=lambda x: x, new=lambda x: x, slots=lambda x: x):
             lambda: write_kv(np.zeros((2, 8, 1, 584), np.uint8)[:, ::2], NEW[..., :512], SLOTS),
         ),
         (
+            errors.StrideError,
+            "k_cache",
+            lambda: dequantize_kv(np.zeros((2, 8, 1, 584), np.uint8)[:, ::2]),
+        ),
+        (
+            errors.StrideError,
+            "k_cache",
+            lambda: dequantize_kv(here("torch", np.zeros((2, 8, 1, 584), np.uint8))[:, ::2]),
+        ),
+        (
             errors.ReadOnlyError,
             "k_cache",
             lambda: write_kv(np.broadcast_to(CACHE, CACHE.shape), NEW, SLOTS),
@@ -569,6 +583,42 @@ def test_mistakes_are_named(error, argument, call):
         call()
     assert caught.value.argument == argument
     assert caught.value.function in ("quantize_kv", "dequantize_kv", "write_kv")
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize(
+    ("format", "page", "token"),
+    [
+        ("v32", 4 * 656, 328),
+        ("v32", 328, 656),
+        ("bfloat16", 4 * 576, 288),
+        ("e4m3", 576, 576),
+        ("v4", 16, 584),
+    ],
+)
+def test_slots_that_overlap_are_not_written(framework, format, page, token):
+    pytest.importorskip(framework)
+    form = FORMATS[format]
+    dtype = BFLOAT16 if format == "bfloat16" else np.dtype(np.uint8)
+    shape, strides = (2, 4, 1, form.width), (page, token, 1, 1)
+    memory = np.zeros(20_000, dtype)
+    if framework == "torch":
+        cache = here("torch", memory).as_strided(shape, strides)
+    else:
+        in_bytes = [stride * dtype.itemsize for stride in strides]
+        cache = np.lib.stride_tricks.as_strided(memory, shape, in_bytes)
+    new, slots = here(framework, NEW[..., : form.d_qk]), here(framework, SLOTS)
+    with pytest.raises(errors.StrideError, match="slots that do not overlap"):
+        write_kv(cache, new, slots)
+    assert not memory.any()
+
+
+def test_slots_apart_are_written_however_they_lie():
+    new = np.random.default_rng(0).standard_normal((3, 1, 576)).astype(np.float32)
+    want = write_kv(CACHE.copy(), new, SLOTS)
+    rooms = np.zeros((4, 2, 1, 700), np.uint8).swapaxes(0, 1), np.zeros((2, 4, 1, 656), np.uint8)
+    for cache in (rooms[0][..., :656], rooms[1][::-1, ::-1], np.asfortranarray(CACHE)):
+        assert np.array_equal(write_kv(cache, new, SLOTS), want)
 
 
 def test_formats_are_told_apart():

@@ -25,6 +25,7 @@ from .arguments import VALUES, cache_format, descale, dtype_name, known_format, 
 from .cache_format import CacheFormat, Columns
 from .codes import E4M3_MAX, Codes
 from .layout import new_cache, rows_and_tail
+from .memory import whole_pages
 
 POW2_FLOOR = 2.0**-13  # the power of two above FlashMLA's 1e-4
 RAW_FLOOR = 2.0**-60  # a group of zeros has a scale that one can divide by
@@ -70,7 +71,8 @@ def dequantize_kv(
 ) -> Any:
     """The values of a cache: [num_pages, page_size, h_kv, d_qk] of that dtype.
 
-    k_cache      [num_pages, page_size, h_kv, width] of a format (see CacheFormat)
+    k_cache      [num_pages, page_size, h_kv, width] of a format (see CacheFormat); pages of v4
+                 whole, since their scales lie behind all of their tokens
     format       None: the one that its width and dtype say
     descale_k    e4m3: as in quantize_kv()
     dtype        "float32", "bfloat16", "float16"; for NumPy arrays also "float64", which is exact
@@ -85,6 +87,7 @@ def dequantize_kv(
     if not isinstance(dtype, str) or dtype not in known:
         remedy = "Pass one of these names."
         raise DTypeError("dtype", ", ".join(VALUES), f"{dtype!r}", remedy, function)
+    whole_pages(codes, k_cache, format, function)
     row, tail = rows_and_tail(codes, k_cache, format)
     with codes.quiet():
         return decoded(codes, row, tail, format, factor, dtype)
