@@ -265,6 +265,34 @@ def test_what_is_large_saturates_and_what_is_not_finite_becomes_nan():
     assert values[0, 0, 0, 1] <= -0.9e30 and (values[0, 0, 0, 5:] == 0).all()
 
 
+@pytest.mark.parametrize("framework", HERE)
+@pytest.mark.parametrize("is_array", [False, True])
+@pytest.mark.parametrize("scale", [1e-39, 1e-37, 0.37, 0.5, 1e30, 2.9e38])
+def test_any_positive_descale_divides_and_what_is_too_large_is_limited(framework, is_array, scale):
+    pytest.importorskip(framework)
+    if framework == "jax" and is_array and scale < 2.0**-126:
+        pytest.skip("a subnormal number, which XLA takes for 0")
+    rng = np.random.default_rng(0)
+    kv = rng.standard_normal((1, 40, 1, 576)) * 10.0 ** rng.integers(-36, 38, (1, 40, 1, 1))
+    kv[0, 0, 0, :8] = 3e38, -3e38, 500, -0.0, 464, np.inf, -np.inf, np.nan
+    kv = np.where(np.abs(kv) < 2.0**-126, 0, kv).astype(np.float32)
+    with np.errstate(all="ignore"):
+        quotient = np.clip(kv.astype(np.float64) / np.float32(scale), -448, 448)
+        want = np.where(np.isfinite(kv), quotient.astype(np.float32).astype(E4M3).view("u1"), 0x7F)
+    descale = here(framework, np.array([scale], np.float32)) if is_array else scale
+    given = here(framework, kv)
+    assert np.array_equal(as_bytes(quantize_kv(given, "e4m3", descale_k=descale)), want)
+    if framework == "jax":
+        import jax
+
+        traced = jax.jit(lambda x: quantize_kv(x, "e4m3", descale_k=descale))(given)
+        assert np.array_equal(as_bytes(traced), want)
+    cache = here(framework, np.zeros_like(want))
+    slots = here(framework, np.arange(40))
+    written = write_kv(cache, here(framework, kv[0]), slots, descale_k=descale)
+    assert np.array_equal(as_bytes(written), want)
+
+
 def test_bits_of_rotary_columns_are_kept():
     kv = np.zeros((1, 2, 1, 576), BFLOAT16)
     kv.view(np.uint16)[..., 512:] = np.arange(128).reshape(2, 1, 64) + 0x7F80  # Inf and NaN
@@ -488,6 +516,13 @@ for is_dynamic in (False, True):
 values = kv.half()
 made = torch.compile(lambda x: quantize_kv(x, "float16"), fullgraph=True, backend="aot_eager")
 assert made(values).data_ptr() != values.data_ptr()
+
+def scaled(kv, scale):
+    return quantize_kv(kv, "e4m3", descale_k=scale)
+
+for scale in (0.37, 1e-39, torch.tensor([0.37])):
+    compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(kv, scale), scaled(kv, scale))
 """
 
 

@@ -98,7 +98,7 @@ def pow2(value: Any, format: CacheFormat, function: str) -> None:
 
 
 def descale(value: Any, format: CacheFormat, codes: Codes, function: str) -> Any:
-    """descale_k, a float32 scalar; None: 1."""
+    """descale_k, a float that float32 holds, or float32 of no axis; None: 1."""
     name = "descale_k"
     if value is None:
         return None
@@ -113,7 +113,7 @@ def descale(value: Any, format: CacheFormat, codes: Codes, function: str) -> Any
         if not 0 < number < math.inf:
             remedy = "Pass the largest absolute value of the keys divided by 448."
             raise ScalarError(name, "a positive finite float32", f"{value}", remedy, function)
-        return np.float32(number)
+        return number
     if library(name, value, function) is not codes:
         remedy = "Pass a Python float."
         raise ArgTypeError(

@@ -87,9 +87,11 @@ class Codes:
         """float32 [..., n] of bytes [..., 4 n]."""
         return self.view(codes, np.float32)
 
-    def e4m3(self, x: Any) -> Any:
-        """The codes of float32 x."""
+    def e4m3(self, x: Any, source: Any = None) -> Any:
+        """The codes of float32 x. source: what x was computed from, None for x itself; where it is
+        finite, an infinite x is one that float32 could not hold, and is limited as well."""
         xp = self.xp
+        is_number = xp.isfinite(x if source is None else source)
         size = xp.minimum(xp.abs(x), np.float32(E4M3_MAX))
         bits = self.view(size, np.uint32)
         # Of float32's mantissa three bits remain; the exponent's bias changes from 127 to 7.
@@ -100,7 +102,7 @@ class Codes:
         subnormal = xp.rint(xp.where(small, size, np.float32(0)) * np.float32(512))  # of 2^-9
         code = xp.where(small, subnormal, normal.astype(np.float32))
         code = code + np.float32(128) * xp.signbit(x)
-        return xp.where(xp.isfinite(x), code, np.float32(E4M3_NAN)).astype(np.uint8)
+        return xp.where(is_number, code, np.float32(E4M3_NAN)).astype(np.uint8)
 
     def from_e4m3(self, codes: Any) -> Any:
         """float32 of codes."""
@@ -200,11 +202,12 @@ class TorchCodes(Codes):
     def from_float32(self, codes: Any) -> Any:
         return self.view(codes, self.float32)
 
-    def e4m3(self, x: Any) -> Any:
+    def e4m3(self, x: Any, source: Any = None) -> Any:
         xp = self.xp
+        is_number = xp.isfinite(x if source is None else source)
         limited = xp.clamp(x, -E4M3_MAX, E4M3_MAX)
         codes = self.view(limited.to(xp.float8_e4m3fn), xp.uint8)
-        return xp.where(xp.isfinite(x), codes, E4M3_NAN).to(xp.uint8)
+        return xp.where(is_number, codes, E4M3_NAN).to(xp.uint8)
 
     def from_e4m3(self, codes: Any) -> Any:
         return self.view(codes, self.xp.float8_e4m3fn).to(self.float32)
@@ -292,11 +295,12 @@ class JaxCodes(Codes):
     def from_bfloat16(self, codes: Any) -> Any:
         return codes.view(self.xp.bfloat16).astype(self.float32)
 
-    def e4m3(self, x: Any) -> Any:
+    def e4m3(self, x: Any, source: Any = None) -> Any:
         xp = self.xp
+        is_number = xp.isfinite(x if source is None else source)
         limited = xp.clip(x, -E4M3_MAX, E4M3_MAX)
         codes = limited.astype(xp.float8_e4m3fn).view(xp.uint8)
-        return xp.where(xp.isfinite(x), codes, xp.uint8(E4M3_NAN))
+        return xp.where(is_number, codes, xp.uint8(E4M3_NAN))
 
     def from_e4m3(self, codes: Any) -> Any:
         return codes.view(self.xp.float8_e4m3fn).astype(self.float32)

@@ -28,6 +28,7 @@ from .layout import new_cache, rows_and_tail
 from .memory import whole_pages
 
 POW2_FLOOR = 2.0**-13  # the power of two above FlashMLA's 1e-4
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 RAW_FLOOR = 2.0**-60  # a group of zeros has a scale that one can divide by
 
 
@@ -46,9 +47,10 @@ def quantize_kv(
     Returns [num_pages, page_size, h_kv, width] of the format's first dtype, in memory of its own,
     in the framework and on the device of kv, computed by the framework's own operations: it can be
     traced, and all frameworks give the same bytes. A finite e4m3 column beyond its scale times 448
-    becomes that; NaN and infinities become NaN. Values that are rounded to a 16-bit format keep
-    infinities, and of NaN, whatever its sign and payload, make 0x7fc0 in bfloat16 and 0x7e00 in
-    float16; those of the format's own dtype keep their bits. Raises an ArgumentError.
+    becomes that; NaN and infinities become NaN. JAX takes subnormal float32 numbers for 0. Values
+    that are rounded to a 16-bit format keep infinities, and of NaN, whatever its sign and payload,
+    make 0x7fc0 in bfloat16 and 0x7e00 in float16; those of the format's own dtype keep their bits.
+    Raises an ArgumentError.
     """
     function = "quantize_kv"
     format = known_format(format, function)
@@ -103,7 +105,7 @@ def encoded(
         same = dtype_name(kv) == format.dtypes[0]
         return (kv if same else codes.narrow(x, format.dtypes[0])), None
     if format.scales is None:
-        return codes.e4m3(x if descale_k is None else x * (1 / descale_k)), None
+        return codes.e4m3(x if descale_k is None else _divided(codes, x, descale_k), x), None
     nope, scales = format.nope, format.scales
     groups = x[..., : nope.count].reshape(*x.shape[:-1], scales.count, scales.group)
     scale = codes.at_least(RAW_FLOOR, codes.largest(groups) * np.float32(1 / E4M3_MAX))
@@ -118,6 +120,19 @@ def encoded(
     padding = codes.zeros((*x.shape[:-1], scales.nbytes - scales.count), kv)
     tail = codes.concatenate([codes.e8m0(scale), padding])
     return codes.concatenate([latent, rotary]), tail
+
+
+def _divided(codes: Codes, x: Any, descale_k: Any) -> Any:
+    """x / descale_k, for any positive finite float32, with infinities for what is too large.
+
+    The reciprocal of a tiny number is infinite, and that of a huge one subnormal, of which some
+    frameworks make 0. So both are first multiplied by a power of two, which changes no bit of the
+    quotient. The limit keeps compilers from making one factor of the two."""
+    if isinstance(descale_k, float):
+        shift: Any = 2.0**64 if descale_k < 1 else 2.0**-64
+    else:
+        shift = codes.narrow(descale_k < 1, "float32") * 2.0**64 + 2.0**-64  # rounds to one of them
+    return codes.xp.clip(x * shift, -FLOAT32_MAX, FLOAT32_MAX) * (1 / (descale_k * shift))
 
 
 def decoded(
