@@ -525,6 +525,31 @@ def test_mistakes_are_named(problem, bad, error, argument, words):
     assert caught.value.function == "flash_mla_with_kvcache"
 
 
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize("wrong", [0.0, -1.0, np.nan, np.inf])
+@pytest.mark.parametrize("name", ["descale_q", "descale_k"])
+def test_descales_in_host_memory_are_positive_and_finite(framework, wrong, name):
+    """In calls like earlier ones as well, and before anything is written."""
+    listed = make_sparse_problem("e4m3", batch=1, s_q=2, h_q=3)
+    dense, cache, _ = dense_problem("e4m3")
+    arrays = [here(framework, x) for x in (dense.q, cache, *dense.arrays()[2:])]
+
+    def over_table(**descales):
+        made = get_mla_metadata()
+        return flash_mla_with_kvcache(*arrays, 512, *made, is_fp8_kvcache=True, **descales)
+
+    def over_pages(**descales):
+        return flash_mla_sparse_fwd(**(of(framework, as_prompt(listed)) | descales))
+
+    for function in (over_table, over_pages, lambda **d: call(listed, framework, **d)):
+        for _ in range(2):
+            function(**{name: here(framework, np.array([0.5], np.float32))})
+            with pytest.raises(errors.ScalarError, match="positive finite float32") as caught:
+                function(**{name: here(framework, np.array([wrong], np.float32))})
+            assert caught.value.argument == name
+            assert caught.value.function.startswith("flash_mla_")
+
+
 def test_outputs_share_no_memory():
     out = np.zeros((2, 2, 8, 512), V32.q.dtype)
     with pytest.raises(errors.AliasingError, match="lse"):
