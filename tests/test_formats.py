@@ -656,6 +656,72 @@ def test_slots_apart_are_written_however_they_lie():
         assert np.array_equal(write_kv(cache, new, SLOTS), want)
 
 
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize("wrong", [0.0, -1.0, np.nan, np.inf])
+def test_descale_k_in_host_memory_is_positive_and_finite(framework, wrong):
+    kv, cache = here(framework, KV), here(framework, np.zeros((2, 4, 1, 576), np.uint8))
+    new, slots = here(framework, NEW), here(framework, SLOTS)
+    for descale in (wrong, here(framework, np.array([wrong], np.float32))):
+        for call in (
+            lambda d=descale: quantize_kv(kv, "e4m3", descale_k=d),
+            lambda d=descale: dequantize_kv(cache, descale_k=d),
+            lambda d=descale: write_kv(cache, new, slots, descale_k=d),
+        ):
+            with pytest.raises(errors.ScalarError, match="positive finite float32") as caught:
+                call()
+            assert caught.value.argument == "descale_k"
+
+
+def test_every_positive_float32_is_a_descale():
+    largest = float(np.finfo(np.float32).max)
+    for descale in (2.0**-149, 1e-39, 3.3e38, largest):
+        assert (quantize_kv(KV, "e4m3", descale_k=descale) == 0).all()
+    for descale in (2.0**-151, 1.001 * largest, 10**5000):
+        with pytest.raises(errors.ScalarError):
+            quantize_kv(KV, "e4m3", descale_k=descale)
+
+
+class Mute:
+    """Has no words for itself."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+    __str__ = __repr__
+
+
+class MuteText(Mute, str):
+    """A text that has none either."""
+
+
+class MuteNumber(Mute, int):
+    """Nor has this number."""
+
+
+@pytest.mark.parametrize(
+    "value",
+    [KV, np.full(3, 7, np.int8), Mute(), Mute, MuteText("a"), MuteNumber(3), 10**5000, "a" * 9999],
+    ids=["floats", "bytes", "object", "class", "text", "number", "long number", "long text"],
+)
+def test_errors_are_sentences_whatever_came(value):
+    for call in (
+        lambda: quantize_kv("v32", value),
+        lambda: quantize_kv(KV, value),
+        lambda: quantize_kv(value, "v41"),
+        lambda: quantize_kv(KV, "v32", pow2_scales=value),
+        lambda: quantize_kv(KV, "v32", descale_k=value),
+        lambda: dequantize_kv(CACHE, dtype=value),
+        lambda: dequantize_kv(CACHE, value),
+        lambda: write_kv(CACHE, value, SLOTS[:0]),
+        lambda: write_kv(CACHE, NEW, value),
+    ):
+        with pytest.raises(errors.ArgumentError) as caught:
+            call()
+        assert len(str(caught.value)) < 260 and "\n" not in str(caught.value)
+    with pytest.raises(errors.OptionError, match=r"an array, float32 \(2, 4, 1, 576\)"):
+        quantize_kv("v32", KV)
+
+
 def test_formats_are_told_apart():
     assert isinstance(V32, CacheFormat)
     assert len({id(f) for f in FORMATS.values()}) == len(FORMATS)

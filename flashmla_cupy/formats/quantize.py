@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DTypeError
-from .arguments import VALUES, cache_format, descale, dtype_name, known_format, pow2, values
+from .arguments import VALUES, cache_format, descale, dtype_name, known_format, option, pow2, values
 from .cache_format import CacheFormat, Columns
 from .codes import E4M3_MAX, Codes
 from .layout import new_cache, rows_and_tail
@@ -88,7 +88,7 @@ def dequantize_kv(
     known = (*VALUES, "float64") if codes.name == "numpy" else VALUES
     if not isinstance(dtype, str) or dtype not in known:
         remedy = "Pass one of these names."
-        raise DTypeError("dtype", ", ".join(VALUES), f"{dtype!r}", remedy, function)
+        raise DTypeError("dtype", ", ".join(VALUES), option(dtype), remedy, function)
     whole_pages(codes, k_cache, format, function)
     row, tail = rows_and_tail(codes, k_cache, format)
     with codes.quiet():

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from ..errors import ArgTypeError, FrameworkMismatchError
 from .base import HERE, HOST, Adapter, ArrayInfo, numpy_dtype
 from .numpy_arrays import masked
+from .words import said
 
 __all__ = [
     "HERE",
@@ -112,9 +113,7 @@ def _find(x: Any, argument: str) -> Adapter:
             shown,
             "Pass cupy.from_dlpack(x) or numpy.from_dlpack(x), which share the memory.",
         )
-    if isinstance(x, (bool, int, float, complex, str)):
-        shown += f" {x!r}"
     remedy = "Put the data into an array first."
     if x is None:
         remedy = f"This call needs {argument}: pass it."
-    raise ArgTypeError(argument, _EXPECTED, shown, remedy)
+    raise ArgTypeError(argument, _EXPECTED, said(x), remedy)
