@@ -613,6 +613,27 @@ def test_more_query_tokens_of_a_prompt_than_a_split_has(kv):
         shapes(MAX_BATCH + 1)
 
 
+def test_lists_of_more_tokens_together_than_int32_holds():
+    """Of arrays that are shapes alone, of which the second list has the rest and one more."""
+    jax = pytest.importorskip("jax")
+
+    def shapes(width):
+        shape = jax.ShapeDtypeStruct
+        cache, lists = shape((3, 64, 1, 656), "uint8"), shape((1, 1, 2**30 - 7), "int32")
+        extra = {"extra_k_cache": cache, "extra_indices_in_kvcache": shape((1, 1, width), "int32")}
+        return jax.eval_shape(
+            lambda q, k_cache, indices, extra: flash_mla_with_kvcache(
+                q, k_cache, None, None, 512, *get_mla_metadata(), indices=indices,
+                is_fp8_kvcache=True, **extra,
+            ),
+            shape((1, 1, 8, 576), "bfloat16"), cache, lists, extra,
+        )  # fmt: skip
+
+    assert shapes(2**30 - 1)[0].shape == (1, 1, 8, 512)
+    with pytest.raises(errors.ShapeError, match=r"extra_indices_in_kvcache: .* in both lists"):
+        shapes(2**30)
+
+
 LENGTHS = np.zeros(2, np.int32)
 BAD_METADATA = [
     ({"num_heads_q": None}, errors.ArgTypeError, "num_heads_q", "with topk"),
@@ -623,6 +644,8 @@ BAD_METADATA = [
     ({"topk_length": np.zeros(3, np.int32)}, errors.ShapeError, "topk_length", "batch = 2"),
     ({"topk_length": np.zeros((2, 3), np.int32)}, errors.ShapeError, "topk_length", "2"),
     ({"extra_topk_length": LENGTHS}, errors.ScalarError, "extra_topk", "at least 1"),
+    ({"topk": 2**30, "extra_topk": 2**30}, errors.ScalarError, "extra_topk", "in both lists"),
+    ({"topk": 2**31 - 65, "extra_topk": 64}, errors.ScalarError, "extra_topk", "2147483647"),
 ]
 
 

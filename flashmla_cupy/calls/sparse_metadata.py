@@ -6,11 +6,12 @@ from typing import Any
 
 from ..errors import ArgTypeError, DeviceCheckError, ScalarError
 from ..schedule import split
-from ..schedule.lists import list_lengths
+from ..schedule.lists import list_lengths, longest
 from ..sizes import METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
 from . import fits, gathered, scalars
 from .arguments import SPARSE_METADATA
 from .operation import Operation, Output, Valid, Views, naming
+from .scalars import INT_LIMIT
 
 FUNCTION = SPARSE_METADATA.function
 
@@ -41,6 +42,10 @@ def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
         raise ScalarError("num_q_tokens_per_head_k", expected, f"{rows}", remedy, FUNCTION)
     topk = integer("topk", topk, FUNCTION, least=1)
     extra_topk = integer("extra_topk", extra_topk, FUNCTION)
+    if longest(topk, extra_topk) > INT_LIMIT:
+        expected = f"with topk = {topk} at most {INT_LIMIT} tokens in both lists, as int32 holds"
+        remedy = "Pass the width of extra_indices_in_kvcache."
+        raise ScalarError("extra_topk", expected, f"{extra_topk}", remedy, FUNCTION)
     framework, infos, sizes = fits.described(SPARSE_METADATA, arrays)
     s_q = rows // h_q
     fits.same_s_q(infos, s_q)
