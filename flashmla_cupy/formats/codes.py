@@ -39,7 +39,7 @@ class Codes:
 
     def copy(self, x: Any) -> Any:
         """The same values in new memory, row by row."""
-        return self.xp.array(x, order="C", copy=True)
+        return self.plain_bits(x).copy(order="C").view(x.dtype)
 
     def view(self, x: Any, dtype: Any) -> Any:
         """The same bytes, the last axis counted anew."""
