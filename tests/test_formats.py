@@ -525,6 +525,14 @@ assert made(values).data_ptr() != values.data_ptr()
 def scaled(kv, scale):
     return quantize_kv(kv, "e4m3", descale_k=scale)
 
+from torch.fx.experimental.proxy_tensor import make_fx
+
+where = torch.tensor([0.37]), torch.tensor([0.9])
+assert torch.equal(make_fx(scaled)(kv, where[0])(kv, where[1]), scaled(kv, where[1]))
+cache = torch.zeros(3, 5, 1, 656, dtype=torch.uint8)
+traced = make_fx(lambda *given: write_kv(*given))(cache.clone(), new, slots)
+assert torch.equal(traced(cache.clone(), new, slots), write_kv(cache, new, slots))
+
 for scale in (0.37, 1e-39, torch.tensor([0.37])):
     compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(kv, scale), scaled(kv, scale))

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ..frameworks import framework
+
 E4M3_MAX = 448.0
 E4M3_NAN = 0x7F
 
@@ -243,6 +245,8 @@ class TorchCodes(Codes):
 
     def can_look_at(self, x: Any) -> bool:
         if self.xp.compiler.is_compiling() or type(x).__name__ != "Tensor":
+            return False
+        if framework("torch").is_traced(x):  # by make_fx
             return False
         try:
             x.data_ptr()
