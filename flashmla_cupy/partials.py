@@ -76,7 +76,7 @@ def _namespace(outs: Any, lses: Any) -> Any:
     for name, value in (("outs", outs), ("lses", lses)):
         for array in value if isinstance(value, (list, tuple)) else [value]:
             found = name_of(array)
-            if not found:
+            if not found or (found == "numpy" and hasattr(array, "mask")):
                 _refuse(name, array)
             device = _device(array)
             if first is None:
@@ -104,7 +104,7 @@ def _namespace(outs: Any, lses: Any) -> Any:
 
 
 def _refuse(name: str, value: Any) -> None:
-    """Raises what is wrong with something that is no array of a known framework."""
+    """Raises what is wrong with something that is no array of a known framework, or has a mask."""
     try:
         framework_of(value, name)
     except (ArgTypeError, FrameworkMismatchError) as error:

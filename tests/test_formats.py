@@ -92,6 +92,11 @@ def test_a_format_shows_what_it_is():
     assert repr(V32) == "CacheFormat('v32', 656 bytes a token, d_qk 576)"
 
 
+def test_formats_are_told_apart():
+    assert isinstance(V32, CacheFormat)
+    assert len({id(f) for f in FORMATS.values()}) == len(FORMATS)
+
+
 # --- numbers and codes -------------------------------------------------------------------------
 
 
@@ -240,6 +245,21 @@ def test_values_of_16_bit_formats_are_of_their_dtype(framework, given, format):
     assert np.array_equal(as_bytes(cache), as_bytes(want))
 
 
+@pytest.mark.parametrize("framework", HERE)
+@pytest.mark.parametrize("format", [name for name in FORMATS if name not in FP8])
+def test_a_cache_of_the_dtype_of_its_values_has_memory_of_its_own(framework, format):
+    pytest.importorskip(framework)
+    columns = FORMATS[format].d_qk
+    kv = np.ones((2, 3, 1, columns), BFLOAT16 if "bfloat" in format else np.float16)
+    given = here(framework, kv)
+    cache = quantize_kv(given, format)
+    if framework == "jax":  # whose arrays may be donated
+        assert cache.unsafe_buffer_pointer() != given.unsafe_buffer_pointer()
+    new, slots = np.zeros((6, 1, columns), np.float32), np.arange(6)
+    write_kv(cache, here(framework, new), here(framework, slots))
+    assert np.array_equal(as_bytes(given), as_bytes(kv))
+
+
 def test_what_is_large_saturates_and_what_is_not_finite_becomes_nan():
     kv = np.zeros((1, 1, 1, 576), np.float32)
     kv[..., :5] = 449, -1e30, np.inf, -np.inf, np.nan
@@ -248,6 +268,34 @@ def test_what_is_large_saturates_and_what_is_not_finite_becomes_nan():
     values = dequantize_kv(quantize_kv(kv, "v32"))  # the group's scale is that of finite ones
     assert np.isnan(values[0, 0, 0, 2:5]).all()
     assert values[0, 0, 0, 1] <= -0.9e30 and (values[0, 0, 0, 5:] == 0).all()
+
+
+@pytest.mark.parametrize("framework", HERE)
+@pytest.mark.parametrize("is_array", [False, True])
+@pytest.mark.parametrize("scale", [1e-39, 1e-37, 0.37, 0.5, 1e30, 2.9e38])
+def test_any_positive_descale_divides_and_what_is_too_large_is_limited(framework, is_array, scale):
+    pytest.importorskip(framework)
+    if framework == "jax" and is_array and scale < 2.0**-126:
+        pytest.skip("a subnormal number, which XLA takes for 0")
+    rng = np.random.default_rng(0)
+    kv = rng.standard_normal((1, 40, 1, 576)) * 10.0 ** rng.integers(-36, 38, (1, 40, 1, 1))
+    kv[0, 0, 0, :8] = 3e38, -3e38, 500, -0.0, 464, np.inf, -np.inf, np.nan
+    kv = np.where(np.abs(kv) < 2.0**-126, 0, kv).astype(np.float32)
+    with np.errstate(all="ignore"):
+        quotient = np.clip(kv.astype(np.float64) / np.float32(scale), -448, 448)
+        want = np.where(np.isfinite(kv), quotient.astype(np.float32).astype(E4M3).view("u1"), 0x7F)
+    descale = here(framework, np.array([scale], np.float32)) if is_array else scale
+    given = here(framework, kv)
+    assert np.array_equal(as_bytes(quantize_kv(given, "e4m3", descale_k=descale)), want)
+    if framework == "jax":
+        import jax
+
+        traced = jax.jit(lambda x: quantize_kv(x, "e4m3", descale_k=descale))(given)
+        assert np.array_equal(as_bytes(traced), want)
+    cache = here(framework, np.zeros_like(want))
+    slots = here(framework, np.arange(40))
+    written = write_kv(cache, here(framework, kv[0]), slots, descale_k=descale)
+    assert np.array_equal(as_bytes(written), want)
 
 
 def test_bits_of_rotary_columns_are_kept():
@@ -465,6 +513,29 @@ def step(kv, new, slots):
 want = step(kv, new, slots)
 got = torch.compile(step, fullgraph=True, backend="aot_eager")(kv, new, slots)
 assert torch.equal(got, want)
+for is_dynamic in (False, True):
+    compiled = torch.compile(write_kv, fullgraph=True, backend="aot_eager", dynamic=is_dynamic)
+    want = write_kv(quantize_kv(kv, "v32"), new, slots)
+    assert torch.equal(compiled(quantize_kv(kv, "v32"), new, slots), want)
+
+values = kv.half()
+made = torch.compile(lambda x: quantize_kv(x, "float16"), fullgraph=True, backend="aot_eager")
+assert made(values).data_ptr() != values.data_ptr()
+
+def scaled(kv, scale):
+    return quantize_kv(kv, "e4m3", descale_k=scale)
+
+from torch.fx.experimental.proxy_tensor import make_fx
+
+where = torch.tensor([0.37]), torch.tensor([0.9])
+assert torch.equal(make_fx(scaled)(kv, where[0])(kv, where[1]), scaled(kv, where[1]))
+cache = torch.zeros(3, 5, 1, 656, dtype=torch.uint8)
+traced = make_fx(lambda *given: write_kv(*given))(cache.clone(), new, slots)
+assert torch.equal(traced(cache.clone(), new, slots), write_kv(cache, new, slots))
+
+for scale in (0.37, 1e-39, torch.tensor([0.37])):
+    compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(kv, scale), scaled(kv, scale))
 """
 
 
@@ -472,86 +543,3 @@ def test_torch_compiles_the_writers():
     """In a process of its own: tracing has a memory."""
     pytest.importorskip("torch")
     subprocess.run([sys.executable, "-c", COMPILED], check=True)
-
-
-# --- mistakes ----------------------------------------------------------------------------------
-
-KV = np.zeros((2, 4, 1, 576), np.float32)
-CACHE = np.zeros((2, 4, 1, 656), np.uint8)
-NEW = np.zeros((3, 1, 576), np.float32)
-SLOTS = np.arange(3)
-
-
-def torch_write(*, pages=lambda x: x, new=lambda x: x, slots=lambda x: x):
-    """write_kv() of tensors with changes."""
-    cache, kv, where = (here("torch", x) for x in (CACHE, NEW, SLOTS))
-    return write_kv(pages(cache), new(kv), slots(where))
-
-
-@pytest.mark.parametrize(
-    ("error", "argument", "call"),
-    [
-        (errors.OptionError, "format", lambda: quantize_kv(KV, "v41")),
-        (errors.ArgTypeError, "kv", lambda: quantize_kv([1.0], "v32")),
-        (errors.DTypeError, "kv", lambda: quantize_kv(KV.astype(np.float64), "v32")),
-        (errors.ShapeError, "kv", lambda: quantize_kv(KV[0], "v32")),
-        (errors.ShapeError, "kv", lambda: quantize_kv(KV, "v4")),
-        (errors.ShapeError, "kv", lambda: quantize_kv(KV.repeat(2, 2), "v32")),
-        (errors.ArgTypeError, "pow2_scales", lambda: quantize_kv(KV, "v32", pow2_scales=1)),
-        (errors.OptionError, "pow2_scales", lambda: quantize_kv(KV, "e4m3", pow2_scales=False)),
-        (errors.OptionError, "descale_k", lambda: quantize_kv(KV, "v32", descale_k=1.0)),
-        (errors.ScalarError, "descale_k", lambda: quantize_kv(KV, "e4m3", descale_k=0.0)),
-        (errors.ScalarError, "descale_k", lambda: quantize_kv(KV, "e4m3", descale_k=1e300)),
-        (errors.ShapeError, "descale_k", lambda: quantize_kv(KV, "e4m3", descale_k=np.ones(2))),
-        (errors.ShapeError, "k_cache", lambda: dequantize_kv(CACHE[..., :655])),
-        (errors.ShapeError, "k_cache", lambda: dequantize_kv(CACHE[0])),
-        (errors.ShapeError, "k_cache", lambda: dequantize_kv(CACHE.repeat(2, 2))),
-        (errors.OptionError, "k_cache", lambda: dequantize_kv(CACHE, "v4")),
-        (errors.DTypeError, "dtype", lambda: dequantize_kv(CACHE, dtype="int8")),
-        (errors.ShapeError, "kv", lambda: write_kv(CACHE, NEW[:, 0], SLOTS)),
-        (errors.ShapeError, "slot_mapping", lambda: write_kv(CACHE, NEW, SLOTS[:2])),
-        (errors.DTypeError, "slot_mapping", lambda: write_kv(CACHE, NEW, SLOTS.astype("int16"))),
-        (
-            errors.FrameworkMismatchError,
-            "slot_mapping",
-            lambda: write_kv(CACHE, NEW, here("torch", SLOTS)),
-        ),
-        (errors.FrameworkMismatchError, "kv", lambda: write_kv(CACHE, here("torch", NEW), SLOTS)),
-        (
-            errors.StrideError,
-            "k_cache",
-            lambda: write_kv(np.zeros((2, 8, 1, 584), np.uint8)[:, ::2], NEW[..., :512], SLOTS),
-        ),
-        (
-            errors.ReadOnlyError,
-            "k_cache",
-            lambda: write_kv(np.broadcast_to(CACHE, CACHE.shape), NEW, SLOTS),
-        ),
-        (
-            errors.StrideError,
-            "k_cache",
-            lambda: torch_write(pages=lambda x: x[:1].expand(2, -1, -1, -1)),
-        ),
-        (
-            errors.DeviceMismatchError,
-            "kv",
-            lambda: torch_write(new=lambda x: x.to("meta")),
-        ),
-        (
-            errors.DeviceMismatchError,
-            "slot_mapping",
-            lambda: torch_write(slots=lambda x: x.to("meta")),
-        ),
-        (errors.DTypeError, "kv", lambda: write_kv(CACHE, NEW.astype(">f2"), SLOTS)),
-    ],
-)
-def test_mistakes_are_named(error, argument, call):
-    with pytest.raises(error) as caught:
-        call()
-    assert caught.value.argument == argument
-    assert caught.value.function in ("quantize_kv", "dequantize_kv", "write_kv")
-
-
-def test_formats_are_told_apart():
-    assert isinstance(V32, CacheFormat)
-    assert len({id(f) for f in FORMATS.values()}) == len(FORMATS)

@@ -137,6 +137,8 @@ OUTS, LSES = np.zeros((2, 3, 1, 4, 512), np.float32), np.zeros((2, 3, 4, 1), np.
         ([OUTS[0], OUTS[1].astype(np.float16)], LSES, DTypeError, "parts of one dtype"),
         (OUTS, "lse", ArgTypeError, "lses: expected a NumPy array"),
         (OUTS, [1.0], ArgTypeError, "float 1.0"),
+        (np.ma.array(OUTS, mask=True), LSES, ArgTypeError, "outs: expected an array without"),
+        (list(OUTS), list(np.ma.array(LSES)), ArgTypeError, "lses: expected an array without"),
     ],
 )
 def test_bad_parts(outs, lses, error, words):

@@ -560,12 +560,20 @@ def axis_of(root) -> dict[int, float]:
         (([2**31], 16), ScalarError, "cache_seqlens"),
         (([-(2**31) - 1], 16), ScalarError, "cache_seqlens"),
         (([2**70], 16), ArgTypeError, "cache_seqlens"),
+        (({}, 16), ArgTypeError, "cache_seqlens"),
+        ((np.ma.array([100, 200], mask=[True, False]), 16), ArgTypeError, "cache_seqlens"),
     ],
 )
 def test_what_cannot_be_a_schedule_is_a_named_error(arguments, error, named):
     with pytest.raises(error, match=rf"^Schedule\.of\(\): {named}: expected .*, got ") as caught:
         Schedule.of(*arguments)
     assert caught.value.argument == named
+
+
+def test_tensors_without_values_are_no_lengths():
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ArgTypeError, match="cache_seqlens: expected integers"):
+        Schedule.of(torch.zeros(3, dtype=torch.int32, device="meta"), 16)
 
 
 def test_integers_of_any_kind_are_lengths():

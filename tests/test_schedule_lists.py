@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmla_cupy.schedule.lists import list_lengths
+from flashmla_cupy.schedule.lists import list_lengths, longest
 from flashmla_cupy.schedule.sched_meta import stale_requests
 from flashmla_cupy.schedule.split import plan
 from flashmla_cupy.schedule.view import Schedule
@@ -25,6 +25,11 @@ def test_lengths_of_requests_and_of_query_tokens():
     assert list_lengths(2, 3, 10, of_requests).tolist() == [5, 5, 5, 0, 0, 0]
     of_tokens = np.array([[1, 2, 3], [4, 5, 10]], np.int32)
     assert list_lengths(2, 3, 10, of_tokens).tolist() == [1, 2, 3, 4, 5, 10]
+
+
+@pytest.mark.parametrize(("topk", "extra"), [(1, 0), (64, 1), (65, 70), (2**31 - 64, 63)])
+def test_the_longest_is_that_of_full_lists(topk, extra):
+    assert list_lengths(1, 1, topk, None, extra).tolist() == [longest(topk, extra)]
 
 
 def test_no_request_has_no_lengths():

@@ -529,6 +529,31 @@ def test_mistakes_are_named(problem, bad, error, argument, words):
     assert caught.value.function == "flash_mla_with_kvcache"
 
 
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize("wrong", [0.0, -1.0, np.nan, np.inf])
+@pytest.mark.parametrize("name", ["descale_q", "descale_k"])
+def test_descales_in_host_memory_are_positive_and_finite(framework, wrong, name):
+    """In calls like earlier ones as well, and before anything is written."""
+    listed = make_sparse_problem("e4m3", batch=1, s_q=2, h_q=3)
+    dense, cache, _ = dense_problem("e4m3")
+    arrays = [here(framework, x) for x in (dense.q, cache, *dense.arrays()[2:])]
+
+    def over_table(**descales):
+        made = get_mla_metadata()
+        return flash_mla_with_kvcache(*arrays, 512, *made, is_fp8_kvcache=True, **descales)
+
+    def over_pages(**descales):
+        return flash_mla_sparse_fwd(**(of(framework, as_prompt(listed)) | descales))
+
+    for function in (over_table, over_pages, lambda **d: call(listed, framework, **d)):
+        for _ in range(2):
+            function(**{name: here(framework, np.array([0.5], np.float32))})
+            with pytest.raises(errors.ScalarError, match="positive finite float32") as caught:
+                function(**{name: here(framework, np.array([wrong], np.float32))})
+            assert caught.value.argument == name
+            assert caught.value.function.startswith("flash_mla_")
+
+
 def test_outputs_share_no_memory():
     out = np.zeros((2, 2, 8, 512), V32.q.dtype)
     with pytest.raises(errors.AliasingError, match="lse"):
@@ -601,6 +626,27 @@ def test_more_query_tokens_of_a_prompt_than_a_split_has(kv):
         shapes(MAX_BATCH + 1)
 
 
+def test_lists_of_more_tokens_together_than_int32_holds():
+    """Of arrays that are shapes alone, of which the second list has the rest and one more."""
+    jax = pytest.importorskip("jax")
+
+    def shapes(width):
+        shape = jax.ShapeDtypeStruct
+        cache, lists = shape((3, 64, 1, 656), "uint8"), shape((1, 1, 2**30 - 7), "int32")
+        extra = {"extra_k_cache": cache, "extra_indices_in_kvcache": shape((1, 1, width), "int32")}
+        return jax.eval_shape(
+            lambda q, k_cache, indices, extra: flash_mla_with_kvcache(
+                q, k_cache, None, None, 512, *get_mla_metadata(), indices=indices,
+                is_fp8_kvcache=True, **extra,
+            ),
+            shape((1, 1, 8, 576), "bfloat16"), cache, lists, extra,
+        )  # fmt: skip
+
+    assert shapes(2**30 - 1)[0].shape == (1, 1, 8, 512)
+    with pytest.raises(errors.ShapeError, match=r"extra_indices_in_kvcache: .* in both lists"):
+        shapes(2**30)
+
+
 LENGTHS = np.zeros(2, np.int32)
 BAD_METADATA = [
     ({"num_heads_q": None}, errors.ArgTypeError, "num_heads_q", "with topk"),
@@ -611,6 +657,8 @@ BAD_METADATA = [
     ({"topk_length": np.zeros(3, np.int32)}, errors.ShapeError, "topk_length", "batch = 2"),
     ({"topk_length": np.zeros((2, 3), np.int32)}, errors.ShapeError, "topk_length", "2"),
     ({"extra_topk_length": LENGTHS}, errors.ScalarError, "extra_topk", "at least 1"),
+    ({"topk": 2**30, "extra_topk": 2**30}, errors.ScalarError, "extra_topk", "in both lists"),
+    ({"topk": 2**31 - 65, "extra_topk": 64}, errors.ScalarError, "extra_topk", "2147483647"),
 ]
 
 

@@ -17,7 +17,7 @@ from ..errors import ArgumentError, DeviceCheckError
 from ..frameworks import HERE, HOST, Adapter, ArrayInfo, elsewhere
 from ..schedule.sched_meta import Configuration, SchedMeta, bind_lock
 from ..sizes import num_sm_parts
-from . import checks, refusals
+from . import checks, refusals, scalars
 from .arguments import Table
 from .gathered import Work, num_sms_of
 from .signatures import Checked, Pointers, Signatures, pointers, spans
@@ -143,6 +143,7 @@ class Operation:
         view = call.valid.framework.to_numpy
         views = {name: None if x is None else view(x) for name, x in given.items()}
         if not (is_op or call.valid.is_empty):
+            scalars.descales(views, self.table.function)
             violation = self.refused(call.valid, views)
             if violation is not None:
                 raise violation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,15 @@ def softmax_scale(value: Any, head_dim: int = HEAD_DIM, name: str = "softmax_sca
             remedy,
         )
     return scale
+
+
+def descales(views: Mapping[str, Any], function: str) -> None:
+    """descale_q and descale_k in host memory, float32 [1], are positive and finite."""
+    for name, of in (("descale_q", "q"), ("descale_k", "the keys")):
+        view = views.get(name)
+        if view is not None and not 0 < view[0] < math.inf:
+            remedy = f"Pass the largest absolute value of {of} divided by 448."
+            raise ScalarError(name, "a positive finite float32", f"{view[0]}", remedy, function)
 
 
 def causal(value: Any) -> bool:

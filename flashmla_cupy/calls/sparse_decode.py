@@ -11,12 +11,13 @@ from ..errors import ArgTypeError, DeviceCheckError, ShapeError
 from ..formats.cache_format import format_of
 from ..frameworks import ArrayInfo
 from ..schedule import split
-from ..schedule.lists import list_lengths
+from ..schedule.lists import list_lengths, longest
 from ..schedule.sched_meta import Configuration, stale_requests
 from ..sizes import NUM_SMS_CPU, num_sm_parts
 from . import checks, fits, gathered, scalars
 from .arguments import SPARSE_DECODE
 from .operation import Operation, Valid, Views
+from .scalars import INT_LIMIT
 from .wording import show
 
 
@@ -81,6 +82,11 @@ def _extra(infos: dict[str, ArrayInfo]) -> None:
         expected = f"the format of k_cache, {show(cache)}"
         raise ShapeError(names[0], expected, show(extra), "Make both caches of one format.")
     _lists(infos, "extra_")
+    indices, extra_indices = infos["indices"], infos[names[1]]
+    if longest(indices.shape[2], extra_indices.shape[2]) > INT_LIMIT:
+        expected = f"at most {INT_LIMIT} tokens in both lists, as int32 holds; indices: "
+        expected += show(indices)
+        raise ShapeError(names[1], expected, show(extra_indices), "Pass shorter lists.")
 
 
 def _lengths(valid: Valid, views: Views) -> np.ndarray:

@@ -7,11 +7,12 @@ from typing import Any
 
 from ..errors import ArgTypeError, DeviceCheckError, ScalarError
 from ..schedule import split
-from ..schedule.lists import list_lengths
+from ..schedule.lists import list_lengths, longest
 from ..sizes import METADATA_COLUMNS, NUM_SMS_CPU, num_sm_parts
 from . import fits, gathered, scalars
 from .arguments import SPARSE_METADATA
 from .operation import Operation, Output, Valid, Views, naming
+from .scalars import INT_LIMIT
 
 FUNCTION = SPARSE_METADATA.function
 Sizes = tuple[int, int, int, int, int]
@@ -27,11 +28,15 @@ def _outputs(
 
 
 def _checked(arrays: tuple[Any, ...], options: tuple[Any, ...]) -> Valid:
-    rows, _, h_q, _, extra_topk = checked = sizes(options)
+    rows, _, h_q, topk, extra_topk = checked = sizes(options)
     if rows % h_q:
         remedy = "Pass s_q * num_heads_q."
         expected = f"a multiple of num_heads_q = {h_q}"
         raise ScalarError("num_q_tokens_per_head_k", expected, f"{rows}", remedy, FUNCTION)
+    if longest(topk, extra_topk) > INT_LIMIT:
+        expected = f"with topk = {topk} at most {INT_LIMIT} tokens in both lists, as int32 holds"
+        remedy = "Pass the width of extra_indices_in_kvcache."
+        raise ScalarError("extra_topk", expected, f"{extra_topk}", remedy, FUNCTION)
     framework, infos, lengths = fits.described(SPARSE_METADATA, arrays)
     s_q = rows // h_q
     fits.same_s_q(infos, s_q)

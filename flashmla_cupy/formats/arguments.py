@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgTypeError, ArgumentError, DTypeError, OptionError, ScalarError, ShapeError
-from ..frameworks import framework_of
-from ..values import written
+from ..frameworks import framework_of, name_of
+from ..frameworks.words import said
 from .cache_format import FORMATS, CacheFormat, format_of
 from .codes import Codes, codes_of
 
+_LEAST, _MOST = 2.0**-149, float(np.finfo(np.float32).max)  # of the positive float32 numbers
 VALUES = ("bfloat16", "float16", "float32")  # dtypes of values; NumPy reads to float64 as well
 
 
@@ -24,7 +25,7 @@ def known_format(format: Any, function: str) -> CacheFormat:
     found = FORMATS.get(format) if isinstance(format, str) else None
     if found is None:
         remedy = "Pass one of these names, or a CacheFormat; vLLM's fp8_ds_mla is v32."
-        raise OptionError("format", ", ".join(FORMATS), written(format), remedy, function)
+        raise OptionError("format", ", ".join(FORMATS), option(format), remedy, function)
     return found
 
 
@@ -44,6 +45,11 @@ def dtype_name(x: Any) -> str:
 def show(x: Any) -> str:
     """ "uint8 (8, 64, 1, 656)" """
     return f"{dtype_name(x)} {tuple(x.shape)}"
+
+
+def option(value: Any) -> str:
+    """What came for an option; arrays by dtype and shape."""
+    return f"an array, {show(value)}" if name_of(value) else said(value)
 
 
 def values(name: str, x: Any, format: CacheFormat, axes: str, function: str) -> Codes:
@@ -91,7 +97,7 @@ def pow2(value: Any, format: CacheFormat, function: str) -> None:
     """pow2_scales: True, or False where scales are float32."""
     name = "pow2_scales"
     if not isinstance(value, bool):
-        raise ArgTypeError(name, "True or False", written(value), "Pass a bool.", function)
+        raise ArgTypeError(name, "True or False", option(value), "Pass a bool.", function)
     has_raw = format.scales is not None and format.scales.dtype == "float32"
     if not value and not has_raw:
         remedy = "Leave it out; v32 has scales of either kind."
@@ -99,7 +105,7 @@ def pow2(value: Any, format: CacheFormat, function: str) -> None:
 
 
 def descale(value: Any, format: CacheFormat, codes: Codes, function: str) -> Any:
-    """descale_k, a float32 scalar; None: 1."""
+    """descale_k, a float that float32 holds, or float32 of no axis; None: 1."""
     name = "descale_k"
     if value is None:
         return None
@@ -107,20 +113,27 @@ def descale(value: Any, format: CacheFormat, codes: Codes, function: str) -> Any
         expected = f"None, since {format.name} has its scales in the cache"
         if not format.is_fp8:
             expected = f"None, since {format.name} has no scales"
-        shown = f"{type(value).__name__}"
-        raise OptionError(name, expected, shown, "Leave it out.", function)
+        raise OptionError(name, expected, option(value), "Leave it out.", function)
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        number = float(np.float32(value)) if abs(value) <= 3e38 else math.inf  # type: ignore[operator]
-        if not 0 < number < math.inf:
-            remedy = "Pass the largest absolute value of the keys divided by 448."
-            raise ScalarError(name, "a positive finite float32", written(value), remedy, function)
-        return np.float32(number)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not _LEAST <= number <= _MOST:
+            raise _no_scale(name, f"{number}", function)
+        return float(np.float32(number))
     if library(name, value, function) is not codes:
         remedy = "Pass a Python float."
-        raise ArgTypeError(
-            name, "a number, or an array beside the others", type(value).__name__, remedy, function
-        )
+        expected = "a number, or an array of the framework of the others"
+        raise ArgTypeError(name, expected, type(value).__name__, remedy, function)
     if dtype_name(value) != "float32" or math.prod(value.shape) != 1:
         remedy = "Pass one float32 for the whole cache."
         raise ShapeError(name, "float32, one element", show(value), remedy, function)
+    if codes.can_look_at(value) and not 0 < value.item() < math.inf:
+        raise _no_scale(name, f"{value.item()}", function)
     return value.reshape(())
+
+
+def _no_scale(name: str, got: str, function: str) -> ScalarError:
+    remedy = "Pass the largest absolute value of the keys divided by 448."
+    return ScalarError(name, "a positive finite float32", got, remedy, function)

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ..frameworks import framework
+
 E4M3_MAX = 448.0
 E4M3_NAN = 0x7F
 
@@ -36,6 +38,10 @@ class Codes:
 
     def contiguous(self, x: Any) -> Any:
         return self.xp.ascontiguousarray(x)
+
+    def copy(self, x: Any) -> Any:
+        """The same values in new memory, row by row."""
+        return self.plain_bits(x).copy(order="C").view(x.dtype)
 
     def view(self, x: Any, dtype: Any) -> Any:
         """The same bytes, the last axis counted anew."""
@@ -83,9 +89,11 @@ class Codes:
         """float32 [..., n] of bytes [..., 4 n]."""
         return self.view(codes, np.float32)
 
-    def e4m3(self, x: Any) -> Any:
-        """The codes of float32 x."""
+    def e4m3(self, x: Any, source: Any = None) -> Any:
+        """The codes of float32 x. source: what x was computed from, None for x itself; where it is
+        finite, an infinite x is one that float32 could not hold, and is limited as well."""
         xp = self.xp
+        is_number = xp.isfinite(x if source is None else source)
         size = xp.minimum(xp.abs(x), np.float32(E4M3_MAX))
         bits = self.view(size, np.uint32)
         # Of float32's mantissa three bits remain; the exponent's bias changes from 127 to 7.
@@ -96,7 +104,7 @@ class Codes:
         subnormal = xp.rint(xp.where(small, size, np.float32(0)) * np.float32(512))  # of 2^-9
         code = xp.where(small, subnormal, normal.astype(np.float32))
         code = code + np.float32(128) * xp.signbit(x)
-        return xp.where(xp.isfinite(x), code, np.float32(E4M3_NAN)).astype(np.uint8)
+        return xp.where(is_number, code, np.float32(E4M3_NAN)).astype(np.uint8)
 
     def from_e4m3(self, codes: Any) -> Any:
         """float32 of codes."""
@@ -169,6 +177,9 @@ class TorchCodes(Codes):
     def contiguous(self, x: Any) -> Any:
         return x.contiguous()
 
+    def copy(self, x: Any) -> Any:
+        return x.clone(memory_format=self.xp.contiguous_format)
+
     def widen(self, x: Any) -> Any:
         return x.to(self.float32)
 
@@ -193,11 +204,12 @@ class TorchCodes(Codes):
     def from_float32(self, codes: Any) -> Any:
         return self.view(codes, self.float32)
 
-    def e4m3(self, x: Any) -> Any:
+    def e4m3(self, x: Any, source: Any = None) -> Any:
         xp = self.xp
+        is_number = xp.isfinite(x if source is None else source)
         limited = xp.clamp(x, -E4M3_MAX, E4M3_MAX)
         codes = self.view(limited.to(xp.float8_e4m3fn), xp.uint8)
-        return xp.where(xp.isfinite(x), codes, E4M3_NAN).to(xp.uint8)
+        return xp.where(is_number, codes, E4M3_NAN).to(xp.uint8)
 
     def from_e4m3(self, codes: Any) -> Any:
         return self.view(codes, self.xp.float8_e4m3fn).to(self.float32)
@@ -234,6 +246,8 @@ class TorchCodes(Codes):
     def can_look_at(self, x: Any) -> bool:
         if self.xp.compiler.is_compiling() or type(x).__name__ != "Tensor":
             return False
+        if framework("torch").is_traced(x):  # by make_fx
+            return False
         try:
             x.data_ptr()
         except RuntimeError:  # of torch.vmap, which has none
@@ -260,6 +274,10 @@ class JaxCodes(Codes):
     def contiguous(self, x: Any) -> Any:
         return x
 
+    def copy(self, x: Any) -> Any:
+        """Of its own in JAX too, where a caller may donate it."""
+        return self.xp.copy(x)
+
     def widen(self, x: Any) -> Any:
         return x.astype(self.float32)
 
@@ -281,11 +299,12 @@ class JaxCodes(Codes):
     def from_bfloat16(self, codes: Any) -> Any:
         return codes.view(self.xp.bfloat16).astype(self.float32)
 
-    def e4m3(self, x: Any) -> Any:
+    def e4m3(self, x: Any, source: Any = None) -> Any:
         xp = self.xp
+        is_number = xp.isfinite(x if source is None else source)
         limited = xp.clip(x, -E4M3_MAX, E4M3_MAX)
         codes = limited.astype(xp.float8_e4m3fn).view(xp.uint8)
-        return xp.where(xp.isfinite(x), codes, xp.uint8(E4M3_NAN))
+        return xp.where(is_number, codes, xp.uint8(E4M3_NAN))
 
     def from_e4m3(self, codes: Any) -> Any:
         return codes.view(self.xp.float8_e4m3fn).astype(self.float32)

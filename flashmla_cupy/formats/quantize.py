@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 
 from ..errors import DTypeError
-from ..values import written
-from .arguments import VALUES, cache_format, descale, dtype_name, known_format, pow2, values
+from .arguments import VALUES, cache_format, descale, dtype_name, known_format, option, pow2, values
 from .cache_format import CacheFormat, Columns
 from .codes import E4M3_MAX, Codes
 from .layout import new_cache, rows_and_tail
+from .memory import whole_pages
 
 POW2_FLOOR = 2.0**-13  # the power of two above FlashMLA's 1e-4
+FLOAT32_MAX = float(np.finfo(np.float32).max)
 RAW_FLOOR = 2.0**-60  # a group of zeros has a scale that one can divide by
 
 
@@ -43,12 +44,13 @@ def quantize_kv(
     descale_k    e4m3: what values are divided by, a number or a float32 array of one element; 1 by
                  default. Pass it to flash_mla_with_kvcache() too.
 
-    Returns [num_pages, page_size, h_kv, width] of the format's first dtype, in the framework and on
-    the device of kv, computed by the framework's own operations: it can be traced, and all
-    frameworks give the same bytes. A finite e4m3 column beyond its scale times 448 becomes that;
-    NaN and infinities become NaN. Values that are rounded to a 16-bit format keep infinities, and
-    of NaN, whatever its sign and payload, make 0x7fc0 in bfloat16 and 0x7e00 in float16; those of
-    the format's own dtype keep their bits. Raises an ArgumentError.
+    Returns [num_pages, page_size, h_kv, width] of the format's first dtype, in memory of its own,
+    in the framework and on the device of kv, computed by the framework's own operations: it can be
+    traced, and all frameworks give the same bytes. A finite e4m3 column beyond its scale times 448
+    becomes that; NaN and infinities become NaN. JAX takes subnormal float32 numbers for 0. Values
+    that are rounded to a 16-bit format keep infinities, and of NaN, whatever its sign and payload,
+    make 0x7fc0 in bfloat16 and 0x7e00 in float16; those of the format's own dtype keep their bits.
+    Raises an ArgumentError.
     """
     function = "quantize_kv"
     format = known_format(format, function)
@@ -57,6 +59,8 @@ def quantize_kv(
     divisor = descale(descale_k, format, codes, function)
     with codes.quiet():
         row, tail = encoded(codes, kv, format, pow2_scales, divisor)
+    if row is kv:  # values of the format's own dtype; the cache is written to, and kv is not
+        row = codes.copy(kv)
     return new_cache(codes, format, row, tail)
 
 
@@ -69,7 +73,8 @@ def dequantize_kv(
 ) -> Any:
     """The values of a cache: [num_pages, page_size, h_kv, d_qk] of that dtype.
 
-    k_cache      [num_pages, page_size, h_kv, width] of a format (see CacheFormat)
+    k_cache      [num_pages, page_size, h_kv, width] of a format (see CacheFormat); pages of v4
+                 whole, since their scales lie behind all of their tokens
     format       None: the one that its width and dtype say
     descale_k    e4m3: as in quantize_kv()
     dtype        "float32", "bfloat16", "float16"; for NumPy arrays also "float64", which is exact
@@ -83,7 +88,8 @@ def dequantize_kv(
     known = (*VALUES, "float64") if codes.name == "numpy" else VALUES
     if not isinstance(dtype, str) or dtype not in known:
         remedy = "Pass one of these names."
-        raise DTypeError("dtype", ", ".join(VALUES), written(dtype), remedy, function)
+        raise DTypeError("dtype", ", ".join(VALUES), option(dtype), remedy, function)
+    whole_pages(codes, k_cache, format, function)
     row, tail = rows_and_tail(codes, k_cache, format)
     with codes.quiet():
         return decoded(codes, row, tail, format, factor, dtype)
@@ -99,7 +105,7 @@ def encoded(
         same = dtype_name(kv) == format.dtypes[0]
         return (kv if same else codes.narrow(x, format.dtypes[0])), None
     if format.scales is None:
-        return codes.e4m3(x if descale_k is None else x * (1 / descale_k)), None
+        return codes.e4m3(x if descale_k is None else _divided(codes, x, descale_k), x), None
     nope, scales = format.nope, format.scales
     groups = x[..., : nope.count].reshape(*x.shape[:-1], scales.count, scales.group)
     scale = codes.at_least(RAW_FLOOR, codes.largest(groups) * np.float32(1 / E4M3_MAX))
@@ -114,6 +120,19 @@ def encoded(
     padding = codes.zeros((*x.shape[:-1], scales.nbytes - scales.count), kv)
     tail = codes.concatenate([codes.e8m0(scale), padding])
     return codes.concatenate([latent, rotary]), tail
+
+
+def _divided(codes: Codes, x: Any, descale_k: Any) -> Any:
+    """x / descale_k, for any positive finite float32, with infinities for what is too large.
+
+    The reciprocal of a tiny number is infinite, and that of a huge one subnormal, of which some
+    frameworks make 0. So both are first multiplied by a power of two, which changes no bit of the
+    quotient. The limit keeps compilers from making one factor of the two."""
+    if isinstance(descale_k, float):
+        shift: Any = 2.0**64 if descale_k < 1 else 2.0**-64
+    else:
+        shift = codes.narrow(descale_k < 1, "float32") * 2.0**64 + 2.0**-64  # rounds to one of them
+    return codes.xp.clip(x * shift, -FLOAT32_MAX, FLOAT32_MAX) * (1 / (descale_k * shift))
 
 
 def decoded(

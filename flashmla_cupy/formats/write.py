@@ -8,14 +8,13 @@ from ..errors import (
     DeviceMismatchError,
     DTypeError,
     FrameworkMismatchError,
-    ReadOnlyError,
     ScalarError,
     ShapeError,
-    StrideError,
 )
 from .arguments import cache_format, descale, dtype_name, library, pow2, show, values
 from .codes import Codes
 from .layout import new_cache, rows_and_tail
+from .memory import whole_pages, writable
 from .quantize import encoded
 
 _INTEGERS = ("int32", "int64")
@@ -56,7 +55,8 @@ def write_kv(
     divisor = descale(descale_k, format, codes, function)
     _check_slots(codes, slot_mapping, k_cache, kv, function)
     _check_devices(codes, k_cache, {"kv": kv, "slot_mapping": slot_mapping}, function)
-    _check_memory(codes, k_cache, bool(format.tail_bytes), function)
+    whole_pages(codes, k_cache, format, function)
+    writable(codes, k_cache, function)
     if 0 in kv.shape or 0 in k_cache.shape:
         return k_cache
     with codes.quiet():
@@ -141,25 +141,3 @@ def _check_devices(codes: Codes, k_cache: Any, others: dict[str, Any], function:
             expected = f"an array on {k_cache.device}, where k_cache is"
             remedy = f"Move {name} there; a call takes arrays of one device."
             raise DeviceMismatchError(name, expected, f"one on {x.device}", remedy, function)
-
-
-def _check_memory(codes: Codes, k_cache: Any, has_tails: bool, function: str) -> None:
-    """Memory that can be written, each slot its own. Pages whose scales lie behind the rows are
-    written through another view of them."""
-    if codes.name == "jax" or 0 in k_cache.shape:
-        return
-    name = "k_cache"
-    if codes.name == "numpy" and not k_cache.flags.writeable:
-        remedy = f"Pass a copy of {name}."
-        raise ReadOnlyError(name, "a writable array", "a read-only one", remedy, function)
-    strides = k_cache.stride() if codes.name == "torch" else k_cache.strides
-    shared = zip(k_cache.shape, strides, strict=True)
-    if any(stride == 0 and length > 1 for length, stride in shared):
-        remedy = f"Pass a contiguous copy of {name}."
-        expected = "no broadcast axis (stride 0)"
-        raise StrideError(name, expected, f"{tuple(strides)}", remedy, function)
-    _, page_size, _, width = k_cache.shape
-    if has_tails and (strides[3] != 1 or (page_size > 1 and strides[1] != width)):
-        expected = f"tokens of {width} bytes behind one another: strides (any, {width}, any, 1)"
-        remedy = "Pass pages that are contiguous, as quantize_kv() makes them."
-        raise StrideError(name, expected, f"{tuple(strides)}", remedy, function)

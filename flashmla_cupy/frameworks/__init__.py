@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from ..errors import ArgTypeError, FrameworkMismatchError
-from ..values import kind as kind_of
 from .base import HERE, HOST, Adapter, ArrayInfo, numpy_dtype
 from .numpy_arrays import masked
+from .words import said
 
 __all__ = [
     "EXPECTED",
@@ -114,9 +114,7 @@ def _find(x: Any, argument: str) -> Adapter:
             shown,
             "Pass cupy.from_dlpack(x) or numpy.from_dlpack(x), which share the memory.",
         )
-    if isinstance(x, (bool, int, float, complex, str)):
-        shown = kind_of(x)
     remedy = "Put the data into an array first."
     if x is None:
         remedy = f"This call needs {argument}: pass it."
-    raise ArgTypeError(argument, EXPECTED, shown, remedy)
+    raise ArgTypeError(argument, EXPECTED, said(x), remedy)

@@ -41,6 +41,12 @@ def list_lengths(
     return main.reshape(batch * s_q).astype(np.int32)
 
 
+def longest(topk: int, extra_topk: int = 0) -> int:
+    """The largest length that lists of these widths make; the calls refuse it where int32 does not
+    hold it."""
+    return -(-topk // TOKENS_PER_TILE) * TOKENS_PER_TILE + extra_topk if extra_topk else topk
+
+
 def _counted(
     batch: int, s_q: int, topk: int, length: npt.NDArray[Any] | None
 ) -> npt.NDArray[np.int64]:

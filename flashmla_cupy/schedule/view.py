@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ..calls.scalars import INT_LIMIT, integer
 from ..errors import ArgTypeError, DTypeError, ScalarError, ShapeError
+from ..frameworks.numpy_arrays import masked
 from ..sizes import METADATA_COLUMNS, NUM_SMS_CPU, TOKENS_PER_TILE, num_sm_parts
 from .split import plan
 
@@ -140,22 +141,29 @@ def _on_host(
 ) -> npt.NDArray[np.int32]:
     """An int32 copy in host memory of integers of that shape, in anything with .get() or .cpu(), or
     that NumPy reads. None in the shape is any length."""
-    for method in ("cpu", "get"):
-        if not isinstance(x, np.ndarray) and hasattr(x, method):
-            x = getattr(x, method)()
-            break
     expected = f"integers of shape ({', '.join('n' if n is None else str(n) for n in shape)}"
     expected += ",)" if len(shape) == 1 else ")"
     remedy = f"Pass {argument} as a list or an array of integers."
+    if isinstance(x, np.ndarray) and hasattr(x, "mask"):
+        raise masked(x, argument).of(function)
+    unread = ArgTypeError(argument, expected, f"{type(x).__name__}", remedy, function)
+    if not isinstance(x, np.ndarray):
+        try:
+            for method in ("cpu", "get"):
+                if hasattr(x, method):
+                    x = getattr(x, method)()
+                    break
+        except (TypeError, ValueError, NotImplementedError):  # a dict; a tensor without values
+            raise unread from None
     try:
         found = np.asarray(x)
     except (TypeError, ValueError, RuntimeError):
-        raise ArgTypeError(argument, expected, f"{type(x).__name__}", remedy, function) from None
+        raise unread from None
     if found.size == 0 and found.ndim == len(shape):  # NumPy makes [] an array of floats
         found = found.astype(np.int32)
     got = f"{found.dtype} {found.shape}"
     if found.dtype.kind == "O":
-        raise ArgTypeError(argument, expected, f"{type(x).__name__}", remedy, function)
+        raise unread
     if found.dtype.kind not in "iu":
         raise DTypeError(argument, expected, got, remedy, function)
     if found.ndim != len(shape) or any(
