@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import ArgTypeError, ArgumentError, DTypeError, OptionError, ScalarError, ShapeError
 from ..frameworks import framework_of, name_of
-from ..frameworks.words import said
+from ..values import kind
 from .cache_format import FORMATS, CacheFormat, format_of
 from .codes import Codes, codes_of
 
@@ -49,7 +49,7 @@ def show(x: Any) -> str:
 
 def option(value: Any) -> str:
     """What came for an option; arrays by dtype and shape."""
-    return f"an array, {show(value)}" if name_of(value) else said(value)
+    return f"an array, {show(value)}" if name_of(value) else kind(value)
 
 
 def values(name: str, x: Any, format: CacheFormat, axes: str, function: str) -> Codes:

@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from ..errors import ArgTypeError, FrameworkMismatchError
+from ..values import kind
 from .base import HERE, HOST, Adapter, ArrayInfo, numpy_dtype
 from .numpy_arrays import masked
-from .words import said
 
 __all__ = [
     "EXPECTED",
@@ -69,8 +69,8 @@ def framework_of(x: Any, argument: str) -> Adapter:
 
 def is_foreign(x: Any) -> bool:
     """Whether x is an array of none of the four frameworks that speaks DLPack."""
-    kind = type(x)
-    return kind not in by_type and hasattr(kind, "__dlpack__") and not name_of(x)
+    of = type(x)
+    return of not in by_type and hasattr(of, "__dlpack__") and not name_of(x)
 
 
 def elsewhere(arrays: Iterable[Any]) -> Literal["torch", "foreign", "jax", ""]:
@@ -97,17 +97,17 @@ def name_of(x: Any) -> str:
 
 def _find(x: Any, argument: str) -> Adapter:
     name = name_of(x)
-    kind = type(x)
-    shown = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    of = type(x)
+    shown = kind(x)
     if name and framework(name).is_fake(x):  # its address is not to be asked for
         remedy = "Pass tensors that all have memory, or all of one trace."
         raise ArgTypeError(argument, "a tensor with memory of its own", shown, remedy)
     if name == "numpy" and hasattr(x, "mask"):
         raise masked(x, argument)
     if name:
-        found = by_type[kind] = framework(name)
+        found = by_type[of] = framework(name)
         return found
-    if hasattr(kind, "__dlpack__"):
+    if hasattr(of, "__dlpack__"):
         raise FrameworkMismatchError(
             argument,
             EXPECTED,
@@ -117,4 +117,4 @@ def _find(x: Any, argument: str) -> Adapter:
     remedy = "Put the data into an array first."
     if x is None:
         remedy = f"This call needs {argument}: pass it."
-    raise ArgTypeError(argument, EXPECTED, said(x), remedy)
+    raise ArgTypeError(argument, EXPECTED, shown, remedy)
