@@ -11,6 +11,7 @@ import numpy as np
 
 from .calls.wording import kind
 from .errors import ArgTypeError, ScalarError, ShapeError
+from .frameworks.numpy_arrays import masked
 
 
 def last_axis(x: Any, argument: str, rank: int, function: str) -> int:
@@ -54,6 +55,8 @@ def check_eps(eps: Any, function: str) -> None:
 def namespace(x: Any, function: str, argument: str) -> Any:
     """The module of x's functions, which all have stack, concatenate, matmul and sqrt."""
     if isinstance(x, np.ndarray):
+        if hasattr(x, "mask"):
+            raise masked(x, argument).of(function)
         return np
     root = type(x).__module__.partition(".")[0]
     module = {"cupy": "cupy", "torch": "torch", "jax": "jax.numpy", "jaxlib": "jax.numpy"}.get(root)

@@ -216,6 +216,15 @@ def the_layer(rng, dtype):
     }
 
 
+def test_a_mask_is_refused():
+    """It would be kept where its values are not what it hides."""
+    rows = np.ma.array(np.ones((3, 512), np.float32), mask=True)
+    with pytest.raises(errors.ArgTypeError, match="mask"):
+        deepseek.rms_norm(rows, np.ones(512, np.float32))
+    with pytest.raises(errors.ArgTypeError, match="mask"):
+        deepseek.rotate(rows[:, :64], np.ones((3, 32)), np.ones((3, 32)))
+
+
 @pytest.mark.parametrize("name", ["torch", "jax.numpy"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_every_framework_agrees_with_numpy(name, dtype):
