@@ -7,6 +7,7 @@ import importlib
 import ml_dtypes
 import numpy as np
 import pytest
+from support.foreign import Foreign
 from support.whole_cache import back, places, to
 
 from flashmla_cupy import append_mla_kv, deepseek, errors, reference_append
@@ -136,19 +137,6 @@ def test_other_frameworks_come_by_dlpack():
     result = append_mla_kv(k_cache, Foreign(case.rows.view(np.float16)), Foreign(case.slots))
     assert result is k_cache
     assert same_bits(case.k_cache, case.expected)
-
-
-class Foreign:
-    """An array of a framework that nobody knows."""
-
-    def __init__(self, x):
-        self.x = x
-
-    def __dlpack__(self, **options):
-        return self.x.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.x.__dlpack_device__()
 
 
 # --- compilers ---------------------------------------------------------------------------------

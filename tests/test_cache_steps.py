@@ -10,6 +10,7 @@ import pickle
 import ml_dtypes
 import numpy as np
 import pytest
+from support.foreign import Foreign
 from support.whole_cache import WholeCache, back, places, to
 
 from flashmla_cupy import (
@@ -392,19 +393,6 @@ def test_a_sequence_has_at_most_so_many_pages():
 
 
 # --- misuse ------------------------------------------------------------------------------------
-
-
-class Foreign:
-    """An array that has DLPack's methods alone."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **options):
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
 
 
 def torch():

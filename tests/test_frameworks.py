@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from support.every_framework import decode, get, put, same_bits
 from support.fake_device import FakeEngine, forget_calls
+from support.foreign import Foreign
 from support.problems import make_problem
 
 from flashmla_cupy import flash_mla_with_kvcache, frameworks, get_mla_metadata
@@ -41,20 +42,6 @@ from flashmla_cupy.gpu import engine as engine_module
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 PROBLEM = make_problem([70, 5, 0], s_q=2, h_q=4, causal=True)
-
-
-class Foreign:
-    """An array of a framework the library has never heard of, in host memory."""
-
-    def __init__(self, array, device=(1, 0)):
-        self.array, self.device, self.exports = array, device, 0
-
-    def __dlpack_device__(self):
-        return self.device
-
-    def __dlpack__(self, **options):
-        self.exports += 1
-        return self.array.__dlpack__(**options)
 
 
 def foreign(x: np.ndarray) -> Foreign:

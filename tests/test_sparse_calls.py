@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 from support.every_framework import get, same_bits
+from support.foreign import Foreign
 from support.oracle import assert_within_bound, oracle
 from support.problems import make_problem
 from support.sparse_calls import FP8, call, here, keywords, schedule
@@ -121,19 +122,6 @@ def test_strided_arrays_as_flashmla_tests_them():
     assert not any(x.flags.c_contiguous for x in changes.values())
     got = call(problem, **changes)
     assert same_bits(got[0], want[0]) and same_bits(got[1], want[1])
-
-
-class Foreign:
-    """An array of a framework the library has never heard of, in host memory."""
-
-    def __init__(self, array):
-        self.array = array
-
-    def __dlpack__(self, **options):
-        return self.array.__dlpack__(**options)
-
-    def __dlpack_device__(self):
-        return self.array.__dlpack_device__()
 
 
 def foreign(named: dict) -> dict:

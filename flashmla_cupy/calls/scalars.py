@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ArgTypeError, OptionError, ScalarError, ShapeError
+from ..formats.arguments import no_scale
 from ..sizes import HEAD_DIM, HEAD_DIM_V
 from .arguments import DECODE
 from .wording import digits, kind
@@ -83,11 +84,10 @@ def softmax_scale(value: Any, head_dim: int = HEAD_DIM, name: str = "softmax_sca
 
 def descales(views: Mapping[str, Any], function: str) -> None:
     """descale_q and descale_k in host memory, float32 [1], are positive and finite."""
-    for name, of in (("descale_q", "q"), ("descale_k", "the keys")):
+    for name in ("descale_q", "descale_k"):
         view = views.get(name)
         if view is not None and not 0 < view[0] < math.inf:
-            remedy = f"Pass the largest absolute value of {of} divided by 448."
-            raise ScalarError(name, "a positive finite float32", f"{view[0]}", remedy, function)
+            raise no_scale(name, f"{view[0]}", function)
 
 
 def causal(value: Any) -> bool:

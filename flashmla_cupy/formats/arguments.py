@@ -120,7 +120,7 @@ def descale(value: Any, format: CacheFormat, codes: Codes, function: str) -> Any
         except OverflowError:
             number = math.inf
         if not _LEAST <= number <= _MOST:
-            raise _no_scale(name, f"{number}", function)
+            raise no_scale(name, f"{number}", function)
         return float(np.float32(number))
     if library(name, value, function) is not codes:
         remedy = "Pass a Python float."
@@ -130,10 +130,12 @@ def descale(value: Any, format: CacheFormat, codes: Codes, function: str) -> Any
         remedy = "Pass one float32 for the whole cache."
         raise ShapeError(name, "float32, one element", show(value), remedy, function)
     if codes.can_look_at(value) and not 0 < value.item() < math.inf:
-        raise _no_scale(name, f"{value.item()}", function)
+        raise no_scale(name, f"{value.item()}", function)
     return value.reshape(())
 
 
-def _no_scale(name: str, got: str, function: str) -> ScalarError:
-    remedy = "Pass the largest absolute value of the keys divided by 448."
+def no_scale(name: str, got: str, function: str) -> ScalarError:
+    """For descale_q or descale_k with a value that no scale has."""
+    of = "q" if name == "descale_q" else "the keys"
+    remedy = f"Pass the largest absolute value of {of} divided by 448."
     return ScalarError(name, "a positive finite float32", got, remedy, function)

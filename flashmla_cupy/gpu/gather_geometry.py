@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..sizes import HEAD_DIM_V, METADATA_COLUMNS, ROWS_PER_BLOCK, TOKENS_PER_TILE, ceil_div
+from ..schedule.lists import longest
+from ..sizes import HEAD_DIM_V, METADATA_COLUMNS, ROWS_PER_BLOCK, ceil_div
 
 
 class Pool(NamedTuple):
@@ -94,9 +95,7 @@ class GatherGeometry:
         """Tokens of a request of the kernels, at most."""
         if not self.topk:
             return min(self.columns * self.pool.page_size, 2**31 - 1)
-        if not self.extra_topk:
-            return self.topk
-        return ceil_div(self.topk, TOKENS_PER_TILE) * TOKENS_PER_TILE + self.extra_topk
+        return longest(self.topk, self.extra_topk)
 
     # Scratch: partial results and words of pairs as of dense_decode (geometry.py), and then what a
     # schedule is made of, and one, for calls without: the lengths of the kernels' requests,

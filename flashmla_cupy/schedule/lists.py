@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..sizes import TOKENS_PER_TILE
+from ..sizes import TOKENS_PER_TILE, ceil_div
 
 Lengths = npt.NDArray[np.int32]
 
@@ -44,7 +44,7 @@ def list_lengths(
 def longest(topk: int, extra_topk: int = 0) -> int:
     """The largest length that lists of these widths make; the calls refuse it where int32 does not
     hold it."""
-    return -(-topk // TOKENS_PER_TILE) * TOKENS_PER_TILE + extra_topk if extra_topk else topk
+    return ceil_div(topk, TOKENS_PER_TILE) * TOKENS_PER_TILE + extra_topk if extra_topk else topk
 
 
 def _counted(
